@@ -1,0 +1,187 @@
+"""What can stand behind the BlobStore service: the store, a node's tiers, a test's dict.
+
+`kvferry.cluster.blob_service` turns a repository into the gRPC service; the client in
+`kvferry.cluster.client` has the same verbs on the other side.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvferry.proto.keys import BlobKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PutSpec:
+    """What a writer says before the bytes. ``size`` in bytes, ``ttl_s`` 0: no end."""
+
+    key: BlobKey
+    size: int
+    stage: bool = False
+    ttl_s: int = 0
+    replaces: BlobKey | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecInfo:
+    """Codec of a stored blob, as its header says."""
+
+    name: str
+    version: int
+    params_json: str = "{}"
+    calibration_id: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobInfo:
+    """What an index knows of a blob without its payload."""
+
+    key: BlobKey
+    size: int
+    codec: CodecInfo
+    model_id: bytes
+    previous_key: bytes
+    tokens: tuple[int, int]
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    model_layers: int
+    model_heads: int
+    stored_unix_s: int = 0
+    used_unix_s: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupQuery:
+    """A chain of page keys, and which part of the complete pages to list.
+
+    ``layers`` or ``heads`` of (0, 0) mean all. ``codecs`` empty means any.
+    """
+
+    root: bytes
+    page_keys: Sequence[bytes]
+    codecs: frozenset[str] = frozenset()
+    layers: tuple[int, int] = (0, 0)
+    heads: tuple[int, int] = (0, 0)
+    local_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailFound:
+    """A complete tail anchored at the end of the run of complete pages."""
+
+    tail_key: bytes
+    tokens: int
+    blobs: Sequence[BlobInfo]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookupResult:
+    """The longest run of complete pages; ``pages[i]`` lists blobs of page i."""
+
+    pages: Sequence[Sequence[BlobInfo]]
+    tails: Sequence[TailFound] = ()
+    partial: bool = False
+
+    @property
+    def complete_pages(self) -> int:
+        """Pages in the run."""
+        return len(self.pages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepositoryStat:
+    """Counts and bytes; ``counters`` are refusals and failures by reason."""
+
+    blobs: int
+    bytes: int
+    budget_bytes: int
+    in_flight_bytes: int = 0
+    pages_complete: int = 0
+    quarantined: int = 0
+    free_disk_bytes: int = 0
+    pinned: int = 0
+    backend: str = ""
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubReport:
+    """Progress of a scrub; ``findings`` are (key, reason) since the last report."""
+
+    checked: int
+    total: int
+    findings: Sequence[tuple[str, str]] = ()
+
+
+class PutSession(Protocol):
+    """One write under way. Exactly one of `finish` and `abort` ends it."""
+
+    async def write(self, chunk: bytes | memoryview) -> None:
+        """Raises: StoreFullError, CorruptBlobError (more bytes than announced)."""
+
+    async def finish(self) -> bool:
+        """Verify, make durable, make visible unless staged. False: was there already.
+
+        Raises: CorruptBlobError, IdentityMismatchError, StoreFullError.
+        """
+
+    async def abort(self) -> None:
+        """Forget all that was written; never raises."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetSession:
+    """One read under way: ``size`` of the whole blob, and the bytes asked for."""
+
+    size: int
+    source: str
+    chunks: AsyncIterator[bytes | memoryview]
+
+
+class BlobRepository(Protocol):
+    """Blobs by key. A reader never sees a partial or unverified put."""
+
+    async def has(self, keys: Sequence[BlobKey]) -> list[bool]:
+        """Which are committed, in the order asked."""
+
+    async def open_put(self, spec: PutSpec) -> PutSession | None:
+        """None: the key is there already. Raises: StoreFullError, QueueFullError."""
+
+    async def open_get(
+        self, key: BlobKey, offset: int = 0, length: int = 0, local_only: bool = False
+    ) -> GetSession:
+        """``length`` 0: to the end. Raises: BlobNotFoundError, StoreUnavailableError."""
+
+    async def commit(self, keys: Sequence[BlobKey]) -> int:
+        """Make staged blobs visible, all or none. Raises: BlobNotFoundError."""
+
+    async def lookup(self, query: LookupQuery) -> LookupResult:
+        """Longest run of pages whose committed blobs cover all layers and heads."""
+
+    async def pin(self, keys: Sequence[BlobKey], ttl_s: int) -> tuple[str, int]:
+        """A lease against eviction: (lease id, how many of the keys are held)."""
+
+    async def unpin(self, lease_id: str) -> bool:
+        """End a lease. False: it was over already."""
+
+    async def delete(self, keys: Sequence[BlobKey]) -> int:
+        """How many were there."""
+
+    def list(self, query: "ListQuery") -> AsyncIterator[Sequence[BlobInfo]]:
+        """Batches of what is held, oldest use first."""
+
+    async def stat(self) -> RepositoryStat:
+        """Counts and bytes."""
+
+    def scrub(self, repair: bool) -> AsyncIterator[ScrubReport]:
+        """Read and verify everything; with ``repair`` damaged blobs are set aside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListQuery:
+    """Filters of `BlobRepository.list`; empty or 0: not filtered."""
+
+    page_key: bytes = b""
+    model_id: bytes = b""
+    kind: str = ""
+    limit: int = 0

@@ -1,0 +1,80 @@
+"""What a model is: the digest that keeps one model's pages from another's.
+
+Each machine of a cluster digests the layers it holds; the digests are exchanged and
+every rank arrives at the same `model_id` whatever the split. No file is read here:
+`kvferry.codec.mlx.weights` computes the digests.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from kvferry.errors import ModelError
+from kvferry.proto.keys import DIGEST_BYTES, canonical_json
+
+CACHE_LAYOUT_VERSION = 1
+_DOMAIN = b"kvferry/model/1"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFingerprint:
+    """Digests of all that changes what a cache holds. All digests are 32 bytes.
+
+    Attributes:
+        config: canonical config, as a JSON-like mapping (paths and names left out).
+        layers: absolute layer index -> digest of its weights. May be part of the model.
+        layer_count: layers of the whole model.
+        shared: name -> digest of embedding, norm and head.
+        tokenizer: digest of the tokenizer.
+        rope: absolute layer index -> rope fingerprint. Same indices as ``layers``.
+        adapter: digest of adapter weights; empty where there are none.
+    """
+
+    config: Mapping[str, object]
+    layers: Mapping[int, bytes]
+    layer_count: int
+    shared: Mapping[str, bytes]
+    tokenizer: bytes
+    rope: Mapping[int, bytes]
+    adapter: bytes = b""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer's digest is known."""
+        wanted = set(range(self.layer_count))
+        return set(self.layers) == wanted and set(self.rope) == wanted
+
+
+def model_id(fingerprint: ModelFingerprint) -> bytes:
+    """32 bytes that stand for the model in every key.
+
+    Raises:
+        ModelError: digests of some layers are missing (exchange them first), or a
+            digest has another size than 32 bytes.
+    """
+    if not fingerprint.complete:
+        missing = sorted(set(range(fingerprint.layer_count)) - set(fingerprint.layers))
+        raise ModelError(
+            f"model id is not known yet: digests of layers {missing or 'rope'} are missing; "
+            "every rank must exchange its own first"
+        )
+    parts = [*fingerprint.layers.values(), *fingerprint.rope.values(), fingerprint.tokenizer]
+    parts += fingerprint.shared.values()
+    if any(len(part) != DIGEST_BYTES for part in parts):
+        raise ModelError("a digest of the model has another size than 32 bytes")
+    hasher = blake3(_DOMAIN)
+    hasher.update(
+        canonical_json(
+            {
+                "cache_layout": CACHE_LAYOUT_VERSION,
+                "config": dict(fingerprint.config),
+                "layers": [fingerprint.layers[i].hex() for i in range(fingerprint.layer_count)],
+                "rope": [fingerprint.rope[i].hex() for i in range(fingerprint.layer_count)],
+                "shared": {name: d.hex() for name, d in fingerprint.shared.items()},
+                "tokenizer": fingerprint.tokenizer.hex(),
+                "adapter": fingerprint.adapter.hex(),
+            }
+        )
+    )
+    return hasher.digest()

@@ -1,0 +1,178 @@
+"""Every setting, validated, with its unit in its name.
+
+Flags win over the environment (``KVFERRY_NODE_MEMORY_BYTES``), which wins over a TOML
+file (``[node]`` in ``kvferry.toml`` of the working directory, else of the user's
+configuration folder, or the file that ``KVFERRY_CONFIG`` names). Unknown keys are refused.
+"""
+
+import os
+import sys
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from kvferry.errors import ConfigError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def user_dir(kind: str) -> Path:
+    """The user's "config", "cache", "state" or "runtime" folder for kvferry.
+
+    XDG folders on Linux, ``~/Library`` on macOS; nothing is created.
+    """
+    if kind == "runtime" and (runtime := os.environ.get("XDG_RUNTIME_DIR")):
+        return Path(runtime) / "kvferry"
+    if variable := os.environ.get(f"XDG_{kind.upper()}_HOME"):
+        return Path(variable) / "kvferry"
+    home = Path.home()
+    if sys.platform == "darwin":
+        library = home / "Library"
+        return library / ("Caches" if kind == "cache" else "Application Support") / "kvferry"
+    places = {"config": ".config", "cache": ".cache"}
+    return home / places.get(kind, ".local/state") / "kvferry"
+
+
+def config_file() -> Path | None:
+    """The TOML file in force, or None."""
+    if named := os.environ.get("KVFERRY_CONFIG"):
+        return Path(named)
+    for place in (Path("kvferry.toml"), user_dir("config") / "kvferry.toml"):
+        if place.is_file():
+            return place
+    return None
+
+
+class _TomlTable(TomlConfigSettingsSource):
+    """One table of the TOML file, so that all services share a file."""
+
+    def __init__(self, settings_cls: type[BaseSettings], table: str) -> None:
+        self._table = table
+        path = config_file()
+        if path is not None and not path.is_file():
+            raise ConfigError("KVFERRY_CONFIG", str(path), "a file that exists")
+        super().__init__(settings_cls, toml_file=path)
+
+    def __call__(self) -> dict[str, Any]:
+        value = self.toml_data.get(self._table, {})
+        return value if isinstance(value, dict) else {}
+
+
+class ServiceSettings(BaseSettings):
+    """Base of the services' settings: where they come from and in which order."""
+
+    table: ClassVar[str]
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    allow_remote_plaintext: bool = Field(
+        default=False, description="Bind beyond loopback although there is no TLS."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _TomlTable(settings_cls, cls.table)
+
+    @classmethod
+    def load(cls, **flags: object) -> Self:
+        """Flags (None: not given) over environment over TOML. Raises: ConfigError."""
+        given = {name: value for name, value in flags.items() if value is not None}
+        try:
+            return cls(**given)  # type: ignore[arg-type]
+        except ValidationError as exc:
+            first = exc.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or cls.table
+            raise ConfigError(f"{cls.table}.{name}", first.get("input"), first["msg"]) from exc
+
+    @field_validator("listen", check_fields=False)
+    @classmethod
+    def _has_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65_535:
+            raise ValueError("HOST:PORT, with port 0 to take a free one")
+        return value
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT names this machine only."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+class NodeSettings(ServiceSettings):
+    """``kvferry node``."""
+
+    table: ClassVar[str] = "node"
+    model_config = SettingsConfigDict(env_prefix="KVFERRY_NODE_")
+
+    node_id: str = Field(
+        default_factory=lambda: f"{os.uname().nodename}-{uuid.getnode() & 0xFFFF:04x}"
+    )
+    socket: Path = Field(
+        default_factory=lambda: user_dir("runtime") / "node.sock",
+        description="Unix socket for hooks on this machine.",
+    )
+    listen: str = Field(default="127.0.0.1:7801", description="HOST:PORT for peers.")
+    metrics_listen: str = Field(default="127.0.0.1:7811", description="HOST:PORT, empty: none.")
+    store: str = Field(default="127.0.0.1:7800", description="HOST:PORT of the store, empty: none.")
+    coordinator: str = Field(
+        default="127.0.0.1:7802", description="HOST:PORT of the coordinator, empty: none."
+    )
+    data_dir: Path = Field(default_factory=lambda: user_dir("state") / "node")
+    memory_bytes: int = Field(default=256 * MIB, ge=0, description="Budget of the memory tier.")
+    disk_bytes: int = Field(default=8 * GIB, ge=0, description="Budget of the disk tier, 0: none.")
+    disk_reserve_bytes: int = Field(default=2 * GIB, ge=0, description="Free disk left alone.")
+    upload_queue_bytes: int = Field(default=512 * MIB, gt=0)
+    upload_workers: int = Field(default=2, ge=1, le=32)
+    max_blob_bytes: int = Field(default=256 * MIB, gt=0)
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    shutdown_timeout_s: float = Field(default=20.0, gt=0)
+    peer_timeout_s: float = Field(default=0.5, gt=0)
+
+
+class StoreSettings(ServiceSettings):
+    """``kvferry store``."""
+
+    table: ClassVar[str] = "store"
+    model_config = SettingsConfigDict(env_prefix="KVFERRY_STORE_")
+
+    listen: str = Field(default="127.0.0.1:7800", description="HOST:PORT.")
+    metrics_listen: str = Field(default="127.0.0.1:7810", description="HOST:PORT, empty: none.")
+    backend: str = Field(
+        default_factory=lambda: f"file://{user_dir('state') / 'store'}", description="file:///PATH"
+    )
+    budget_bytes: int = Field(default=64 * GIB, gt=0, description="Hard budget of the whole root.")
+    reserve_bytes: int = Field(default=2 * GIB, ge=0, description="Free disk left alone.")
+    max_blob_bytes: int = Field(default=256 * MIB, gt=0)
+    staged_ttl_s: float = Field(default=600.0, gt=0, description="Staged and never committed.")
+
+
+class CoordinatorSettings(ServiceSettings):
+    """``kvferry coordinator``."""
+
+    table: ClassVar[str] = "coordinator"
+    model_config = SettingsConfigDict(env_prefix="KVFERRY_COORDINATOR_")
+
+    listen: str = Field(default="127.0.0.1:7802", description="HOST:PORT.")
+    metrics_listen: str = Field(default="127.0.0.1:7812", description="HOST:PORT, empty: none.")
+    policy_file: Path | None = Field(
+        default=None, description="TOML policy; read again when it changes."
+    )
+    data_dir: Path = Field(default_factory=lambda: user_dir("state") / "coordinator")
+    heartbeat_interval_s: float = Field(default=2.0, gt=0)
+    away_after_s: float = Field(default=10.0, gt=0, description="No heartbeat: away.")
