@@ -105,11 +105,9 @@ class PageTensors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """What a codec made of a page: sections, and what a reader must know."""
+    """What a codec made of a page. What differs from page to page is in the sections."""
 
     sections: Sequence[SectionData]
-    params: Mapping[str, object]
-    calibration_id: bytes = b""
     rope_fingerprint: bytes = b""
 
 
@@ -168,6 +166,14 @@ class Codec(Protocol):
 
     name: ClassVar[str]
     version: ClassVar[int]
+
+    @property
+    def params(self) -> Mapping[str, object]:
+        """The options that a blob's header and key carry, known before encoding."""
+
+    @property
+    def calibration_id(self) -> bytes:
+        """32 bytes, part of the key; empty for codecs without a calibration."""
 
     def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
         """Learn from pages of one model; None for codecs that have nothing to learn."""
