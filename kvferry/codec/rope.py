@@ -1,0 +1,164 @@
+"""Rotary position embedding: what a layer does to its keys, undone and redone.
+
+Keys compress far better before rotation. The cache holds them rotated, so codecs undo
+the rotation in float32 and redo it on restore; both sides use the same `RopeSpec`, and
+its fingerprint travels with the blob.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from kvferry.codec.base import FloatArray
+from kvferry.errors import CalibrationCorruptError, UnsupportedTensorError
+from kvferry.proto.keys import canonical_json
+
+MAX_ROPE_DIMS = 4096
+_DOMAIN = b"kvferry/rope/1"
+
+Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """How one layer rotates its keys.
+
+    Attributes:
+        dims: leading dimensions of a head that are rotated; 0 where a layer has no RoPE.
+        traditional: True rotates pairs (2i, 2i+1), False halves (i, i + dims/2).
+        inv_freq: dims/2 angular frequencies in radians per position, linear position
+            scaling folded in.
+        key_scale: factor that the model puts on the rotated dims (YaRN, longrope);
+            divided out by `undo`.
+    """
+
+    dims: int
+    traditional: bool
+    inv_freq: tuple[float, ...]
+    key_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dims <= MAX_ROPE_DIMS or self.dims % 2:
+            raise CalibrationCorruptError("rope", f"{self.dims} rotated dims")
+        if len(self.inv_freq) * 2 != self.dims:
+            raise CalibrationCorruptError(
+                "rope", f"{len(self.inv_freq)} frequencies for {self.dims} dims"
+            )
+        values = np.array([*self.inv_freq, self.key_scale], dtype=np.float64)
+        if not np.isfinite(values).all() or self.key_scale <= 0:
+            raise CalibrationCorruptError("rope", "a frequency or scale is not a finite number")
+
+    def fingerprint(self) -> bytes:
+        """32 bytes, the same on every machine.
+
+        Numbers enter as text with nine significant digits: the last bits of a
+        frequency differ between mathematical libraries.
+        """
+        return blake3(
+            _DOMAIN
+            + canonical_json(
+                {
+                    "dims": self.dims,
+                    "traditional": self.traditional,
+                    "inv_freq": [f"{value:.8e}" for value in self.inv_freq],
+                    "key_scale": f"{self.key_scale:.8e}",
+                }
+            )
+        ).digest()
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON-like mapping that `from_json` reads."""
+        return {
+            "dims": self.dims,
+            "traditional": self.traditional,
+            "inv_freq": list(self.inv_freq),
+            "key_scale": self.key_scale,
+        }
+
+    @classmethod
+    def from_json(cls, value: object) -> "RopeSpec":
+        """Raises: CalibrationCorruptError for anything that `to_json` does not write."""
+        if not isinstance(value, Mapping) or set(value) != {
+            "dims",
+            "traditional",
+            "inv_freq",
+            "key_scale",
+        }:
+            raise CalibrationCorruptError("rope", "not a rope specification")
+        dims, traditional = value["dims"], value["traditional"]
+        freq, scale = value["inv_freq"], value["key_scale"]
+        if type(dims) is not int or type(traditional) is not bool or not isinstance(freq, list):
+            raise CalibrationCorruptError("rope", "a field has the wrong type")
+        if any(type(v) not in (float, int) for v in [*freq, scale]):
+            raise CalibrationCorruptError("rope", "a frequency or scale is no number")
+        return cls(dims, traditional, tuple(float(v) for v in freq), float(scale))
+
+
+def combined_fingerprint(specs: Sequence[RopeSpec]) -> bytes:
+    """One fingerprint for the layers of a blob, in layer order; empty for none."""
+    if not specs:
+        return b""
+    known = {spec: spec.fingerprint() for spec in set(specs)}
+    return blake3(_DOMAIN + b"".join(known[spec] for spec in specs)).digest()
+
+
+def positions_of(tokens: tuple[int, int]) -> Positions:
+    """Positions of a half-open token range, int64 (tokens,)."""
+    return np.arange(tokens[0], tokens[1], dtype=np.int64)
+
+
+def apply(x: FloatArray, spec: RopeSpec, positions: Positions) -> FloatArray:
+    """Rotate keys as the model does.
+
+    Args:
+        x: (..., tokens, dim) float32, not rotated.
+        positions: (tokens,) absolute positions.
+    Returns: a new array of the same shape.
+    Raises: UnsupportedTensorError where ``dim`` is smaller than ``spec.dims``.
+    """
+    return _rotate(x, spec, positions, inverse=False)
+
+
+def undo(x: FloatArray, spec: RopeSpec, positions: Positions) -> FloatArray:
+    """Inverse of `apply`, to about 1e-6 of the values. Same arguments."""
+    return _rotate(x, spec, positions, inverse=True)
+
+
+def _rotate(x: FloatArray, spec: RopeSpec, positions: Positions, *, inverse: bool) -> FloatArray:
+    out = np.empty(x.shape, dtype=np.float32)
+    rotate_into(out, x, spec, positions, inverse=inverse)
+    return out
+
+
+def rotate_into(
+    out: FloatArray, x: FloatArray, spec: RopeSpec, positions: Positions, *, inverse: bool
+) -> None:
+    """`apply` or `undo` into ``out``, which may be any view but not one of ``x``."""
+    if x.shape[-1] < spec.dims or out.shape != x.shape or len(positions) != x.shape[-2]:
+        raise UnsupportedTensorError(
+            "rope", f"shape {x.shape} with {spec.dims} rotated dims at {len(positions)} positions"
+        )
+    if spec.dims < x.shape[-1]:
+        out[..., spec.dims :] = x[..., spec.dims :]
+    if not spec.dims:
+        return
+    angles = positions[:, None] * np.asarray(spec.inv_freq, dtype=np.float64)
+    factor = 1.0 / spec.key_scale if inverse else spec.key_scale
+    cos = (np.cos(angles) * factor).astype(np.float32)
+    sin = (np.sin(angles) * (-factor if inverse else factor)).astype(np.float32)
+    first, second = _halves(spec)
+    a, b = x[..., first], x[..., second]
+    np.multiply(a, cos, out=out[..., first])
+    out[..., first] -= b * sin
+    np.multiply(b, cos, out=out[..., second])
+    out[..., second] += a * sin
+
+
+def _halves(spec: RopeSpec) -> tuple[slice, slice]:
+    if spec.traditional:
+        return slice(0, spec.dims, 2), slice(1, spec.dims, 2)
+    half = spec.dims // 2
+    return slice(0, half), slice(half, spec.dims)
