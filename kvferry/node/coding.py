@@ -1,0 +1,119 @@
+"""From a policy to codecs: which layers of a shard are coded together, and how."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvferry.cluster.policy import layer_rules
+from kvferry.codec.base import Codec
+from kvferry.codec.calibration import CalibrationSet, GroupCalibration, layer_groups
+from kvferry.codec.registry import make_codec
+from kvferry.errors import CodecError, ConfigError
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, root_key
+from kvferry.proto.v1 import coordinator_pb2
+
+NOT_STORED = "none"
+UNCALIBRATED = ("affine", {"bits": 8})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """What one rank holds of which model. Ranges absolute, half-open."""
+
+    model_id: bytes
+    model_layers: int
+    model_heads: int
+    head_dim: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    page_tokens: int = DEFAULT_PAGE_TOKENS
+
+    def root(self, salt: bytes) -> bytes:
+        """Root of the key chain in the namespace of ``salt``."""
+        return root_key(salt, self.model_id, self.page_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRange:
+    """Layers that go into one blob, and the codec that writes it."""
+
+    layers: tuple[int, int]
+    codec: Codec
+
+
+CutGroup = Callable[[bytes, tuple[int, int], tuple[int, int]], GroupCalibration]
+
+
+def page_coding(
+    policy: coordinator_pb2.Policy,
+    shard: Shard,
+    calibration: CalibrationSet | None,
+    cut_group: CutGroup,
+) -> list[CodedRange]:
+    """How each page of ``shard`` is to be coded; empty: the policy stores nothing.
+
+    Layers are cut where the policy's rules change, at group boundaries and at the
+    shard's ends, so that blobs do not depend on which machine holds which layer unless
+    a machine holds a part of a group.
+
+    Args:
+        calibration: of this model; None: ``ferry`` gives way to 8-bit ``affine``.
+        cut_group: (group id, layers, heads) -> calibration of just that part.
+    Raises:
+        ConfigError: a rule names options that its codec does not have.
+    """
+    whole = layer_rules(policy, shard.model_id, (0, shard.model_layers))
+    if any(rule.codec == NOT_STORED for _, rule in whole):
+        return []  # a page that lacks layers is never complete, so none is worth writing
+    coded: list[CodedRange] = []
+    for group, group_id in _groups(shard, calibration):
+        for span, rule in whole:
+            layers = _overlap(_overlap(span, group), shard.layers)
+            if layers[0] < layers[1]:
+                codec = _codec(rule, layers, shard, calibration, group_id, cut_group)
+                coded.append(CodedRange(layers, codec))
+    return coded
+
+
+def tail_codec(policy: coordinator_pb2.Policy) -> Codec | None:
+    """The tail's codec; None: tails are recomputed."""
+    name = policy.tail.codec or "affine"
+    return None if name == "recompute" else make_codec(name, dict(policy.tail.options))
+
+
+def _groups(
+    shard: Shard, calibration: CalibrationSet | None
+) -> Sequence[tuple[tuple[int, int], bytes]]:
+    if calibration is not None:
+        return [(group.layers, group.id) for group in calibration.groups]
+    spans = layer_groups(shard.model_layers, shard.model_heads, shard.head_dim)
+    return [(span, b"") for span in spans]
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    return max(a[0], b[0]), min(a[1], b[1])
+
+
+def _codec(
+    rule: coordinator_pb2.LayerRule,
+    layers: tuple[int, int],
+    shard: Shard,
+    calibration: CalibrationSet | None,
+    group_id: bytes,
+    cut_group: CutGroup,
+) -> Codec:
+    options: dict[str, object] = dict(rule.options)
+    if rule.codec != "ferry":
+        return make_codec(rule.codec, options)
+    if calibration is None:
+        return make_codec(*UNCALIBRATED)
+    if "target_kl" in options:
+        target = options.pop("target_kl")
+        try:
+            options["step"] = calibration.step_for_kl(float(str(target)))
+        except ValueError as exc:
+            raise ConfigError("target_kl", target, "a number of nats above 0") from exc
+    try:
+        part = cut_group(group_id, layers, shard.heads)
+    except CodecError:
+        return make_codec(*UNCALIBRATED)
+    return make_codec("ferry", options, part)

@@ -1,0 +1,242 @@
+"""Offers: what a hook gives away after prefill or a turn, encoded and put in the background.
+
+The model's thread only drops an offer into a bounded queue; a low-priority thread asks
+which blobs are missing, encodes those and hands them to the node daemon. Offers whose
+moment the policy has not named wait for a trigger (memory pressure, idle, before sleep).
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvferry.codec.base import PageTensors
+from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
+from kvferry.errors import FerryError
+from kvferry.node.coding import CodedRange, Shard
+from kvferry.proto.keys import BlobKey, page_keys, pages_behind_window, tail_key
+from kvferry.proto.v1 import coordinator_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+QUEUE_LENGTH = 4
+DEFERRED_LENGTH = 4
+REMEMBERED_TAILS = 64
+EVENTS = {
+    "prefill": pb.TRIGGER_AFTER_PREFILL,
+    "turn_end": pb.TRIGGER_TURN_END,
+}
+
+
+class TensorSource(Protocol):
+    """A snapshot of a cache that can be read from another thread."""
+
+    def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
+        """Host tensors of absolute layers and tokens."""
+
+
+class OfferClient(Protocol):
+    """What an offer needs of the node daemon; see `kvferry.node.client.NodeClient`."""
+
+    def has(self, keys: Sequence[BlobKey]) -> list[bool]:
+        """Which are held by the store or this node."""
+
+    def put(
+        self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None
+    ) -> bool:
+        """Raises: FerryError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Tokens that a cache holds, and the cache's tensors.
+
+    Attributes:
+        restored_pages: so many pages came out of the store and are never coded again.
+    """
+
+    tokens: tuple[int, ...]
+    source: TensorSource
+    restored_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How offers are coded now: a policy made concrete for one shard and namespace."""
+
+    shard: Shard
+    root: bytes
+    pages: Sequence[CodedRange]
+    tail: CodedRange | None
+    tail_ttl_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """A tail that was put, to be replaced when its conversation goes on."""
+
+    start: int
+    previous: bytes
+    tail_key: bytes
+    tokens: int
+    key: BlobKey
+
+
+class Offers:
+    """The queue, its thread, and what waits for a trigger.
+
+    ``coding`` is asked before each offer is encoded, so that a policy change takes hold
+    at once; it may return None (nothing is to be stored now) or raise a FerryError.
+    """
+
+    def __init__(
+        self, client: OfferClient, coding: Callable[[], Coding | None], counters: Counter[str]
+    ) -> None:
+        self._client, self._coding, self._counters = client, coding, counters
+        self._queue: queue.Queue[Offer | None] = queue.Queue(QUEUE_LENGTH)
+        self._deferred: list[Offer] = []
+        self._tails: OrderedDict[bytes, _Tail] = OrderedDict()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="kvferry-offers", daemon=True)
+        self._thread.start()
+
+    def submit(self, offer: Offer) -> bool:
+        """Never blocks. False: the queue is full, the offer is dropped and counted."""
+        try:
+            self._queue.put_nowait(offer)
+        except queue.Full:
+            self._counters["queue_full"] += 1
+            return False
+        return True
+
+    def defer(self, offer: Offer) -> None:
+        """Keep for a trigger; a longer offer of the same conversation takes its place."""
+        with self._lock:
+            kept = [old for old in self._deferred if offer.tokens[: len(old.tokens)] != old.tokens]
+            self._deferred = [*kept, offer][-DEFERRED_LENGTH:]
+
+    def trigger(self) -> int:
+        """Queue all that waited; returns how many."""
+        with self._lock:
+            waiting, self._deferred = self._deferred, []
+        return sum(self.submit(offer) for offer in waiting)
+
+    def wait(self) -> None:
+        """Until all that was submitted is encoded and handed to the daemon."""
+        self._queue.join()
+
+    def close(self, timeout_s: float) -> bool:
+        """Encode what is queued, then stop. False: the time was not enough."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=timeout_s)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        lower_priority()
+        while (offer := self._queue.get()) is not None:
+            try:
+                self._process(offer)
+            except FerryError as exc:
+                self._counters[exc.reason] += 1
+                log.info("offer of %d tokens dropped: %s", len(offer.tokens), exc)
+            except Exception:
+                # A bug here must cost an offer, never the generation that made it.
+                self._counters["bug"] += 1
+                log.exception("offer of %d tokens dropped", len(offer.tokens))
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def _process(self, offer: Offer) -> None:
+        coding = self._coding()
+        if coding is None or not coding.pages:
+            self._counters["policy"] += 1
+            return
+        shard = coding.shard
+        count = pages_behind_window(len(offer.tokens), shard.page_tokens)
+        keys = page_keys(coding.root, offer.tokens, shard.page_tokens)[:count]
+        self._put_pages(offer, coding, keys)
+        if coding.tail is not None and len(offer.tokens) > count * shard.page_tokens:
+            self._put_tail(offer, coding, keys[-1] if keys else coding.root, count)
+
+    def _put_pages(self, offer: Offer, coding: Coding, keys: Sequence[bytes]) -> None:
+        shard = coding.shard
+        jobs: list[tuple[BlobKey, CodedRange, int, BlobMeta]] = []
+        for index in range(offer.restored_pages, len(keys)):
+            meta = _meta(shard, "page", keys[index], keys[index - 1] if index else coding.root)
+            for coded in coding.pages:
+                key = blob_key(coded.codec, meta, coded.layers, shard.heads)
+                jobs.append((key, coded, index, meta))
+        held = self._client.has([job[0] for job in jobs]) if jobs else []
+        for (_, coded, index, meta), present in zip(jobs, held, strict=True):
+            if not present:
+                span = index * shard.page_tokens, (index + 1) * shard.page_tokens
+                page = offer.source.page(coded.layers, span)
+                key, data = encode_blob(coded.codec, page, meta)
+                self._count_put(self._client.put(key, data), len(data), page.raw_bytes_fp16)
+
+    def _put_tail(self, offer: Offer, coding: Coding, previous: bytes, pages: int) -> None:
+        shard, coded = coding.shard, coding.tail
+        assert coded is not None  # noqa: S101 - narrowed by the caller
+        start, end = pages * shard.page_tokens, len(offer.tokens)
+        identity = tail_key(previous, offer.tokens[start:end])
+        meta = _meta(shard, "tail", identity, previous)
+        key = blob_key(coded.codec, meta, coded.layers, shard.heads)
+        replaces = self._outdated(offer.tokens)
+        page = offer.source.page(coded.layers, (start, end))
+        key, data = encode_blob(coded.codec, page, meta)
+        stored = self._client.put(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
+        self._count_put(stored, len(data), page.raw_bytes_fp16)
+        self._tails[identity] = _Tail(start, previous, identity, end - start, key)
+        while len(self._tails) > REMEMBERED_TAILS:
+            self._tails.popitem(last=False)
+
+    def _outdated(self, tokens: Sequence[int]) -> BlobKey | None:
+        """The newest tail of ours that these tokens go on from; forgotten here."""
+        for identity, tail in reversed(self._tails.items()):
+            end = tail.start + tail.tokens
+            if end < len(tokens) and tail_key(tail.previous, tokens[tail.start : end]) == identity:
+                del self._tails[identity]
+                return tail.key
+        return None
+
+    def _count_put(self, stored: bool, size: int, raw: int) -> None:
+        self._counters["blobs_put" if stored else "blobs_known"] += 1
+        self._counters["bytes_put"] += size
+        self._counters["bytes_raw_fp16"] += raw
+
+
+def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
+    return BlobMeta(
+        kind=kind,
+        model_id=shard.model_id,
+        page_key=key,
+        previous_key=previous,
+        model_layers=shard.model_layers,
+        model_heads=shard.model_heads,
+    )
+
+
+def wanted_now(policy: pb.Policy, event: str) -> bool:
+    """Whether the policy stores at this event ("prefill", "turn_end")."""
+    return EVENTS[event] in policy.when
+
+
+def wanted_later(policy: pb.Policy) -> bool:
+    """Whether the policy names a trigger that a deferred offer could wait for."""
+    later = {pb.TRIGGER_MEMORY_PRESSURE, pb.TRIGGER_IDLE, pb.TRIGGER_BEFORE_SLEEP}
+    return not later.isdisjoint(policy.when)
+
+
+def lower_priority() -> None:
+    """This thread yields to the model's. Per thread on Linux; elsewhere left as it is."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
