@@ -59,12 +59,28 @@ class Stream:
 
     @classmethod
     def from_float32(cls, name: str, values: FloatArray, dtype: DType) -> "Stream":
-        """Round float32 values to ``dtype`` (to nearest even)."""
-        if dtype is DType.BFLOAT16:
-            bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-            rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            return cls(name, (rounded >> np.uint32(16)).astype("<u2"), dtype)
-        return cls(name, values.astype(dtype.storage), dtype)
+        """Round float32 values to ``dtype`` (to nearest even); beyond its range: infinity."""
+        out = np.empty(values.shape, dtype=dtype.storage)
+        store_float32(out, values, dtype)
+        return cls(name, out, dtype)
+
+
+def store_float32(out: npt.NDArray[np.generic], values: FloatArray, dtype: DType) -> None:
+    """Write float32 ``values`` into ``out`` (same shape, ``dtype.storage``), rounded."""
+    if dtype is not DType.BFLOAT16:
+        with np.errstate(over="ignore"):
+            np.copyto(out, values, casting="same_kind")
+        return
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    nan = np.isnan(values)
+    if nan.any():  # rounding may carry a NaN's payload into its sign
+        rounded[nan] = 0x7FC0
+    np.copyto(out, rounded, casting="unsafe")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,19 +99,51 @@ class PageTensors:
     streams: Mapping[str, Stream]
 
     def __post_init__(self) -> None:
-        layers = self.layers[1] - self.layers[0]
-        tokens = self.tokens[1] - self.tokens[0]
+        layers, heads, tokens = (b - a for a, b in (self.layers, self.heads, self.tokens))
+        if min(layers, heads, tokens) < 1 or min(self.layers[0], self.heads[0], self.tokens[0]) < 0:
+            raise UnsupportedTensorError(
+                "*", f"layers {self.layers}, heads {self.heads}, tokens {self.tokens} are no ranges"
+            )
         for name, stream in self.streams.items():
-            if name != stream.name or stream.data.shape[0] != layers:
-                raise UnsupportedTensorError(name, f"{stream.data.shape[0]} layers of {layers}")
-            if stream.data.shape[2] != tokens:
-                raise UnsupportedTensorError(name, f"{stream.data.shape[2]} tokens of {tokens}")
+            shape = stream.data.shape
+            if name != stream.name or shape[0] != layers:
+                raise UnsupportedTensorError(name, f"{shape[0]} layers of {layers}")
+            if shape[1] not in (heads, 1):
+                raise UnsupportedTensorError(name, f"{shape[1]} heads of {heads}")
+            if shape[2] != tokens or not shape[3]:
+                raise UnsupportedTensorError(name, f"shape {shape} for {tokens} tokens")
 
     def cut_layers(self, layers: tuple[int, int]) -> "PageTensors":
-        """The part that lies in ``layers`` (absolute, within this page's)."""
-        a, b = layers[0] - self.layers[0], layers[1] - self.layers[0]
-        streams = {n: Stream(n, s.data[a:b], s.dtype) for n, s in self.streams.items()}
-        return PageTensors(layers, self.heads, self.tokens, streams)
+        """The part that lies in ``layers`` (absolute, within this page's); views."""
+        return self._cut(0, layers, self.heads, self.tokens)
+
+    def cut_heads(self, heads: tuple[int, int]) -> "PageTensors":
+        """The part that lies in ``heads``; views. Streams with one head stay whole."""
+        return self._cut(1, self.layers, heads, self.tokens)
+
+    def cut_tokens(self, tokens: tuple[int, int]) -> "PageTensors":
+        """The part that lies in ``tokens``; views."""
+        return self._cut(2, self.layers, self.heads, tokens)
+
+    def _cut(
+        self,
+        axis: int,
+        layers: tuple[int, int],
+        heads: tuple[int, int],
+        tokens: tuple[int, int],
+    ) -> "PageTensors":
+        have = (self.layers, self.heads, self.tokens)[axis]
+        want = (layers, heads, tokens)[axis]
+        if not have[0] <= want[0] < want[1] <= have[1]:
+            raise UnsupportedTensorError("*", f"{want} does not lie within {have}")
+        part = slice(want[0] - have[0], want[1] - have[0])
+        whole = have[1] - have[0]
+        streams = {}
+        for name, stream in self.streams.items():
+            replicated = axis == 1 and stream.data.shape[1] != whole
+            index = (slice(None),) * axis + (slice(None) if replicated else part,)
+            streams[name] = Stream(name, stream.data[index], stream.dtype)
+        return PageTensors(layers, heads, tokens, streams)
 
     @property
     def raw_bytes_fp16(self) -> int:
@@ -190,4 +238,26 @@ class Codec(Protocol):
         """Restore ``wanted.cut`` layers of the blob.
 
         Raises: CorruptBlobError, CalibrationMissingError, IdentityMismatchError.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedPage:
+    """One blob that is ready to be decoded."""
+
+    wanted: Wanted
+    sections: Mapping[str, SectionData]
+
+
+@runtime_checkable
+class RunCodec(Protocol):
+    """A codec that gains by decoding several pages at once."""
+
+    def decode_run(
+        self, pages: Sequence[CodedPage], calibrations: CalibrationSource
+    ) -> list[PageTensors]:
+        """Decode pages that agree in all but their tokens and sections.
+
+        Returns: one page per entry, in order; they may be views of shared arrays.
+        Raises: as `Codec.decode`, for the first page that fails.
         """

@@ -1,0 +1,32 @@
+"""How a hook behaves, where a user may want it otherwise."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvferry.settings import NodeSettings, user_dir
+
+
+def _default_socket() -> Path:
+    return NodeSettings.load().socket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookOptions:
+    """Options of `PrefixCache`. Times in seconds, sizes in tokens.
+
+    Attributes:
+        socket: Unix socket of this machine's node daemon.
+        cache_dir: where calibrations and digests are kept.
+        request_timeout_s: for one short question to the daemon.
+        max_restore_s: no restore takes longer, whatever prefill would.
+        keep_last: tokens at the end of a prompt that are never restored: the model
+            must be given at least one to say what comes next (exo wants two).
+        close_timeout_s: for offers still queued when the hook closes.
+    """
+
+    socket: Path = field(default_factory=_default_socket)
+    cache_dir: Path = field(default_factory=lambda: user_dir("cache"))
+    request_timeout_s: float = 5.0
+    max_restore_s: float = 30.0
+    keep_last: int = 1
+    close_timeout_s: float = 60.0

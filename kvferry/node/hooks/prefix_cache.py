@@ -1,0 +1,401 @@
+"""Two calls for one's own generation loop: `PrefixCache.restore` and `PrefixCache.offer`.
+
+Never slower, never wrong: a restore has a deadline derived from the predicted prefill
+time, all ranks of a group act on the minimum of what each has loaded and verified, and
+any failure of ours is a miss, counted by reason; the model then prefills.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from kvferry.cluster.policy import default_policy
+from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.rope import rope_specs
+from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.weights import fingerprint
+from kvferry.errors import FerryError, ModelError
+from kvferry.node.calibrations import Calibrations
+from kvferry.node.client import NodeClient
+from kvferry.node.coding import CodedRange, Shard, page_coding, tail_codec
+from kvferry.node.hooks.group import Alone, Group
+from kvferry.node.hooks.identity import agreed_model_id
+from kvferry.node.hooks.loader import Loaded, Loader
+from kvferry.node.hooks.options import HookOptions
+from kvferry.node.hooks.rates import Rate
+from kvferry.node.offers import Coding, Offer, Offers, wanted_later, wanted_now
+from kvferry.proto.identity import ModelFingerprint
+from kvferry.proto.v1 import coordinator_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_RESTORES = 64
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    """What the last restore did, for logs and for people.
+
+    Attributes:
+        prompt_tokens: tokens asked for.
+        restored_tokens: tokens in the cache that was returned.
+        loaded_tokens: tokens that this rank had before the ranks agreed.
+        reason: empty, or why not more was restored.
+        bytes: bytes fetched from the node daemon.
+        seconds: the whole call.
+        steps: step -> seconds.
+    """
+
+    prompt_tokens: int
+    restored_tokens: int
+    loaded_tokens: int
+    reason: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+
+class PrefixCache:
+    """Prefix cache of one model, or of one rank's layers of it, behind a node daemon.
+
+    ``restore`` and ``offer`` belong to the thread that runs the model; neither raises
+    for anything that goes wrong on our side.
+
+    Args:
+        loaded: from `kvferry.codec.mlx.load.load_model`.
+        options: see `HookOptions`.
+        group: the ranks that share the model; alone if None.
+        layers: absolute layers of this rank, half-open; all if None.
+        make_cache: an empty cache of the local layers; ``make_prompt_cache`` if None.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        options: HookOptions | None = None,
+        *,
+        group: Group | None = None,
+        layers: tuple[int, int] | None = None,
+        make_cache: Callable[[], list[Any]] | None = None,
+    ) -> None:
+        self.options = options or HookOptions()
+        self.counters: Counter[str] = Counter()
+        self.last_restore: RestoreReport | None = None
+        self._loaded, self._group = loaded, group or Alone()
+        self._shape = describe(loaded.model, loaded.config)
+        self._layers = layers or (0, self._shape.layers)
+        self._make_cache = make_cache or _prompt_cache_maker(loaded.model)
+        self._rope = {
+            layer: spec.fingerprint()
+            for layer, spec in enumerate(rope_specs(loaded.model))
+            if self._layers[0] <= layer < self._layers[1]
+        }
+        self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
+        self._calibrations = Calibrations(self._client, self.options.cache_dir)
+        self._policy = default_policy()
+        self._salt = b""
+        self._model_id: bytes | None = None
+        self._fingerprint: ModelFingerprint | None = None
+        self._fingerprint_error: str = ""
+        self._restored: OrderedDict[int, _Restored] = OrderedDict()
+        self._prefill = Rate()
+        self._coding_lock = threading.Lock()
+        self._coding_for: tuple[object, ...] = ()
+        self._coding_kept: Coding | None = None
+        self._digest = threading.Thread(target=self._digest_weights, daemon=True)
+        self._digest.start()
+        self._offers = Offers(self._client, self._coding, self.counters)
+        self._greet()
+        self._client.watch(self._on_event)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hand over what is still queued, then let go of the daemon."""
+        self._offers.close(self.options.close_timeout_s)
+        self._client.close()
+
+    def ready(self, timeout_s: float = 60.0) -> bool:
+        """Wait until the weights' digest and the namespace are known. Not a collective."""
+        self._digest.join(timeout_s)
+        if not self._salt:
+            self._greet()
+        return self._fingerprint is not None and bool(self._salt)
+
+    @property
+    def policy(self) -> pb.Policy:
+        """The policy in force on this node."""
+        return self._policy
+
+    @property
+    def model_id(self) -> bytes | None:
+        """The agreed model id; None until all ranks' digests are known."""
+        return self._model_id
+
+    # -- restore ------------------------------------------------------------------
+
+    def restore(self, tokens: Sequence[int]) -> tuple[list[Any], list[int]]:
+        """The longest stored prefix of a prompt, in a fresh cache.
+
+        Every rank calls this for every request, with the same tokens.
+
+        Args:
+            tokens: the whole prompt, token ids.
+        Returns:
+            (cache, remaining tokens to prefill; at least ``options.keep_last``).
+        """
+        started = time.monotonic()
+        tokens = list(tokens)
+        loaded = self._load(tokens)
+        cache = self._make_cache()
+        limit = max(0, len(tokens) - self.options.keep_last)
+        mine = min(loaded.tokens, limit)
+        agreeing = time.monotonic()
+        agreed = self._group.all_min([mine])[0]
+        loaded.seconds["agree"] = time.monotonic() - agreeing
+        if agreed < mine:
+            loaded.reason = loaded.reason or "agreement"
+        committed = self._commit(cache, loaded, agreed)
+        # A rank that failed to commit must not go on alone: all learn of it together.
+        if self._group.size > 1 and agreed:
+            committed = self._group.all_min([committed])[0]
+        if committed < agreed:
+            cache, agreed = self._make_cache(), 0
+        self._remember(cache, agreed, min(loaded.pages, agreed // self._page_tokens))
+        self._finish(tokens, agreed, loaded, time.monotonic() - started)
+        return cache, tokens[agreed:]
+
+    def _load(self, tokens: list[int]) -> Loaded:
+        try:
+            loader = self._loader()
+            deadline = self._prefill.seconds_for(len(tokens), self.options.max_restore_s)
+            return loader.load(tokens, min(deadline, self.options.max_restore_s))
+        except FerryError as exc:
+            return Loaded(reason=exc.reason, problems=[exc.reason])
+        except Exception:
+            # A bug here must cost a restore, never the request; and the collectives that
+            # follow must be entered on every rank.
+            log.exception("restore failed")
+            return Loaded(reason="bug", problems=["bug"])
+
+    def _loader(self) -> Loader:
+        if self._model_id is None:
+            self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
+        if not self._salt:
+            self._greet()
+        if self._model_id is None:
+            raise _IdentityPendingError(self._fingerprint_error or "digest not ready yet")
+        if not self._salt:
+            raise _NamespaceUnknownError("the node daemon has no namespace salt yet")
+        shard = self._shard(self._model_id)
+        return Loader(
+            client=self._client,
+            calibrations=self._calibrations,
+            shard=shard,
+            root=shard.root(self._salt),
+            accept=frozenset(self._policy.accept),
+            rope=self._rope,
+        )
+
+    def _commit(self, cache: list[Any], loaded: Loaded, agreed: int) -> int:
+        if not agreed or loaded.tensors is None:
+            return 0
+        started = time.monotonic()
+        try:
+            return adapters.restore(
+                cache, [loaded.tensors.cut_tokens((0, agreed))], self._layers[0]
+            )
+        except FerryError as exc:
+            loaded.reason = exc.reason
+        except Exception:
+            log.exception("restore failed")
+            loaded.reason = "bug"
+        finally:
+            loaded.seconds["commit"] = time.monotonic() - started
+        return 0
+
+    def _remember(self, cache: list[Any], tokens: int, pages: int) -> None:
+        self._restored[id(cache[0])] = _Restored(cache[0], tokens, pages, time.monotonic())
+        while len(self._restored) > REMEMBERED_RESTORES:
+            self._restored.popitem(last=False)
+
+    def _finish(self, tokens: list[int], restored: int, loaded: Loaded, seconds: float) -> None:
+        outcome = "hit" if restored else loaded.reason or "not_stored"
+        self.counters["restores" if restored else f"miss_{outcome}"] += 1
+        self.last_restore = RestoreReport(
+            prompt_tokens=len(tokens),
+            restored_tokens=restored,
+            loaded_tokens=loaded.tokens,
+            reason=loaded.reason,
+            bytes=loaded.bytes,
+            seconds=seconds,
+            steps=loaded.seconds,
+        )
+        self._client.report(
+            restore=pb.RestoreReport(
+                model_id=self._model_id or b"",
+                tokens=restored,
+                bytes=loaded.bytes,
+                seconds=seconds,
+                outcome="restored" if restored else outcome,
+            ),
+            misses=Counter(loaded.problems or ([] if restored else [outcome])),
+            prefill_tokens_per_s=self._prefill.per_s or 0.0,
+        )
+
+    # -- offer --------------------------------------------------------------------
+
+    def offer(self, tokens: Sequence[int], cache: list[Any], event: str = "prefill") -> bool:
+        """Give a cache away for storing; encoding and upload happen in the background.
+
+        Args:
+            tokens: token ids that ``cache`` was filled with; more than the cache holds
+                are cut off.
+            cache: of the local layers.
+            event: "prefill" (right after prefill) or "turn_end".
+        Returns:
+            Whether it was taken, now or for a trigger to come.
+        """
+        try:
+            return self._offer(tokens, cache, event)
+        except FerryError as exc:
+            self.counters[f"drop_{exc.reason}"] += 1
+        except Exception:
+            log.exception("offer failed")
+            self.counters["drop_bug"] += 1
+        return False
+
+    def _offer(self, tokens: Sequence[int], cache: list[Any], event: str) -> bool:
+        held = min(len(tokens), adapters.length(cache))
+        restored = self._restored.get(id(cache[0]))
+        if restored is not None and restored.first is cache[0] and event == "prefill":
+            self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
+        policy = self._policy
+        now = wanted_now(policy, event)
+        if held < max(1, policy.min_tokens):
+            self.counters["drop_short"] += 1
+            return False
+        if not now and not wanted_later(policy):
+            self.counters["drop_policy"] += 1
+            return False
+        snapshot = adapters.snapshot(cache, held, self._layers[0])
+        pages = restored.pages if restored is not None and restored.first is cache[0] else 0
+        offer = Offer(tuple(tokens[:held]), snapshot, pages)
+        if now:
+            return self._offers.submit(offer)
+        self._offers.defer(offer)
+        return True
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until all that was offered is in the store. False: not within the time."""
+        self._offers.wait()
+        return self._client.flush(timeout_s)
+
+    def _coding(self) -> Coding | None:
+        """Policy, namespace and calibration made concrete; kept until one changes."""
+        if self._model_id is None and self._group.size == 1:
+            self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
+        if self._model_id is None or not self._salt:
+            return None
+        calibration = self._calibrations.find(self._model_id)
+        policy = self._policy
+        basis = (policy.version, policy.name, self._salt, calibration and calibration.id)
+        with self._coding_lock:
+            if basis != self._coding_for:
+                self._coding_kept = self._make_coding(policy, calibration)
+                self._coding_for = basis
+            return self._coding_kept
+
+    def _make_coding(self, policy: pb.Policy, calibration: Any) -> Coding:
+        assert self._model_id is not None  # noqa: S101 - the caller looked
+        shard = self._shard(self._model_id)
+        pages = page_coding(policy, shard, calibration, self._calibrations.cut)
+        used = [coded.codec.calibration_id for coded in pages]
+        if calibration is not None and any(used):
+            self._calibrations.publish([*used, *(g.id for g in calibration.groups), calibration.id])
+        tail = tail_codec(policy)
+        return Coding(
+            shard=shard,
+            root=shard.root(self._salt),
+            pages=pages,
+            tail=None if tail is None else CodedRange(shard.layers, tail),
+            tail_ttl_s=policy.tail.ttl_s or DAY_S,
+        )
+
+    # -- what the daemon and the weights say ----------------------------------------
+
+    @property
+    def _page_tokens(self) -> int:
+        return self._shard(bytes(32)).page_tokens
+
+    def _shard(self, model_id: bytes) -> Shard:
+        return Shard(
+            model_id=model_id,
+            model_layers=self._shape.layers,
+            model_heads=self._shape.kv_heads,
+            head_dim=self._shape.head_dim,
+            layers=self._layers,
+            heads=(0, self._shape.kv_heads),
+        )
+
+    def _digest_weights(self) -> None:
+        try:
+            self._fingerprint = fingerprint(self._loaded, self._layers)
+        except (ModelError, OSError) as exc:
+            self._fingerprint_error = str(exc)
+            log.warning("no digest of the weights, so neither hits nor stores: %s", exc)
+
+    def _greet(self) -> None:
+        try:
+            hello = self._client.hello()
+        except FerryError as exc:
+            log.info("node daemon: %s", exc)
+            return
+        self._salt = hello.namespace_salt
+        if hello.policy.version:
+            self._policy = hello.policy
+
+    def _on_event(self, event: Any) -> None:
+        """Runs on the client's thread."""
+        kind = event.WhichOneof("event")
+        if kind == "policy":
+            self._policy = event.policy
+        elif kind == "namespace_salt":
+            self._salt = event.namespace_salt
+        elif kind == "trigger" and event.trigger in self._policy.when:
+            self.counters["triggers"] += 1
+            self._offers.trigger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    """A cache that `restore` returned; ``first`` keeps its id from being used again."""
+
+    first: Any
+    tokens: int
+    pages: int
+    at: float
+
+
+class _IdentityPendingError(ModelError):
+    reason = "identity_pending"
+
+
+class _NamespaceUnknownError(ModelError):
+    reason = "no_namespace"
+
+
+def _prompt_cache_maker(model: Any) -> Callable[[], list[Any]]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    return lambda: list(make_prompt_cache(model))
