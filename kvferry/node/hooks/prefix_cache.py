@@ -8,10 +8,11 @@ any failure of ours is a miss, counted by reason; the model then prefills.
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from kvferry.cluster.policy import default_policy
 from kvferry.codec.mlx import adapters
@@ -34,7 +35,6 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-REMEMBERED_RESTORES = 64
 DAY_S = 86_400
 
 
@@ -103,7 +103,7 @@ class PrefixCache:
         self._model_id: bytes | None = None
         self._fingerprint: ModelFingerprint | None = None
         self._fingerprint_error: str = ""
-        self._restored: OrderedDict[int, _Restored] = OrderedDict()
+        self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
         self._prefill = Rate()
         self._coding_lock = threading.Lock()
         self._coding_for: tuple[object, ...] = ()
@@ -225,9 +225,7 @@ class PrefixCache:
         return 0
 
     def _remember(self, cache: list[Any], tokens: int, pages: int) -> None:
-        self._restored[id(cache[0])] = _Restored(cache[0], tokens, pages, time.monotonic())
-        while len(self._restored) > REMEMBERED_RESTORES:
-            self._restored.popitem(last=False)
+        self._restored[cache[0]] = _Restored(tokens, pages, time.monotonic())
 
     def _finish(self, tokens: list[int], restored: int, loaded: Loaded, seconds: float) -> None:
         outcome = "hit" if restored else loaded.reason or "not_stored"
@@ -277,8 +275,8 @@ class PrefixCache:
 
     def _offer(self, tokens: Sequence[int], cache: list[Any], event: str) -> bool:
         held = min(len(tokens), adapters.length(cache))
-        restored = self._restored.get(id(cache[0]))
-        if restored is not None and restored.first is cache[0] and event == "prefill":
+        restored = self._restored.get(cache[0])
+        if restored is not None and event == "prefill":
             self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
         policy = self._policy
         now = wanted_now(policy, event)
@@ -289,8 +287,7 @@ class PrefixCache:
             self.counters["drop_policy"] += 1
             return False
         snapshot = adapters.snapshot(cache, held, self._layers[0])
-        pages = restored.pages if restored is not None and restored.first is cache[0] else 0
-        offer = Offer(tuple(tokens[:held]), snapshot, pages)
+        offer = Offer(tuple(tokens[:held]), snapshot, restored.pages if restored else 0)
         if now:
             return self._offers.submit(offer)
         self._offers.defer(offer)
@@ -379,9 +376,8 @@ class PrefixCache:
 
 @dataclass(frozen=True, slots=True)
 class _Restored:
-    """A cache that `restore` returned; ``first`` keeps its id from being used again."""
+    """What `restore` put into a cache, and when."""
 
-    first: Any
     tokens: int
     pages: int
     at: float
