@@ -124,7 +124,7 @@ class Cluster:
                     store_address,
                     "--coordinator",
                     coordinator_address,
-                )  # fmt: skip
+                )
             )
         for service in started:
             service.wait_ready()

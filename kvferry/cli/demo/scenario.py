@@ -46,8 +46,7 @@ class _Stage:
 
     def splits(self, split: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """The split scaled to a model with another number of layers."""
-        scaled = [(a * self.layers // 30, b * self.layers // 30) for a, b in split]
-        return scaled
+        return [(a * self.layers // 30, b * self.layers // 30) for a, b in split]
 
     def logits(self, name: str) -> Path:
         return self.folder / f"logits-{name}.npy"
