@@ -1,0 +1,231 @@
+"""A `BlobRepository` as the gRPC service BlobStore. The store and every node use this one."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+
+from kvferry import __version__
+from kvferry.cluster import convert, wire
+from kvferry.cluster.repository import BlobRepository, GetSession, PutSession
+from kvferry.cluster.server import Service
+from kvferry.cluster.status import error_metadata, status_code
+from kvferry.errors import FerryError, ProtocolError
+from kvferry.proto.container import DEFAULT_LIMITS
+from kvferry.proto.keys import BlobKey
+from kvferry.proto.v1 import store_pb2
+
+log = logging.getLogger(__name__)
+
+LIST_BATCH = 1000
+_Q = TypeVar("_Q")
+_R = TypeVar("_R")
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class BlobStoreServicer:
+    """Checks every field, asks the repository, and turns its errors into statuses."""
+
+    def __init__(
+        self,
+        repository: BlobRepository,
+        *,
+        max_blob_bytes: int = DEFAULT_LIMITS.max_blob,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        """``on_failure`` gets the reason of every refused or failed call, to be counted."""
+        self._repository = repository
+        self._max_blob_bytes = max_blob_bytes
+        self._on_failure = on_failure or (lambda reason: None)
+
+    async def has(self, request: store_pb2.HasRequest) -> store_pb2.HasReply:
+        """Has."""
+        keys = convert.keys_from_proto(request.keys)
+        return store_pb2.HasReply(present=await self._repository.has(keys))
+
+    async def commit(self, request: store_pb2.CommitRequest) -> store_pb2.CommitReply:
+        """Commit."""
+        keys = convert.keys_from_proto(request.keys)
+        return store_pb2.CommitReply(committed=await self._repository.commit(keys))
+
+    async def lookup(self, request: store_pb2.LookupRequest) -> store_pb2.LookupReply:
+        """Lookup."""
+        query = convert.query_from_proto(request)
+        return convert.result_to_proto(query, await self._repository.lookup(query))
+
+    async def pin(self, request: store_pb2.PinRequest) -> store_pb2.PinReply:
+        """Pin: leases of 1 second to a day."""
+        keys = convert.keys_from_proto(request.keys)
+        if not 1 <= request.ttl_s <= convert.MAX_LEASE_S:
+            raise ProtocolError(
+                f"a lease of {request.ttl_s:,} s: 1 to {convert.MAX_LEASE_S:,} wanted"
+            )
+        lease, pinned = await self._repository.pin(keys, request.ttl_s)
+        return store_pb2.PinReply(lease_id=lease, pinned=pinned)
+
+    async def unpin(self, request: store_pb2.UnpinRequest) -> store_pb2.UnpinReply:
+        """Unpin."""
+        if not 0 < len(request.lease_id) <= 128:
+            raise ProtocolError("lease id: 1 to 128 characters wanted")
+        return store_pb2.UnpinReply(existed=await self._repository.unpin(request.lease_id))
+
+    async def delete(self, request: store_pb2.DeleteRequest) -> store_pb2.DeleteReply:
+        """Delete."""
+        keys = convert.keys_from_proto(request.keys)
+        return store_pb2.DeleteReply(deleted=await self._repository.delete(keys))
+
+    async def stat(self, request: store_pb2.StatRequest) -> store_pb2.StatReply:
+        """Stat."""
+        return convert.stat_to_proto(await self._repository.stat(), __version__)
+
+    async def list(self, request: store_pb2.ListRequest) -> AsyncIterator[store_pb2.ListReply]:
+        """List, at most `LIST_BATCH` entries a message."""
+        query = convert.list_from_proto(request)
+        async for batch in self._repository.list(query):
+            for at in range(0, len(batch), LIST_BATCH):
+                entries = [convert.info_to_proto(info) for info in batch[at : at + LIST_BATCH]]
+                yield store_pb2.ListReply(entries=entries)
+
+    async def scrub(
+        self, request: store_pb2.ScrubRequest
+    ) -> AsyncIterator[store_pb2.ScrubProgress]:
+        """Scrub."""
+        async for report in self._repository.scrub(request.repair):
+            progress = store_pb2.ScrubProgress(checked=report.checked, total=report.total)
+            for key, reason in report.findings:
+                progress.findings.add(key=key, reason=reason)
+            yield progress
+
+    async def put(self, items: AsyncIterator[wire.PutItem]) -> store_pb2.PutReply:
+        """Put: a header, then exactly the bytes it announced."""
+        first = await anext(items, None)
+        if not isinstance(first, store_pb2.PutRequest) or not first.HasField("header"):
+            problem = first.problem if isinstance(first, wire.Malformed) else "want a PutHeader"
+            raise ProtocolError(f"a put begins with its header: {problem}")
+        spec = convert.spec_from_proto(first.header, self._max_blob_bytes)
+        session = await self._repository.open_put(spec)
+        if session is None:
+            return store_pb2.PutReply(stored=False)
+        async with _ending(session):
+            if first.data:
+                await session.write(first.data)
+            async for item in items:
+                await session.write(_data_of(item))
+            return store_pb2.PutReply(stored=await session.finish())
+
+    async def get(
+        self, request: store_pb2.GetRequest
+    ) -> AsyncIterator[store_pb2.GetReply | wire.Chunk]:
+        """Get: a header, then the bytes in chunks of at most 1 MiB."""
+        key = BlobKey.from_proto(request.key)
+        session = await self._repository.open_get(
+            key, request.offset, request.length, request.local_only
+        )
+        header = store_pb2.GetHeader(size=session.size, source=session.source)
+        yield store_pb2.GetReply(header=header)
+        async with _closing(session):
+            async for piece in session.chunks:
+                for chunk in wire.chunks_of(piece):
+                    yield chunk
+
+    async def _fail(self, context: Any, name: str, error: Exception) -> NoReturn:
+        if isinstance(error, FerryError):
+            self._on_failure(error.reason)
+            await context.abort(status_code(error), str(error)[:500], error_metadata(error))
+        self._on_failure("internal")
+        log.error("%s failed", name, exc_info=error)
+        await context.abort(grpc.StatusCode.INTERNAL, f"{name} failed inside; see the log")
+        raise AssertionError("abort returns never")
+
+    def _one(
+        self, name: str, method: Callable[[_Q], Awaitable[_R]]
+    ) -> Callable[..., Awaitable[_R]]:
+        async def handle(request: _Q, context: Any) -> _R:
+            try:
+                return await method(request)
+            except Exception as exc:  # every failure must end in a status
+                await self._fail(context, name, exc)
+
+        return handle
+
+    def _many(
+        self, name: str, method: Callable[[_Q], AsyncIterator[_R]]
+    ) -> Callable[..., AsyncIterator[_R]]:
+        async def handle(request: _Q, context: Any) -> AsyncIterator[_R]:
+            try:
+                async for reply in method(request):
+                    yield reply
+            except Exception as exc:  # every failure must end in a status
+                await self._fail(context, name, exc)
+
+        return handle
+
+    def handlers(self) -> dict[str, _Handler]:
+        """Method name -> handler, for `grpc.method_handlers_generic_handler`."""
+        unary: dict[str, tuple[Any, Any]] = {
+            "Has": (self.has, store_pb2.HasRequest),
+            "Commit": (self.commit, store_pb2.CommitRequest),
+            "Lookup": (self.lookup, store_pb2.LookupRequest),
+            "Pin": (self.pin, store_pb2.PinRequest),
+            "Unpin": (self.unpin, store_pb2.UnpinRequest),
+            "Delete": (self.delete, store_pb2.DeleteRequest),
+            "Stat": (self.stat, store_pb2.StatRequest),
+        }
+        streams: dict[str, tuple[Any, Any]] = {
+            "List": (self.list, store_pb2.ListRequest),
+            "Scrub": (self.scrub, store_pb2.ScrubRequest),
+            "Get": (self.get, store_pb2.GetRequest),
+        }
+        found: dict[str, _Handler] = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._one(name, method), request.FromString, wire.serialize
+            )
+            for name, (method, request) in unary.items()
+        }
+        for name, (method, request) in streams.items():
+            found[name] = grpc.unary_stream_rpc_method_handler(
+                self._many(name, method), request.FromString, wire.serialize
+            )
+        found["Put"] = grpc.stream_unary_rpc_method_handler(
+            self._one("Put", self.put), wire.deserialize_put, wire.serialize
+        )
+        return found
+
+
+def _data_of(item: wire.PutItem) -> wire.Chunk:
+    if isinstance(item, memoryview):
+        return item
+    if isinstance(item, wire.Malformed):
+        raise ProtocolError(item.problem)
+    if item.HasField("header"):
+        raise ProtocolError("a put has one header only")
+    return item.data
+
+
+@asynccontextmanager
+async def _ending(session: PutSession) -> AsyncIterator[None]:
+    """Aborts a put that did not finish, also when its caller went away."""
+    try:
+        yield
+    except BaseException:
+        await asyncio.shield(session.abort())
+        raise
+
+
+@asynccontextmanager
+async def _closing(session: GetSession) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        if isinstance(session.chunks, AsyncGenerator):
+            await session.chunks.aclose()
+
+
+def blob_store_service(servicer: BlobStoreServicer) -> Service:
+    """The service BlobStore, to be given to `kvferry.cluster.server.start_server`."""
+    generic = grpc.method_handlers_generic_handler(wire.SERVICE, servicer.handlers())
+    return Service(wire.SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))

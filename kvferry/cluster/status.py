@@ -1,0 +1,111 @@
+"""Our errors over gRPC: a status with the class's reason and data, and back.
+
+The status code serves foreign clients. Ours read the trailing metadata
+``kvferry-error-bin``, JSON ``[reason, [arguments]]``, and raise the same class again.
+Only classes of `kvferry.errors` can come out of it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from kvferry import errors
+from kvferry.errors import FerryError, ProtocolError, StoreTimeoutError, StoreUnavailableError
+
+METADATA_KEY = "kvferry-error-bin"
+_MAX_ARGUMENT_CHARS = 1000
+_MAX_METADATA_BYTES = 6000
+
+_Code = grpc.StatusCode
+# The nearest base class of an error decides.
+_CODES: dict[type[FerryError], grpc.StatusCode] = {
+    errors.FerryError: _Code.UNKNOWN,
+    errors.ConfigError: _Code.INVALID_ARGUMENT,
+    errors.InvalidKeyError: _Code.INVALID_ARGUMENT,
+    errors.ProtocolError: _Code.INVALID_ARGUMENT,
+    errors.CodecError: _Code.FAILED_PRECONDITION,
+    errors.CorruptBlobError: _Code.DATA_LOSS,
+    errors.BlobTooLargeError: _Code.INVALID_ARGUMENT,
+    errors.CalibrationMissingError: _Code.NOT_FOUND,
+    errors.CalibrationCorruptError: _Code.DATA_LOSS,
+    errors.UnsupportedTensorError: _Code.INVALID_ARGUMENT,
+    errors.StoreError: _Code.UNKNOWN,
+    errors.BlobNotFoundError: _Code.NOT_FOUND,
+    errors.StoreUnavailableError: _Code.UNAVAILABLE,
+    errors.StoreTimeoutError: _Code.DEADLINE_EXCEEDED,
+    errors.StoreFullError: _Code.RESOURCE_EXHAUSTED,
+    errors.QueueFullError: _Code.RESOURCE_EXHAUSTED,
+    errors.ModelError: _Code.FAILED_PRECONDITION,
+}
+
+
+def _family(base: type[FerryError]) -> Iterator[type[FerryError]]:
+    yield base
+    for child in base.__subclasses__():
+        yield from _family(child)
+
+
+def _class_of(reason: str) -> type[FerryError] | None:
+    return next((c for c in _family(FerryError) if c.reason == reason), None)
+
+
+def status_code(error: FerryError) -> grpc.StatusCode:
+    """The gRPC status of an error."""
+    return next(_CODES[c] for c in type(error).__mro__ if c in _CODES)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bool | int | float) or value is None:
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value[:64]]
+    return str(value)[:_MAX_ARGUMENT_CHARS]
+
+
+def error_metadata(error: FerryError) -> tuple[tuple[str, bytes], ...]:
+    """Trailing metadata that `error_from_metadata` reads."""
+    raw = json.dumps([error.reason, [_plain(a) for a in error.args]]).encode()
+    if len(raw) > _MAX_METADATA_BYTES:
+        raw = json.dumps([error.reason, []]).encode()
+    return ((METADATA_KEY, raw),)
+
+
+def _decode(raw: bytes) -> FerryError | None:
+    try:
+        reason, arguments = json.loads(raw)
+        cls = _class_of(reason)
+        if cls is None:
+            return None
+        return cls(*(tuple(a) if isinstance(a, list) else a for a in arguments))
+    except (ValueError, TypeError):
+        return None
+
+
+def error_from_status(
+    where: str,
+    code: grpc.StatusCode | None,
+    details: str,
+    metadata: Iterable[Sequence[str | bytes]] | None,
+) -> FerryError:
+    """The error that the other side raised, or what stands for a failing transport."""
+    for key, value in metadata or ():
+        if key == METADATA_KEY and isinstance(value, bytes):
+            error = _decode(value)
+            if error is not None:
+                return error
+    if code is _Code.DEADLINE_EXCEEDED:
+        return StoreTimeoutError(where, "no answer within the deadline")
+    if code in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED, _Code.RESOURCE_EXHAUSTED):
+        return ProtocolError(f"{where} refused the call: {details[:300]}")
+    name = code.name.lower() if code is not None else "no status"
+    return StoreUnavailableError(where, f"{name}: {details[:300]}")
+
+
+def error_from_rpc(where: str, exc: grpc.RpcError) -> FerryError:
+    """Translate what grpc or grpc.aio raised, once, at the boundary."""
+    code = exc.code() if hasattr(exc, "code") else None
+    details = exc.details() if hasattr(exc, "details") else str(exc)
+    metadata: Any = exc.trailing_metadata() if hasattr(exc, "trailing_metadata") else None
+    return error_from_status(where, code, details or "", metadata)
