@@ -129,6 +129,10 @@ class Cluster:
         for service in started:
             service.wait_ready()
 
+    def service(self, name: str) -> Service:
+        """A running one by name: "store", "coordinator", "node0", ..."""
+        return next(service for service in self._services if service.name == name)
+
     def stop(self) -> None:
         """All of them, nodes first: they still hand over what they have."""
         for service in reversed(self._services):

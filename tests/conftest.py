@@ -1,0 +1,44 @@
+"""Fixtures shared by all parts: folders of one's own, the real model, a calibration."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's own configuration, cache or state."""
+    base = tmp_path_factory.mktemp("home")
+    names = ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
+    kept = {name: os.environ.get(name) for name in (*names, "KVFERRY_CONFIG")}
+    os.environ.pop("KVFERRY_CONFIG", None)
+    for name in names:
+        folder = base / name.lower()
+        folder.mkdir()
+        os.environ[name] = str(folder)
+    yield
+    for name, value in kept.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def calibrated(_own_folders: None) -> Path:
+    """The cache folder after a small calibration of SmolLM2, made once a session."""
+    from kvferry.codec.mlx.openblas import model_environment
+    from kvferry.settings import user_dir
+
+    command = [sys.executable, "-m", "kvferry", "calibrate", "--model", "smollm2"]
+    subprocess.run(
+        [*command, "--tokens", "4096", "--if-missing"],
+        env=dict(os.environ) | model_environment(),
+        check=True,
+        timeout=280,
+    )
+    return user_dir("cache")

@@ -1,0 +1,133 @@
+"""Which blobs a restore picks, and how their tensors come together."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.cluster.repository import BlobInfo, CodecInfo, LookupResult, TailFound
+from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.node.restore import assemble, choose_pieces, plan_restore
+from kvferry.proto.keys import BlobKey, page_keys, root_key, tail_key
+
+ROOT = root_key(b"s" * 16, b"m" * 32)
+
+
+def info(
+    layers: tuple[int, int], page: bytes = b"p" * 32, kind: str = "page", size: int = 10
+) -> BlobInfo:
+    key = BlobKey(kind, page, layers, (0, 3), "raw.1-0123456789abcdef")
+    return BlobInfo(
+        key=key,
+        size=size,
+        codec=CodecInfo(name="raw", version=1),
+        model_id=b"m" * 32,
+        previous_key=b"r" * 32,
+        tokens=(0, 256),
+        layers=layers,
+        heads=(0, 3),
+        model_layers=30,
+        model_heads=3,
+    )
+
+
+spans = st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda s: s[0] < s[1])
+
+
+@given(st.lists(spans, max_size=8), spans)
+def test_pieces_cover_exactly_what_is_wanted_or_there_are_none(
+    blobs: list[tuple[int, int]], wanted: tuple[int, int]
+) -> None:
+    pieces = choose_pieces([info(b) for b in blobs], wanted, (0, 3))
+    coverable = all(any(a <= layer < b for a, b in blobs) for layer in range(wanted[0], wanted[1]))
+    assert (pieces is not None) == coverable
+    if pieces is not None:
+        taken = [layer for p in pieces for layer in range(*p.cut)]
+        assert taken == list(range(*wanted))
+        for piece in pieces:
+            assert piece.info.layers[0] <= piece.cut[0] < piece.cut[1] <= piece.info.layers[1]
+
+
+def test_of_two_codings_the_smaller_is_fetched() -> None:
+    pieces = choose_pieces([info((0, 15), size=90), info((0, 15), size=9)], (0, 10), (0, 3))
+    assert pieces is not None
+    assert [p.info.size for p in pieces] == [9]
+
+
+def test_blobs_that_lack_heads_are_not_used() -> None:
+    assert choose_pieces([info((0, 15))], (0, 15), (0, 4)) is None
+
+
+def _found(pages: int, tails: list[TailFound]) -> LookupResult:
+    return LookupResult(pages=[[info((0, 30))] for _ in range(pages)], tails=tails)
+
+
+def _tail(previous: bytes, tokens: list[int]) -> TailFound:
+    key = tail_key(previous, tokens)
+    return TailFound(tail_key=key, tokens=len(tokens), blobs=[info((0, 30), key, "tail")])
+
+
+def test_a_tail_counts_only_for_exactly_its_tokens() -> None:
+    tokens = list(range(600))
+    keys = page_keys(ROOT, tokens)
+    good = _tail(keys[-1], tokens[512:580])
+    other_tokens = _tail(keys[-1], [9] * 80)
+    other_place = _tail(keys[0], tokens[512:590])
+    too_long = _tail(keys[-1], [*tokens[512:], 7])
+    found = _found(2, [other_tokens, good, other_place, too_long])
+    plan = plan_restore(found, keys, ROOT, tokens, 256, (0, 30), (0, 3))
+    assert plan.has_tail
+    assert plan.tokens == 580
+
+
+def test_a_tail_without_pages_hangs_on_the_root() -> None:
+    tokens = list(range(300))
+    plan = plan_restore(
+        _found(0, [_tail(ROOT, tokens[:200])]), page_keys(ROOT, tokens), ROOT, tokens, 256,
+        (0, 30), (0, 3),
+    )  # fmt: skip
+    assert plan.tokens == 200
+
+
+def test_a_page_that_this_shard_cannot_cover_ends_the_plan() -> None:
+    tokens = list(range(600))
+    keys = page_keys(ROOT, tokens)
+    found = LookupResult(pages=[[info((0, 30))], [info((0, 10))]], tails=[_tail(keys[1], [1])])
+    plan = plan_restore(found, keys, ROOT, tokens, 256, (5, 20), (0, 3))
+    assert plan.tokens == 256
+    assert not plan.has_tail
+
+
+def test_assembled_tensors_are_every_layer_and_token_in_its_place() -> None:
+    """Each value names its own layer, head and token; after assembly all are at home."""
+
+    def tensors(layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
+        grid = np.meshgrid(
+            np.arange(*layers), np.arange(3), np.arange(*tokens), np.arange(4), indexing="ij"
+        )
+        data = (grid[0] * 1000 + grid[2] + grid[1] / 4 + grid[3] / 64).astype(np.float32)
+        streams = {n: Stream(n, data, DType.FLOAT32) for n in ("k", "v")}
+        return PageTensors(layers, (0, 3), tokens, streams)
+
+    plan = plan_restore(
+        LookupResult(
+            pages=[
+                [info((0, 5), b"a" * 32), info((5, 9), b"a" * 32)],
+                [info((0, 9), b"b" * 32)],
+            ]
+        ),
+        [b"a" * 32, b"b" * 32],
+        ROOT,
+        list(range(512)),
+        256,
+        (2, 8),
+        (0, 3),
+    )
+    decoded = {
+        (p.info.key.page_key, p.cut): tensors(p.cut, s.tokens)
+        for s in plan.segments
+        for p in s.pieces
+    }
+    whole = assemble(plan.segments, decoded, (2, 8), (0, 3))
+    expected = tensors((2, 8), (0, 512))
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(whole.streams[name].data, expected.streams[name].data)
