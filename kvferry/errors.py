@@ -19,6 +19,7 @@
     │   ├── StoreFullError         the byte budget or the disk reserve is reached
     │   └── QueueFullError         bounded queue: the offer is dropped
     ├── ModelError                 a model that cannot be loaded, keyed or hooked
+    ├── FencedError                a later incarnation of this node has registered
     └── ProtocolError              a peer that does not follow the wire contract
 
 Each carries its data as attributes, survives pickling (positional arguments), and
@@ -246,6 +247,12 @@ class ModelError(FerryError):
     """A model that cannot be loaded, keyed or hooked: what, and what to do."""
 
     reason = "model"
+
+
+class FencedError(FerryError):
+    """A later start of the same node id has registered: this one must not speak for it."""
+
+    reason = "fenced"
 
 
 class ProtocolError(FerryError):

@@ -38,6 +38,7 @@ _CODES: dict[type[FerryError], grpc.StatusCode] = {
     errors.StoreFullError: _Code.RESOURCE_EXHAUSTED,
     errors.QueueFullError: _Code.RESOURCE_EXHAUSTED,
     errors.ModelError: _Code.FAILED_PRECONDITION,
+    errors.FencedError: _Code.FAILED_PRECONDITION,
 }
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvferry/proto/v1/coordinator.proto\x12\nkvferry.v1\"\xb6\x01\n\tLayerRule\x12\x13\n\x0blayer_start\x18\x01 \x01(\r\x12\x11\n\tlayer_end\x18\x02 \x01(\r\x12\r\n\x05\x63odec\x18\x03 \x01(\t\x12\x33\n\x07options\x18\x04 \x03(\x0b\x32\".kvferry.v1.LayerRule.OptionsEntry\x12\r\n\x05model\x18\x05 \x01(\t\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8c\x01\n\x08TailRule\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x32\n\x07options\x18\x02 \x03(\x0b\x32!.kvferry.v1.TailRule.OptionsEntry\x12\r\n\x05ttl_s\x18\x03 \x01(\x04\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdd\x01\n\x06Policy\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12$\n\x05rules\x18\x03 \x03(\x0b\x32\x15.kvferry.v1.LayerRule\x12!\n\x04when\x18\x04 \x03(\x0e\x32\x13.kvferry.v1.Trigger\x12\"\n\x04tail\x18\x05 \x01(\x0b\x32\x14.kvferry.v1.TailRule\x12\x0e\n\x06\x61\x63\x63\x65pt\x18\x06 \x03(\t\x12\x0e\n\x06idle_s\x18\x07 \x01(\r\x12\x13\n\x0bmemory_mark\x18\x08 \x01(\x01\x12\x12\n\nmin_tokens\x18\t \x01(\r\"/\n\x0bNodeAddress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x80\x01\n\x0fRegisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12%\n\x06shards\x18\x05 \x03(\x0b\x32\x15.kvferry.v1.ShardInfo\"E\n\tShardInfo\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\x13\n\x0blayer_start\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\"\x86\x01\n\rRegisterReply\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\x12\x16\n\x0enamespace_salt\x18\x02 \x01(\x0c\x12&\n\x05peers\x18\x03 \x03(\x0b\x32\x17.kvferry.v1.NodeAddress\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\"\xfc\x02\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11memory_used_share\x18\x03 \x01(\x01\x12\x17\n\x0f\x66ree_disk_bytes\x18\x04 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x05 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x06 \x01(\x01\x12%\n\x05links\x18\x07 \x03(\x0b\x32\x16.kvferry.v1.LinkSample\x12%\n\x06shards\x18\x08 \x03(\x0b\x32\x15.kvferry.v1.ShardInfo\x12\x16\n\x0epolicy_version\x18\t \x01(\x04\x12<\n\x08\x63ounters\x18\n \x03(\x0b\x32*.kvferry.v1.HeartbeatRequest.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"@\n\nLinkSample\x12\n\n\x02to\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x01\x12\x11\n\tlatency_s\x18\x03 \x01(\x01\"G\n\x0eHeartbeatReply\x12\r\n\x05known\x18\x01 \x01(\x08\x12&\n\x05peers\x18\x02 \x03(\x0b\x32\x17.kvferry.v1.NodeAddress\"%\n\x12WatchPolicyRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"s\n\rRestoreReport\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\x0c\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0f\n\x07outcome\x18\x06 \x01(\t\"\x14\n\x12ReportRestoreReply\" \n\x0e\x45xplainRequest\x12\x0e\n\x06layers\x18\x01 \x01(\r\"`\n\x0c\x45xplainReply\x12\"\n\x06policy\x18\x01 \x01(\x0b\x32\x12.kvferry.v1.Policy\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.kvferry.v1.LayerExplanation\"=\n\x10LayerExplanation\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\"6\n\x10SetPolicyRequest\x12\"\n\x06policy\x18\x01 \x01(\x0b\x32\x12.kvferry.v1.Policy\"!\n\x0eSetPolicyReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x10\n\x0eMembersRequest\"\x9b\x01\n\x06Member\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x1f\n\x17seconds_since_heartbeat\x18\x05 \x01(\x01\x12*\n\x04last\x18\x06 \x01(\x0b\x32\x1c.kvferry.v1.HeartbeatRequest\"K\n\x0cMembersReply\x12#\n\x07members\x18\x01 \x03(\x0b\x32\x12.kvferry.v1.Member\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04*\x9c\x01\n\x07Trigger\x12\x17\n\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x19\n\x15TRIGGER_AFTER_PREFILL\x10\x01\x12\x14\n\x10TRIGGER_TURN_END\x10\x02\x12\x1b\n\x17TRIGGER_MEMORY_PRESSURE\x10\x03\x12\x10\n\x0cTRIGGER_IDLE\x10\x04\x12\x18\n\x14TRIGGER_BEFORE_SLEEP\x10\x05\x32\xf2\x03\n\x0b\x43oordinator\x12\x42\n\x08Register\x12\x1b.kvferry.v1.RegisterRequest\x1a\x19.kvferry.v1.RegisterReply\x12\x45\n\tHeartbeat\x12\x1c.kvferry.v1.HeartbeatRequest\x1a\x1a.kvferry.v1.HeartbeatReply\x12\x43\n\x0bWatchPolicy\x12\x1e.kvferry.v1.WatchPolicyRequest\x1a\x12.kvferry.v1.Policy0\x01\x12J\n\rReportRestore\x12\x19.kvferry.v1.RestoreReport\x1a\x1e.kvferry.v1.ReportRestoreReply\x12?\n\x07\x45xplain\x12\x1a.kvferry.v1.ExplainRequest\x1a\x18.kvferry.v1.ExplainReply\x12\x45\n\tSetPolicy\x12\x1c.kvferry.v1.SetPolicyRequest\x1a\x1a.kvferry.v1.SetPolicyReply\x12?\n\x07Members\x12\x1a.kvferry.v1.MembersRequest\x1a\x18.kvferry.v1.MembersReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvferry/proto/v1/coordinator.proto\x12\nkvferry.v1\"\xb6\x01\n\tLayerRule\x12\x13\n\x0blayer_start\x18\x01 \x01(\r\x12\x11\n\tlayer_end\x18\x02 \x01(\r\x12\r\n\x05\x63odec\x18\x03 \x01(\t\x12\x33\n\x07options\x18\x04 \x03(\x0b\x32\".kvferry.v1.LayerRule.OptionsEntry\x12\r\n\x05model\x18\x05 \x01(\t\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8c\x01\n\x08TailRule\x12\r\n\x05\x63odec\x18\x01 \x01(\t\x12\x32\n\x07options\x18\x02 \x03(\x0b\x32!.kvferry.v1.TailRule.OptionsEntry\x12\r\n\x05ttl_s\x18\x03 \x01(\x04\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdd\x01\n\x06Policy\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12$\n\x05rules\x18\x03 \x03(\x0b\x32\x15.kvferry.v1.LayerRule\x12!\n\x04when\x18\x04 \x03(\x0e\x32\x13.kvferry.v1.Trigger\x12\"\n\x04tail\x18\x05 \x01(\x0b\x32\x14.kvferry.v1.TailRule\x12\x0e\n\x06\x61\x63\x63\x65pt\x18\x06 \x03(\t\x12\x0e\n\x06idle_s\x18\x07 \x01(\r\x12\x13\n\x0bmemory_mark\x18\x08 \x01(\x01\x12\x12\n\nmin_tokens\x18\t \x01(\r\"/\n\x0bNodeAddress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x98\x01\n\x0fRegisterRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12%\n\x06shards\x18\x05 \x03(\x0b\x32\x15.kvferry.v1.ShardInfo\x12\x16\n\x0epolicy_version\x18\x06 \x01(\x04\"E\n\tShardInfo\x12\x10\n\x08model_id\x18\x01 \x01(\x0c\x12\x13\n\x0blayer_start\x18\x02 \x01(\r\x12\x11\n\tlayer_end\x18\x03 \x01(\r\"\x86\x01\n\rRegisterReply\x12\x1d\n\x15heartbeat_interval_ms\x18\x01 \x01(\r\x12\x16\n\x0enamespace_salt\x18\x02 \x01(\x0c\x12&\n\x05peers\x18\x03 \x03(\x0b\x32\x17.kvferry.v1.NodeAddress\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\"\xfc\x02\n\x10HeartbeatRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x19\n\x11memory_used_share\x18\x03 \x01(\x01\x12\x17\n\x0f\x66ree_disk_bytes\x18\x04 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x05 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x06 \x01(\x01\x12%\n\x05links\x18\x07 \x03(\x0b\x32\x16.kvferry.v1.LinkSample\x12%\n\x06shards\x18\x08 \x03(\x0b\x32\x15.kvferry.v1.ShardInfo\x12\x16\n\x0epolicy_version\x18\t \x01(\x04\x12<\n\x08\x63ounters\x18\n \x03(\x0b\x32*.kvferry.v1.HeartbeatRequest.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"@\n\nLinkSample\x12\n\n\x02to\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x01\x12\x11\n\tlatency_s\x18\x03 \x01(\x01\"G\n\x0eHeartbeatReply\x12\r\n\x05known\x18\x01 \x01(\x08\x12&\n\x05peers\x18\x02 \x03(\x0b\x32\x17.kvferry.v1.NodeAddress\"%\n\x12WatchPolicyRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"s\n\rRestoreReport\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\x0c\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x0f\n\x07outcome\x18\x06 \x01(\t\"\x14\n\x12ReportRestoreReply\"/\n\x0e\x45xplainRequest\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\r\n\x05model\x18\x02 \x01(\t\"`\n\x0c\x45xplainReply\x12\"\n\x06policy\x18\x01 \x01(\x0b\x32\x12.kvferry.v1.Policy\x12,\n\x06layers\x18\x02 \x03(\x0b\x32\x1c.kvferry.v1.LayerExplanation\"=\n\x10LayerExplanation\x12\r\n\x05layer\x18\x01 \x01(\r\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x0b\n\x03why\x18\x03 \x01(\t\"6\n\x10SetPolicyRequest\x12\"\n\x06policy\x18\x01 \x01(\x0b\x32\x12.kvferry.v1.Policy\"!\n\x0eSetPolicyReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\"\x10\n\x0eMembersRequest\"\xac\x01\n\x06Member\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x1f\n\x17seconds_since_heartbeat\x18\x05 \x01(\x01\x12*\n\x04last\x18\x06 \x01(\x0b\x32\x1c.kvferry.v1.HeartbeatRequest\x12\x0f\n\x07version\x18\x07 \x01(\t\"K\n\x0cMembersReply\x12#\n\x07members\x18\x01 \x03(\x0b\x32\x12.kvferry.v1.Member\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04*\x9c\x01\n\x07Trigger\x12\x17\n\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x19\n\x15TRIGGER_AFTER_PREFILL\x10\x01\x12\x14\n\x10TRIGGER_TURN_END\x10\x02\x12\x1b\n\x17TRIGGER_MEMORY_PRESSURE\x10\x03\x12\x10\n\x0cTRIGGER_IDLE\x10\x04\x12\x18\n\x14TRIGGER_BEFORE_SLEEP\x10\x05\x32\xf2\x03\n\x0b\x43oordinator\x12\x42\n\x08Register\x12\x1b.kvferry.v1.RegisterRequest\x1a\x19.kvferry.v1.RegisterReply\x12\x45\n\tHeartbeat\x12\x1c.kvferry.v1.HeartbeatRequest\x1a\x1a.kvferry.v1.HeartbeatReply\x12\x43\n\x0bWatchPolicy\x12\x1e.kvferry.v1.WatchPolicyRequest\x1a\x12.kvferry.v1.Policy0\x01\x12J\n\rReportRestore\x12\x19.kvferry.v1.RestoreReport\x1a\x1e.kvferry.v1.ReportRestoreReply\x12?\n\x07\x45xplain\x12\x1a.kvferry.v1.ExplainRequest\x1a\x18.kvferry.v1.ExplainReply\x12\x45\n\tSetPolicy\x12\x1c.kvferry.v1.SetPolicyRequest\x1a\x1a.kvferry.v1.SetPolicyReply\x12?\n\x07Members\x12\x1a.kvferry.v1.MembersRequest\x1a\x18.kvferry.v1.MembersReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TAILRULE_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._loaded_options = None
   _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_TRIGGER']._serialized_start=2230
-  _globals['_TRIGGER']._serialized_end=2386
+  _globals['_TRIGGER']._serialized_start=2286
+  _globals['_TRIGGER']._serialized_end=2442
   _globals['_LAYERRULE']._serialized_start=51
   _globals['_LAYERRULE']._serialized_end=233
   _globals['_LAYERRULE_OPTIONSENTRY']._serialized_start=187
@@ -52,41 +52,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODEADDRESS']._serialized_start=602
   _globals['_NODEADDRESS']._serialized_end=649
   _globals['_REGISTERREQUEST']._serialized_start=652
-  _globals['_REGISTERREQUEST']._serialized_end=780
-  _globals['_SHARDINFO']._serialized_start=782
-  _globals['_SHARDINFO']._serialized_end=851
-  _globals['_REGISTERREPLY']._serialized_start=854
-  _globals['_REGISTERREPLY']._serialized_end=988
-  _globals['_HEARTBEATREQUEST']._serialized_start=991
-  _globals['_HEARTBEATREQUEST']._serialized_end=1371
-  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_start=1324
-  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_end=1371
-  _globals['_LINKSAMPLE']._serialized_start=1373
-  _globals['_LINKSAMPLE']._serialized_end=1437
-  _globals['_HEARTBEATREPLY']._serialized_start=1439
-  _globals['_HEARTBEATREPLY']._serialized_end=1510
-  _globals['_WATCHPOLICYREQUEST']._serialized_start=1512
-  _globals['_WATCHPOLICYREQUEST']._serialized_end=1549
-  _globals['_RESTOREREPORT']._serialized_start=1551
-  _globals['_RESTOREREPORT']._serialized_end=1666
-  _globals['_REPORTRESTOREREPLY']._serialized_start=1668
-  _globals['_REPORTRESTOREREPLY']._serialized_end=1688
-  _globals['_EXPLAINREQUEST']._serialized_start=1690
-  _globals['_EXPLAINREQUEST']._serialized_end=1722
-  _globals['_EXPLAINREPLY']._serialized_start=1724
-  _globals['_EXPLAINREPLY']._serialized_end=1820
-  _globals['_LAYEREXPLANATION']._serialized_start=1822
-  _globals['_LAYEREXPLANATION']._serialized_end=1883
-  _globals['_SETPOLICYREQUEST']._serialized_start=1885
-  _globals['_SETPOLICYREQUEST']._serialized_end=1939
-  _globals['_SETPOLICYREPLY']._serialized_start=1941
-  _globals['_SETPOLICYREPLY']._serialized_end=1974
-  _globals['_MEMBERSREQUEST']._serialized_start=1976
-  _globals['_MEMBERSREQUEST']._serialized_end=1992
-  _globals['_MEMBER']._serialized_start=1995
-  _globals['_MEMBER']._serialized_end=2150
-  _globals['_MEMBERSREPLY']._serialized_start=2152
-  _globals['_MEMBERSREPLY']._serialized_end=2227
-  _globals['_COORDINATOR']._serialized_start=2389
-  _globals['_COORDINATOR']._serialized_end=2887
+  _globals['_REGISTERREQUEST']._serialized_end=804
+  _globals['_SHARDINFO']._serialized_start=806
+  _globals['_SHARDINFO']._serialized_end=875
+  _globals['_REGISTERREPLY']._serialized_start=878
+  _globals['_REGISTERREPLY']._serialized_end=1012
+  _globals['_HEARTBEATREQUEST']._serialized_start=1015
+  _globals['_HEARTBEATREQUEST']._serialized_end=1395
+  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_start=1348
+  _globals['_HEARTBEATREQUEST_COUNTERSENTRY']._serialized_end=1395
+  _globals['_LINKSAMPLE']._serialized_start=1397
+  _globals['_LINKSAMPLE']._serialized_end=1461
+  _globals['_HEARTBEATREPLY']._serialized_start=1463
+  _globals['_HEARTBEATREPLY']._serialized_end=1534
+  _globals['_WATCHPOLICYREQUEST']._serialized_start=1536
+  _globals['_WATCHPOLICYREQUEST']._serialized_end=1573
+  _globals['_RESTOREREPORT']._serialized_start=1575
+  _globals['_RESTOREREPORT']._serialized_end=1690
+  _globals['_REPORTRESTOREREPLY']._serialized_start=1692
+  _globals['_REPORTRESTOREREPLY']._serialized_end=1712
+  _globals['_EXPLAINREQUEST']._serialized_start=1714
+  _globals['_EXPLAINREQUEST']._serialized_end=1761
+  _globals['_EXPLAINREPLY']._serialized_start=1763
+  _globals['_EXPLAINREPLY']._serialized_end=1859
+  _globals['_LAYEREXPLANATION']._serialized_start=1861
+  _globals['_LAYEREXPLANATION']._serialized_end=1922
+  _globals['_SETPOLICYREQUEST']._serialized_start=1924
+  _globals['_SETPOLICYREQUEST']._serialized_end=1978
+  _globals['_SETPOLICYREPLY']._serialized_start=1980
+  _globals['_SETPOLICYREPLY']._serialized_end=2013
+  _globals['_MEMBERSREQUEST']._serialized_start=2015
+  _globals['_MEMBERSREQUEST']._serialized_end=2031
+  _globals['_MEMBER']._serialized_start=2034
+  _globals['_MEMBER']._serialized_end=2206
+  _globals['_MEMBERSREPLY']._serialized_start=2208
+  _globals['_MEMBERSREPLY']._serialized_end=2283
+  _globals['_COORDINATOR']._serialized_start=2445
+  _globals['_COORDINATOR']._serialized_end=2943
 # @@protoc_insertion_point(module_scope)

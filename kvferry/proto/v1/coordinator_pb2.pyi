@@ -209,11 +209,16 @@ class RegisterRequest(google.protobuf.message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
+    POLICY_VERSION_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     """grows with every start; older ones are fenced"""
     address: builtins.str
     version: builtins.str
+    policy_version: builtins.int
+    """Newest policy that the node has seen: the coordinator never gives out an older one,
+    not even after it has lost its files.
+    """
     @property
     def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ShardInfo]: ...
     def __init__(
@@ -224,8 +229,9 @@ class RegisterRequest(google.protobuf.message.Message):
         address: builtins.str = ...,
         version: builtins.str = ...,
         shards: collections.abc.Iterable[Global___ShardInfo] | None = ...,
+        policy_version: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "node_id", b"node_id", "shards", b"shards", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "node_id", b"node_id", "policy_version", b"policy_version", "shards", b"shards", "version", b"version"]) -> None: ...
 
 Global___RegisterRequest: typing_extensions.TypeAlias = RegisterRequest
 
@@ -439,13 +445,17 @@ class ExplainRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LAYERS_FIELD_NUMBER: builtins.int
+    MODEL_FIELD_NUMBER: builtins.int
     layers: builtins.int
+    model: builtins.str
+    """hex of a model_id; empty: rules for every model"""
     def __init__(
         self,
         *,
         layers: builtins.int = ...,
+        model: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["layers", b"layers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layers", b"layers", "model", b"model"]) -> None: ...
 
 Global___ExplainRequest: typing_extensions.TypeAlias = ExplainRequest
 
@@ -543,12 +553,14 @@ class Member(google.protobuf.message.Message):
     STATE_FIELD_NUMBER: builtins.int
     SECONDS_SINCE_HEARTBEAT_FIELD_NUMBER: builtins.int
     LAST_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     address: builtins.str
     state: builtins.str
     """"ready", "away", "gone" """
     seconds_since_heartbeat: builtins.float
+    version: builtins.str
     @property
     def last(self) -> Global___HeartbeatRequest: ...
     def __init__(
@@ -560,9 +572,10 @@ class Member(google.protobuf.message.Message):
         state: builtins.str = ...,
         seconds_since_heartbeat: builtins.float = ...,
         last: Global___HeartbeatRequest | None = ...,
+        version: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["last", b"last"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "last", b"last", "node_id", b"node_id", "seconds_since_heartbeat", b"seconds_since_heartbeat", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "last", b"last", "node_id", b"node_id", "seconds_since_heartbeat", b"seconds_since_heartbeat", "state", b"state", "version", b"version"]) -> None: ...
 
 Global___Member: typing_extensions.TypeAlias = Member
 
