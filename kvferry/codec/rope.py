@@ -29,16 +29,18 @@ class RopeSpec:
     Attributes:
         dims: leading dimensions of a head that are rotated; 0 where a layer has no RoPE.
         traditional: True rotates pairs (2i, 2i+1), False halves (i, i + dims/2).
-        inv_freq: dims/2 angular frequencies in radians per position, linear position
-            scaling folded in.
+        inv_freq: dims/2 angular frequencies in radians per position, float32 values
+            as the model computes them.
         key_scale: factor that the model puts on the rotated dims (YaRN, longrope);
             divided out by `undo`.
+        position_scale: positions are multiplied by it before all else (linear scaling).
     """
 
     dims: int
     traditional: bool
     inv_freq: tuple[float, ...]
     key_scale: float = 1.0
+    position_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.dims <= MAX_ROPE_DIMS or self.dims % 2:
@@ -47,8 +49,8 @@ class RopeSpec:
             raise CalibrationCorruptError(
                 "rope", f"{len(self.inv_freq)} frequencies for {self.dims} dims"
             )
-        values = np.array([*self.inv_freq, self.key_scale], dtype=np.float64)
-        if not np.isfinite(values).all() or self.key_scale <= 0:
+        values = np.array([*self.inv_freq, self.key_scale, self.position_scale], dtype=np.float64)
+        if not np.isfinite(values).all() or min(values[-2:]) <= 0:
             raise CalibrationCorruptError("rope", "a frequency or scale is not a finite number")
 
     def fingerprint(self) -> bytes:
@@ -65,6 +67,7 @@ class RopeSpec:
                     "traditional": self.traditional,
                     "inv_freq": [f"{value:.8e}" for value in self.inv_freq],
                     "key_scale": f"{self.key_scale:.8e}",
+                    "position_scale": f"{self.position_scale:.8e}",
                 }
             )
         ).digest()
@@ -76,6 +79,7 @@ class RopeSpec:
             "traditional": self.traditional,
             "inv_freq": list(self.inv_freq),
             "key_scale": self.key_scale,
+            "position_scale": self.position_scale,
         }
 
     @classmethod
@@ -86,15 +90,17 @@ class RopeSpec:
             "traditional",
             "inv_freq",
             "key_scale",
+            "position_scale",
         }:
             raise CalibrationCorruptError("rope", "not a rope specification")
         dims, traditional = value["dims"], value["traditional"]
-        freq, scale = value["inv_freq"], value["key_scale"]
+        freq = value["inv_freq"]
+        scales = [value["key_scale"], value["position_scale"]]
         if type(dims) is not int or type(traditional) is not bool or not isinstance(freq, list):
             raise CalibrationCorruptError("rope", "a field has the wrong type")
-        if any(type(v) not in (float, int) for v in [*freq, scale]):
+        if any(type(v) not in (float, int) for v in [*freq, *scales]):
             raise CalibrationCorruptError("rope", "a frequency or scale is no number")
-        return cls(dims, traditional, tuple(float(v) for v in freq), float(scale))
+        return cls(dims, traditional, tuple(float(v) for v in freq), *(float(v) for v in scales))
 
 
 def combined_fingerprint(specs: Sequence[RopeSpec]) -> bytes:
@@ -145,10 +151,13 @@ def rotate_into(
         out[..., spec.dims :] = x[..., spec.dims :]
     if not spec.dims:
         return
-    angles = positions[:, None] * np.asarray(spec.inv_freq, dtype=np.float64)
+    # MLX rounds position x frequency to float32; only the same rounding undoes it: in
+    # float64 the angle would differ by 6e-8 of itself, 0.02 in a key at position 131072.
+    scaled = positions.astype(np.float32) * np.float32(spec.position_scale)
+    angles = scaled[:, None] * np.asarray(spec.inv_freq, dtype=np.float32)
     factor = 1.0 / spec.key_scale if inverse else spec.key_scale
-    cos = (np.cos(angles) * factor).astype(np.float32)
-    sin = (np.sin(angles) * (-factor if inverse else factor)).astype(np.float32)
+    cos = (np.cos(angles, dtype=np.float64) * factor).astype(np.float32)
+    sin = (np.sin(angles, dtype=np.float64) * (-factor if inverse else factor)).astype(np.float32)
     first, second = _halves(spec)
     a, b = x[..., first], x[..., second]
     np.multiply(a, cos, out=out[..., first])
