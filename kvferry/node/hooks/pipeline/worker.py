@@ -12,12 +12,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from kvferry.errors import FerryError
 from kvferry.node.hooks.options import HookOptions
+
+if TYPE_CHECKING:
+    from kvferry.node.hooks.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,6 @@ class Worker:
         from kvferry.codec.mlx.load import load_model
         from kvferry.node.hooks.group import group_of
         from kvferry.node.hooks.pipeline.stage import Stage
-        from kvferry.node.hooks.prefix_cache import PrefixCache
 
         distributed = mx.distributed.init()
         group = distributed if distributed.size() > 1 else None
@@ -55,6 +57,8 @@ class Worker:
         self.stage = Stage(loaded.model, config.layers, group)
         self.prefix: PrefixCache | None = None
         if config.socket is not None:
+            from kvferry.node.hooks.prefix_cache import PrefixCache
+
             options = HookOptions(
                 socket=Path(config.socket),
                 **({"cache_dir": Path(config.cache_dir)} if config.cache_dir else {}),
