@@ -56,8 +56,9 @@ class RopeSpec:
     def fingerprint(self) -> bytes:
         """32 bytes, the same on every machine.
 
-        Numbers enter as text with nine significant digits: the last bits of a
-        frequency differ between mathematical libraries.
+        Frequencies enter with three significant digits: they are float32 values whose
+        last bits differ between a CPU and a GPU. Their exact source, the model's
+        config, is part of every key anyway.
         """
         return blake3(
             _DOMAIN
@@ -65,9 +66,9 @@ class RopeSpec:
                 {
                     "dims": self.dims,
                     "traditional": self.traditional,
-                    "inv_freq": [f"{value:.8e}" for value in self.inv_freq],
-                    "key_scale": f"{self.key_scale:.8e}",
-                    "position_scale": f"{self.position_scale:.8e}",
+                    "inv_freq": [f"{value:.2e}" for value in self.inv_freq],
+                    "key_scale": f"{self.key_scale:.4e}",
+                    "position_scale": f"{self.position_scale:.4e}",
                 }
             )
         ).digest()
