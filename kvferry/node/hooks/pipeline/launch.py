@@ -47,6 +47,10 @@ class Ranks:
         self, rank: int, config: Mapping[str, Any], hostfile: Path, ranks: int
     ) -> "subprocess.Popen[str]":
         environment = dict(os.environ) | model_environment()
+        # Ranks that share the cores of one machine slow each other down when each
+        # starts a thread for every core.
+        threads = max(1, (os.cpu_count() or 1) // ranks)
+        environment.setdefault("OPENBLAS_NUM_THREADS", str(threads))
         if ranks > 1:
             environment |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)}
         command = [sys.executable, "-m", "kvferry.node.hooks.pipeline.worker", json.dumps(config)]

@@ -57,14 +57,14 @@ class Worker:
         self.stage = Stage(loaded.model, config.layers, group)
         self.prefix: PrefixCache | None = None
         if config.socket is not None:
-            from kvferry.node.hooks.prefix_cache import PrefixCache
+            from kvferry.node.hooks import prefix_cache
 
             options = HookOptions(
                 socket=Path(config.socket),
                 **({"cache_dir": Path(config.cache_dir)} if config.cache_dir else {}),
                 **(config.options or {}),  # type: ignore[arg-type]
             )
-            self.prefix = PrefixCache(
+            self.prefix = prefix_cache.PrefixCache(
                 loaded,
                 options,
                 group=group_of(group),
