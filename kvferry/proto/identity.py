@@ -5,8 +5,9 @@ every rank arrives at the same `model_id` whatever the split. No file is read he
 `kvferry.codec.mlx.weights` computes the digests.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from blake3 import blake3
 
@@ -15,6 +16,7 @@ from kvferry.proto.keys import DIGEST_BYTES, canonical_json
 
 CACHE_LAYOUT_VERSION = 1
 _DOMAIN = b"kvferry/model/1"
+_Key = TypeVar("_Key", int, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +80,33 @@ def model_id(fingerprint: ModelFingerprint) -> bytes:
         )
     )
     return hasher.digest()
+
+
+def merge(parts: Sequence[ModelFingerprint]) -> ModelFingerprint:
+    """One fingerprint out of those of several machines that hold parts of a model.
+
+    Raises:
+        ModelError: they are of different models, or disagree about a layer.
+    """
+    if not parts:
+        raise ModelError("no fingerprints to merge")
+    first = parts[0]
+    common = {
+        (canonical_json(dict(p.config)), p.tokenizer, p.adapter, p.layer_count) for p in parts
+    }
+    if len(common) > 1:
+        raise ModelError("machines hold different models: config, tokenizer or adapter differ")
+    layers: dict[int, bytes] = {}
+    rope: dict[int, bytes] = {}
+    shared: dict[str, bytes] = {}
+    for part in parts:
+        _take(layers, part.layers)
+        _take(rope, part.rope)
+        _take(shared, part.shared)
+    return replace(first, layers=layers, rope=rope, shared=shared)
+
+
+def _take(known: dict[_Key, bytes], more: Mapping[_Key, bytes]) -> None:
+    for name, digest in more.items():
+        if known.setdefault(name, digest) != digest:
+            raise ModelError(f"machines hold different weights for {name!r} of the model")

@@ -1,0 +1,143 @@
+"""What each layer's live rope module does, as a `RopeSpec`.
+
+Read from the module, not from the config: it is the module that made the keys. Each
+spec is then compared with what its module really does to a random vector.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from kvferry.codec.rope import RopeSpec, apply, positions_of
+from kvferry.errors import ModelError
+
+NO_ROPE = RopeSpec(0, False, ())
+_ATTENTION_NAMES = ("self_attn", "attention", "attn", "temporal_block", "mixer")
+_ROPE_NAMES = ("rope", "rotary_emb", "rotary")
+_PROBE_OFFSETS = (0, 3, 1021)
+_PROBE_TOLERANCE = 2e-3  # a GPU's frequencies differ from a CPU's by 1e-7 of themselves
+
+
+def rope_specs(model: Any) -> list[RopeSpec]:
+    """One spec per layer of the model, by absolute index.
+
+    Raises: ModelError: a layer without attention, or a rope that is not known.
+    """
+    checked: set[RopeSpec] = set()
+    specs = []
+    for index, layer in enumerate(model.layers):
+        module = _rope_of(layer, index)
+        spec = NO_ROPE if module is None else spec_of(module)
+        if module is not None and spec not in checked:
+            _probe(module, spec)
+            checked.add(spec)
+        specs.append(spec)
+    return specs
+
+
+def _rope_of(layer: Any, index: int) -> Any | None:
+    attention = next((getattr(layer, n) for n in _ATTENTION_NAMES if hasattr(layer, n)), None)
+    if attention is None:
+        raise ModelError(
+            f"layer {index} ({type(layer).__name__}) has no attention that kvferry knows: "
+            "this model is not supported yet"
+        )
+    for name in _ROPE_NAMES:
+        if hasattr(attention, name):
+            unused = not getattr(attention, "use_rope", True)
+            return None if unused else getattr(attention, name)
+    raise ModelError(
+        f"layer {index}: no rope module in {type(attention).__name__}: "
+        "kvferry cannot tell how its keys are rotated"
+    )
+
+
+def spec_of(module: Any) -> RopeSpec:
+    """The spec of one rope module.
+
+    Raises: ModelError: a class that is not known, by its name.
+    """
+    name = type(module).__name__
+    read = _READERS.get(name)
+    if read is None:
+        raise ModelError(f"rope module {name} is not known: {_WHY_NOT.get(name, _UNKNOWN)}")
+    return read(module)
+
+
+_UNKNOWN = "this model's cache cannot be stored yet"
+_WHY_NOT: Mapping[str, str] = {
+    "DynamicNTKScalingRoPE": "its rotation depends on the length of the sequence, so that "
+    "it cannot be undone later"
+}
+
+
+def _standard(module: Any) -> RopeSpec:
+    half = module.dims // 2
+    # The very operations of mx.fast.rope on a CPU, so that the bits are the same.
+    with mx.stream(mx.cpu):
+        exponents = mx.arange(0, -half, -1, dtype=mx.float32)
+        inv_freq = mx.exp(exponents * mx.array(math.log(module.base) / half, dtype=mx.float32))
+    return _spec(module.dims, module.traditional, inv_freq, position_scale=module.scale)
+
+
+def _frequencies(module: Any) -> RopeSpec:
+    """Llama3, proportional and fixed-alpha NTK: everything is in ``_freqs``."""
+    traditional = bool(getattr(module, "traditional", False))
+    return _spec(module.dims, traditional, _reciprocal(module))
+
+
+def _yarn(module: Any) -> RopeSpec:
+    return _spec(module.dims, module.traditional, _reciprocal(module), key_scale=module.mscale)
+
+
+def _longrope(module: Any) -> RopeSpec:
+    return _spec(module.dim, False, _reciprocal(module), key_scale=module._scale)
+
+
+def _none(module: Any) -> RopeSpec:
+    return NO_ROPE
+
+
+_READERS: Mapping[str, Callable[[Any], RopeSpec]] = {
+    "RoPE": _standard,
+    "Llama3RoPE": _frequencies,
+    "ProportionalRoPE": _frequencies,
+    "DynamicNTKAlphaRoPE": _frequencies,
+    "YarnRoPE": _yarn,
+    "SuScaledRoPE": _longrope,
+    "NoPE": _none,
+}
+
+
+def _reciprocal(module: Any) -> mx.array:
+    with mx.stream(mx.cpu):
+        return mx.reciprocal(module._freqs.astype(mx.float32))
+
+
+def _spec(
+    dims: int,
+    traditional: bool,
+    inv_freq: mx.array,
+    key_scale: float = 1.0,
+    position_scale: float = 1.0,
+) -> RopeSpec:
+    values = tuple(float(value) for value in np.array(inv_freq))
+    return RopeSpec(dims, bool(traditional), values, float(key_scale), float(position_scale))
+
+
+def _probe(module: Any, spec: RopeSpec) -> None:
+    """Compare spec and module on random vectors; a difference is a model we do not know."""
+    x = np.random.default_rng(0).standard_normal((1, 1, 2, spec.dims + 2)).astype(np.float32)
+    if not spec.dims:
+        x = np.ones((1, 1, 2, 64), dtype=np.float32)
+    for offset in _PROBE_OFFSETS:
+        live = np.array(module(mx.array(x), offset=offset))
+        ours = apply(x, spec, positions_of((offset, offset + 2)))
+        if live.shape != ours.shape or np.abs(live - ours).max() > _PROBE_TOLERANCE:
+            raise ModelError(
+                f"rope module {type(module).__name__} does not do what its name says: "
+                "this version of mlx-lm is not known to kvferry"
+            )
