@@ -1,0 +1,113 @@
+"""Which policies can hold: codecs, options, triggers and bounds."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+from kvferry.errors import ConfigError
+from kvferry.proto.keys import MAX_LAYERS
+from kvferry.proto.v1 import coordinator_pb2 as pb
+
+TRIGGERS: Mapping[str, "pb.Trigger.ValueType"] = {
+    "after_prefill": pb.TRIGGER_AFTER_PREFILL,
+    "turn_end": pb.TRIGGER_TURN_END,
+    "memory_pressure": pb.TRIGGER_MEMORY_PRESSURE,
+    "idle": pb.TRIGGER_IDLE,
+    "before_sleep": pb.TRIGGER_BEFORE_SLEEP,
+}
+NOT_STORED = "none"
+RECOMPUTE = "recompute"
+MAX_RULES = 4096
+MAX_TTL_S = 10 * 365 * 86_400
+
+_NAME = re.compile(r"[\w .+-]{1,64}")
+_MODEL = re.compile(r"[0-9a-fA-F]{0,64}")
+
+Check = tuple[Callable[[float], bool], str]
+_POSITIVE: Check = (lambda value: 0 < value <= 1e6, "a number above 0")
+_BITS: Check = (lambda value: value in (2, 3, 4, 6, 8), "one of 2, 3, 4, 6, 8")
+_LEVEL: Check = (lambda value: value in range(1, 23), "a whole number from 1 to 22")
+
+# What the codecs of `kvferry.codec.registry` take; a test holds the two together.
+CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
+    "ferry": {"target_kl": _POSITIVE, "step": _POSITIVE},
+    "zstd": {"level": _LEVEL},
+    "raw": {},
+    "affine": {"bits": _BITS},
+}
+TAIL_CODECS = ("affine", "raw", "zstd")
+
+
+def unruled() -> pb.LayerRule:
+    """The rule of a layer that no rule names: exact is the one that is never wrong."""
+    return pb.LayerRule(codec="zstd")
+
+
+def span_text(rule: pb.LayerRule) -> str:
+    """A rule's layers as files say them: "0-14" is half-open, "20-" reaches the last."""
+    if not rule.layer_end:
+        return f"{rule.layer_start}-" if rule.layer_start else "all"
+    return f"{rule.layer_start}-{rule.layer_end}"
+
+
+def check_policy(policy: pb.Policy) -> None:
+    """Whether a policy can hold. Raises: ConfigError that names the field."""
+    if not _NAME.fullmatch(policy.name):
+        raise ConfigError("name", policy.name[:80], "1 to 64 letters, digits, spaces, . + - _")
+    if len(policy.rules) > MAX_RULES:
+        raise ConfigError("rules", len(policy.rules), f"at most {MAX_RULES} rules")
+    for index, rule in enumerate(policy.rules):
+        check_rule(rule, f"rules[{index}]")
+    _check_tail(policy.tail)
+    known = set(TRIGGERS.values())
+    if bad := [t for t in policy.when if t not in known]:
+        raise ConfigError("when", bad[0], f"some of {', '.join(TRIGGERS)}")
+    if len(set(policy.when)) != len(policy.when):
+        raise ConfigError("when", list(policy.when), "each trigger once")
+    for name in policy.accept:
+        if name not in CODEC_OPTIONS:
+            raise ConfigError("accept", name, f"some of {', '.join(CODEC_OPTIONS)}")
+    if not 0 < policy.memory_mark <= 1:
+        raise ConfigError("memory_mark", policy.memory_mark, "a share above 0, at most 1")
+    if not 1 <= policy.idle_s <= 86_400:
+        raise ConfigError("idle_s", policy.idle_s, "1 to 86400 seconds")
+
+
+def check_rule(rule: pb.LayerRule, where: str) -> None:
+    """Whether one rule can hold; ``where`` names it in errors. Raises: ConfigError."""
+    codecs = (*CODEC_OPTIONS, NOT_STORED)
+    if rule.codec not in codecs:
+        raise ConfigError(f"{where}.codec", rule.codec, f"one of {', '.join(codecs)}")
+    if rule.layer_end and rule.layer_end <= rule.layer_start:
+        raise ConfigError(f"{where}.layers", span_text(rule), 'half-open, as "0-14" for 0 to 13')
+    if max(rule.layer_start, rule.layer_end) > MAX_LAYERS:
+        raise ConfigError(f"{where}.layers", span_text(rule), f"at most {MAX_LAYERS}")
+    if not _MODEL.fullmatch(rule.model):
+        raise ConfigError(f"{where}.model", rule.model[:80], "the first hex digits of a model id")
+    _check_options(rule.codec, rule.options, f"{where}.options")
+
+
+def _check_tail(tail: pb.TailRule) -> None:
+    codecs = (*TAIL_CODECS, RECOMPUTE)
+    if tail.codec not in codecs:
+        raise ConfigError("tail.codec", tail.codec, f"one of {', '.join(codecs)}")
+    _check_options(tail.codec, tail.options, "tail.options")
+    if not 1 <= tail.ttl_s <= MAX_TTL_S:
+        raise ConfigError("tail.ttl_s", tail.ttl_s, f"1 to {MAX_TTL_S} seconds")
+
+
+def _check_options(codec: str, options: Mapping[str, str], where: str) -> None:
+    known = CODEC_OPTIONS.get(codec, {})
+    for name, text in options.items():
+        if name not in known:
+            allowed = f"one of {', '.join(known)}" if known else f"left out: {codec} has none"
+            raise ConfigError(f"{where}.{name}", text, allowed)
+        holds, allowed = known[name]
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan  # no check holds for it
+        if not holds(value):
+            raise ConfigError(f"{where}.{name}", text, allowed)
+    if "step" in options and "target_kl" in options:
+        raise ConfigError(f"{where}.step", options["step"], "left out where target_kl is given")
