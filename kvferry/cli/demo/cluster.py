@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from kvferry.cluster.policy import dump_policy, named_policy
+from kvferry.cluster.policy import named_policy
+from kvferry.cluster.policy_file import dump_policy
 from kvferry.errors import FerryError
 
 START_TIMEOUT_S = 60.0

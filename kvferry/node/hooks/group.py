@@ -59,7 +59,7 @@ class MlxGroup:
         with mx.stream(mx.cpu):
             lowest = mx.distributed.all_min(mine, group=self._group)
             mx.eval(lowest)
-        return [int(v) for v in lowest.tolist()]
+        return [int(v) for v in np.array(lowest)]
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank."""

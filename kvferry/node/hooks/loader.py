@@ -14,6 +14,7 @@ from kvferry.node.restore import Piece, RestorePlan, Segment, assemble, plan_res
 from kvferry.proto.keys import BlobKey, page_keys
 
 T = TypeVar("T")
+Data = bytes | memoryview
 
 
 class LoadClient(Protocol):
@@ -24,7 +25,7 @@ class LoadClient(Protocol):
 
     def get_many(
         self, keys: Sequence[BlobKey], deadline_s: float
-    ) -> Mapping[BlobKey, bytes | FerryError]:
+    ) -> Mapping[BlobKey, Data | FerryError]:
         """Every key has an answer within the deadline."""
 
 
@@ -88,12 +89,12 @@ class Loader:
         left = deadline_s - (time.monotonic() - started)
         wanted = list(dict.fromkeys(piece.info.key for piece in plan.pieces()))
         blobs = _timed(loaded, "fetch", lambda: self.client.get_many(wanted, max(left, 0.0)))
-        loaded.bytes = sum(len(b) for b in blobs.values() if isinstance(b, bytes))
+        loaded.bytes = sum(len(b) for b in blobs.values() if not isinstance(b, FerryError))
         _timed(loaded, "decode", lambda: self._decode(plan, blobs, loaded))
         return loaded
 
     def _decode(
-        self, plan: RestorePlan, blobs: Mapping[BlobKey, bytes | FerryError], loaded: Loaded
+        self, plan: RestorePlan, blobs: Mapping[BlobKey, Data | FerryError], loaded: Loaded
     ) -> None:
         fetched = _run_without_gap(plan, blobs, loaded)
         decoded: dict[tuple[bytes, tuple[int, int]], PageTensors] = {}
@@ -132,21 +133,21 @@ def _timed(loaded: Loaded, step: str, run: Callable[[], T]) -> T:
         loaded.seconds[step] = time.monotonic() - started
 
 
-def _bytes(value: bytes | FerryError) -> bytes:
-    assert isinstance(value, bytes)  # noqa: S101 - `_run_without_gap` left only these
+def _bytes(value: Data | FerryError) -> Data:
+    assert not isinstance(value, FerryError)  # noqa: S101 - `_run_without_gap` saw to it
     return value
 
 
 def _run_without_gap(
-    plan: RestorePlan, blobs: Mapping[BlobKey, bytes | FerryError], loaded: Loaded
+    plan: RestorePlan, blobs: Mapping[BlobKey, Data | FerryError], loaded: Loaded
 ) -> list[Segment]:
     """Segments up to the first that lacks a blob; why it does is noted."""
     run: list[Segment] = []
     for segment in plan.segments:
         for piece in segment.pieces:
             got = blobs.get(piece.info.key)
-            if not isinstance(got, bytes):
-                loaded.problems.append(got.reason if got is not None else "not_found")
+            if got is None or isinstance(got, FerryError):
+                loaded.problems.append("not_found" if got is None else got.reason)
                 return run
         run.append(segment)
     return run

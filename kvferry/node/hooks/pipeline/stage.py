@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
 
@@ -55,7 +56,7 @@ class Stage:
 
     def make_cache(self) -> list[KVCache]:
         """Empty caches of the local layers, as exo's ``make_kv_cache`` gives them."""
-        return [KVCache() for _ in range(*self.layers)]
+        return [KVCache() for _ in range(*self.layers)]  # type: ignore[no-untyped-call]
 
     def forward(self, tokens: Sequence[int], cache: list[Any]) -> mx.array | None:
         """Run ``tokens`` through the local layers, appending to ``cache``.
@@ -78,17 +79,18 @@ class Stage:
         return hidden
 
     def _receive(self, tokens: Sequence[int]) -> mx.array:
-        embed = self.model.model.embed_tokens
         if self.rank == 0:
-            return embed(mx.array([list(tokens)]))
+            embedded: mx.array = self.model.model.embed_tokens(mx.array([list(tokens)]))
+            return embedded
         like = mx.zeros((1, len(tokens), self.model.args.hidden_size), dtype=mx.float32)
         return mx.distributed.recv_like(like, self.rank - 1, group=self.group)
 
     def _logits(self, hidden: mx.array) -> mx.array:
         hidden = self.model.model.norm(hidden)
-        if self.model.args.tie_word_embeddings:
-            return self.model.model.embed_tokens.as_linear(hidden)
-        return self.model.lm_head(hidden)
+        tied = self.model.args.tie_word_embeddings
+        head = self.model.model.embed_tokens.as_linear if tied else self.model.lm_head
+        logits: mx.array = head(hidden)
+        return logits
 
     def share_token(self, logits: mx.array | None) -> int:
         """The most likely next token of the last position, the same on every rank."""
@@ -97,7 +99,7 @@ class Stage:
             mine = mx.argmax(logits[0, -1:], axis=-1).astype(mx.int32)
         if self.group is not None:
             mine = mx.distributed.all_sum(mine, group=self.group)
-        return int(mine.item())
+        return int(np.array(mine)[0])
 
     def prefill(
         self,

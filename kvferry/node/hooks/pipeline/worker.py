@@ -59,11 +59,10 @@ class Worker:
         if config.socket is not None:
             from kvferry.node.hooks import prefix_cache
 
-            options = HookOptions(
-                socket=Path(config.socket),
-                **({"cache_dir": Path(config.cache_dir)} if config.cache_dir else {}),
-                **(config.options or {}),  # type: ignore[arg-type]
-            )
+            given: dict[str, Any] = dict(config.options or {})
+            if config.cache_dir is not None:
+                given["cache_dir"] = Path(config.cache_dir)
+            options = HookOptions(socket=Path(config.socket), **given)
             self.prefix = prefix_cache.PrefixCache(
                 loaded,
                 options,
