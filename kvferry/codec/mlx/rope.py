@@ -26,14 +26,14 @@ def rope_specs(model: Any) -> list[RopeSpec]:
 
     Raises: ModelError: a layer without attention, or a rope that is not known.
     """
-    checked: set[RopeSpec] = set()
+    checked: set[tuple[type[Any], RopeSpec]] = set()
     specs = []
     for index, layer in enumerate(model.layers):
         module = _rope_of(layer, index)
         spec = NO_ROPE if module is None else spec_of(module)
-        if module is not None and spec not in checked:
+        if module is not None and (type(module), spec) not in checked:
             _probe(module, spec)
-            checked.add(spec)
+            checked.add((type(module), spec))
         specs.append(spec)
     return specs
 
