@@ -2,8 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 
+from kvferry.codec.affine import AffineCodec
 from kvferry.codec.base import Codec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.ferry import FerryCodec
+from kvferry.codec.raw import RawCodec, ZstdCodec
+from kvferry.errors import ConfigError, UnknownCodecError, UnsupportedVersionError
+
+CodecClass = type[RawCodec] | type[ZstdCodec] | type[AffineCodec] | type[FerryCodec]
+
+CODECS: Mapping[str, CodecClass] = {
+    "raw": RawCodec,
+    "zstd": ZstdCodec,
+    "affine": AffineCodec,
+    "ferry": FerryCodec,
+}
 
 
 def make_codec(
@@ -14,14 +27,16 @@ def make_codec(
 ) -> Codec:
     """A codec that can encode.
 
-    Options may be text, as they come from a command line or a policy: ``step`` and
+    Options may be text, as they come from a command line or a policy: ``step`` or
     ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine), ``level``
     (zstd).
 
-    Raises: UnknownCodecError; ConfigError (one line that lists what exists);
+    Raises: ConfigError (one line that lists what exists);
         CalibrationMissingError for a codec that needs one.
     """
-    raise NotImplementedError
+    if name not in CODECS:
+        raise ConfigError("codec", name, f"one of {', '.join(CODECS)}")
+    return CODECS[name].from_options(options, calibration, curve)
 
 
 def reader(name: str, version: int) -> Codec:
@@ -29,9 +44,14 @@ def reader(name: str, version: int) -> Codec:
 
     Raises: UnknownCodecError, UnsupportedVersionError.
     """
-    raise NotImplementedError
+    if name not in CODECS:
+        raise UnknownCodecError(name, codec_names())
+    found = CODECS[name]
+    if version != found.version:
+        raise UnsupportedVersionError(f"codec {name}", version, found.version)
+    return found()
 
 
 def codec_names() -> tuple[str, ...]:
     """Names that `make_codec` knows."""
-    raise NotImplementedError
+    return tuple(CODECS)

@@ -10,46 +10,80 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
-from kvferry.errors import UnsupportedTensorError
+from kvferry.errors import CalibrationCorruptError, UnsupportedTensorError
 
 Float64Array = npt.NDArray[np.float64]
+
+# Directions whose standard deviation is below this share of a step round to zero but
+# for a few in a thousand, and cost matrix time all the same.
+SURVIVING_SIGMA = 1 / 6
+_ROWS_PER_PRODUCT = 4096
 
 
 class CovarianceAccumulator:
     """Mean and covariance of rows seen one batch at a time.
 
-    Memory is two p x p matrices, whatever the number of tokens. Sums run in float64
-    around the first batch's mean, so large constant channels cost no precision.
+    Memory is one p x p float64 matrix (and one float32 product while adding), whatever
+    the number of tokens. Sums run around the first batch's mean, so large constant
+    channels cost no precision.
     """
 
     def __init__(self, width: int) -> None:
-        raise NotImplementedError
+        if width < 1:
+            raise UnsupportedTensorError("rows", f"width {width}")
+        self._width = width
+        self._count = 0
+        self._shift: FloatArray = np.zeros(width, dtype=np.float32)
+        self._sum: Float64Array = np.zeros(width, dtype=np.float64)
+        self._products: Float64Array = np.zeros((width, width), dtype=np.float64)
 
     @property
     def width(self) -> int:
         """p."""
-        raise NotImplementedError
+        return self._width
 
     @property
     def count(self) -> int:
         """Rows seen."""
-        raise NotImplementedError
+        return self._count
 
     def add(self, rows: FloatArray) -> None:
         """Take in (n, p) float32 rows. Raises: UnsupportedTensorError (shape, NaN, inf)."""
-        raise NotImplementedError
+        if rows.ndim != 2 or rows.shape[1] != self._width:
+            raise UnsupportedTensorError("rows", f"shape {rows.shape}, {self._width} wide wanted")
+        if not np.isfinite(rows).all():
+            raise UnsupportedTensorError("rows", "hold NaN or infinite values")
+        if not self._count and len(rows):
+            self._shift = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+        for start in range(0, len(rows), _ROWS_PER_PRODUCT):
+            part = rows[start : start + _ROWS_PER_PRODUCT] - self._shift
+            self._sum += part.sum(axis=0, dtype=np.float64)
+            self._products += part.T @ part
+            self._count += len(part)
 
     def merge(self, other: "CovarianceAccumulator") -> None:
         """Take in all that ``other`` has seen (another rank's share of the text)."""
-        raise NotImplementedError
+        if other.width != self._width:
+            raise UnsupportedTensorError("rows", f"{other.width} wide, {self._width} wanted")
+        if not other.count:
+            return
+        if not self._count:
+            self._shift = other._shift.copy()
+        moved = other._shift.astype(np.float64) - self._shift
+        cross = np.outer(other._sum, moved)
+        self._products += other._products + cross + cross.T
+        self._products += other.count * np.outer(moved, moved)
+        self._sum += other._sum + other.count * moved
+        self._count += other.count
 
     def mean(self) -> Float64Array:
         """(p,)"""
-        raise NotImplementedError
+        return self._shift + self._sum / max(self._count, 1)
 
     def covariance(self) -> Float64Array:
         """(p, p), symmetric; of the population, that is divided by ``count``."""
-        raise NotImplementedError
+        offset = self._sum / max(self._count, 1)
+        return self._products / max(self._count, 1) - np.outer(offset, offset)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,17 +109,59 @@ def eigenbasis(
     Args:
         weight: (layers, heads, dim, dim) matrices A, applied as A x per head; None:
             identity.
-    Raises: UnsupportedTensorError: too few rows, or a weight that does not fit.
+    Raises: UnsupportedTensorError: fewer than two rows, or a weight that does not fit.
     """
-    raise NotImplementedError
+    if seen.count < 2 or max_rank < 1:
+        raise UnsupportedTensorError("rows", f"{seen.count} rows and rank {max_rank}: no basis")
+    mean, covariance = seen.mean(), seen.covariance()
+    if weight is not None:
+        blocks = weight_blocks(weight, seen.width).astype(np.float64)
+        mean = _apply_blocks(blocks, mean[:, None])[:, 0]
+        covariance = _apply_blocks(blocks, _apply_blocks(blocks, covariance).T)
+        covariance = (covariance + covariance.T) / 2
+    variances, vectors = np.linalg.eigh(covariance)
+    keep = min(max_rank, seen.width, seen.count - 1)
+    order = np.arange(seen.width - 1, seen.width - 1 - keep, -1)
+    sigma = np.sqrt(np.maximum(variances[order], 0.0))
+    return Basis(
+        mean.astype(np.float32),
+        np.ascontiguousarray(vectors[:, order], dtype=np.float32),
+        sigma.astype(np.float32),
+    )
+
+
+def cut_basis(basis: Basis, rows: npt.NDArray[np.intp]) -> Basis:
+    """The basis of some of the rows, without the data.
+
+    Basis times sigma is a square root of the covariance, and its kept rows are one of
+    the covariance of the kept values; their SVD is the basis sought (design section 3).
+    It is taken through the smaller of the two Gram matrices, which costs a tenth of it.
+    """
+    root = basis.vectors[rows].astype(np.float64) * basis.sigma
+    if root.shape[0] <= root.shape[1]:
+        variances, vectors = np.linalg.eigh(root @ root.T)
+        vectors = vectors[:, ::-1]
+    else:
+        variances, right = np.linalg.eigh(root.T @ root)
+        # Left vectors of the numerically null space are noise: QR makes them orthonormal.
+        vectors, _ = np.linalg.qr(root @ right[:, ::-1])
+    sigma = np.sqrt(np.maximum(variances[::-1], 0.0))
+    return Basis(
+        basis.mean[rows],
+        np.ascontiguousarray(vectors, dtype=np.float32),
+        sigma.astype(np.float32),
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fold:
     """Weight, basis and mean as one matrix each way; serves every step and rank.
 
+    The step stays outside: it scales the few coefficients while they change type
+    anyway, and one pair of matrices serves all steps that a policy may choose.
+
     Attributes:
-        encode: (p, r) float32; ``z = x @ encode - offset``.
+        encode: (p, r) float32, maybe a view of ``decode``; ``z = x @ encode - offset``.
         offset: (r,) float32.
         decode: (p, 1 + r) float32, the mean in its first column;
             ``x = [1, z] @ decode.T``. Rows can be sliced for some layers, leading
@@ -100,19 +176,53 @@ class Fold:
 def fold(basis: Basis, weight: FloatArray | None = None) -> Fold:
     """Fold once per calibration. ``weight`` as in `eigenbasis`.
 
-    Raises: UnsupportedTensorError: a singular weight.
+    Raises: CalibrationCorruptError: a weight that has no inverse.
     """
-    raise NotImplementedError
+    width, rank = basis.vectors.shape
+    offset = (basis.mean.astype(np.float64) @ basis.vectors).astype(np.float32)
+    decode = np.empty((width, 1 + rank), dtype=np.float32)
+    decode[:, 0] = basis.mean
+    decode[:, 1:] = basis.vectors
+    if weight is None:
+        return Fold(decode[:, 1:], offset, decode)
+    blocks = weight_blocks(weight, width).astype(np.float64)
+    try:
+        inverse = np.linalg.inv(blocks).astype(np.float64)
+    except np.linalg.LinAlgError as exc:
+        raise CalibrationCorruptError("weight", "a matrix has no inverse") from exc
+    with np.errstate(over="ignore", invalid="ignore"):
+        encode = _apply_blocks(blocks.transpose(0, 2, 1), basis.vectors).astype(np.float32)
+        decode = _apply_blocks(inverse, decode).astype(np.float32)
+    if not (np.isfinite(encode).all() and np.isfinite(decode).all()):
+        raise CalibrationCorruptError("weight", "a matrix is close to singular")
+    return Fold(encode, offset, decode)
+
+
+def weight_blocks(weight: FloatArray, width: int) -> FloatArray:
+    """(layers, heads, dim, dim) -> (layers x heads, dim, dim), checked against p."""
+    dim = weight.shape[-1]
+    if weight.ndim != 4 or weight.shape[2] != dim or weight.size != width * dim:
+        raise UnsupportedTensorError("weight", f"shape {weight.shape} for rows of {width}")
+    return weight.reshape(-1, dim, dim)
+
+
+def _apply_blocks(blocks: Float64Array, columns: FloatArray | Float64Array) -> Float64Array:
+    """Block-diagonal matrix times (p, n) columns."""
+    count, dim, _ = blocks.shape
+    out: Float64Array = np.matmul(blocks, columns.reshape(count, dim, -1))
+    return out.reshape(columns.shape)
 
 
 def rank_at(sigma: FloatArray, step: float) -> int:
     """How many leading directions survive quantization at ``step``; at least 1."""
-    raise NotImplementedError
+    return max(1, int(np.count_nonzero(sigma >= SURVIVING_SIGMA * step)))
 
 
 def project(x: FloatArray, by: Fold, rank: int) -> FloatArray:
     """(tokens, p) float32 -> coefficients (tokens, rank) float32, in one matmul."""
-    raise NotImplementedError
+    z: FloatArray = x @ by.encode[:, :rank]
+    z -= by.offset[:rank]
+    return z
 
 
 def reconstruct(augmented: FloatArray, by: Fold, rows: slice = slice(None)) -> FloatArray:
@@ -123,17 +233,12 @@ def reconstruct(augmented: FloatArray, by: Fold, rows: slice = slice(None)) -> F
         rows: which of the p values of a token to compute (a cut reader's layers).
     Returns: (tokens, rows) float32.
     """
-    raise NotImplementedError
-
-
-def to_rows(data: npt.NDArray[np.float32]) -> FloatArray:
-    """(layers, heads, tokens, dim) -> (tokens, p), contiguous."""
-    layers, heads, tokens, dim = data.shape
-    return np.ascontiguousarray(data.transpose(2, 0, 1, 3)).reshape(tokens, layers * heads * dim)
+    out: FloatArray = augmented @ by.decode[rows, : augmented.shape[1]].T
+    return out
 
 
 def from_rows(rows: FloatArray, layers: int, heads: int, dim: int) -> FloatArray:
-    """(tokens, p) -> a view (layers, heads, tokens, dim)."""
+    """(tokens, p) -> a view (layers, heads, tokens, dim), also to write into."""
     if rows.shape[1] != layers * heads * dim:
         raise UnsupportedTensorError("rows", f"{rows.shape[1]} wide, {layers}x{heads}x{dim} wanted")
     return rows.reshape(-1, layers, heads, dim).transpose(1, 2, 0, 3)

@@ -7,7 +7,8 @@ bytes at hand before it is used, sections may neither overlap nor leave gaps, ea
 its checksum, and the whole has its digest.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from blake3 import blake3
@@ -20,7 +21,14 @@ from kvferry.errors import (
     InvalidKeyError,
     UnsupportedVersionError,
 )
-from kvferry.proto.keys import DIGEST_BYTES, BlobKey, codec_id, kind_name
+from kvferry.proto.keys import (
+    DIGEST_BYTES,
+    MAX_HEADS,
+    MAX_LAYERS,
+    BlobKey,
+    codec_id,
+    kind_name,
+)
 from kvferry.proto.v1 import blob_pb2
 
 MAGIC_NAME = b"KVFERRY"
@@ -29,6 +37,7 @@ MAGIC = MAGIC_NAME + bytes([FORMAT_VERSION])
 PREFIX_BYTES = len(MAGIC) + 4
 
 MIB = 1 << 20
+MAX_POSITION = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +45,8 @@ class Limits:
     """Caps that hold before anything is allocated. Sizes in bytes."""
 
     max_blob: int = 256 * MIB
-    max_header: int = MIB
-    max_sections: int = 4096
+    max_header: int = 256 * 1024
+    max_sections: int = 2048
     max_streams: int = 64
     max_raw: int = 1024 * MIB
 
@@ -123,20 +132,28 @@ def _parse_header(raw: bytes) -> blob_pb2.BlobHeader:
 
 
 def _check_ranges(header: blob_pb2.BlobHeader, limits: Limits) -> None:
-    for field in ("model_id", "page_key"):
-        size = len(getattr(header, field))
-        if size != DIGEST_BYTES:
-            raise CorruptBlobError(field, f"has {size} bytes, {DIGEST_BYTES} wanted")
+    whole = header.kind != blob_pb2.BLOB_KIND_CALIBRATION
+    for field, value, needed in (
+        ("model_id", header.model_id, True),
+        ("page_key", header.page_key, True),
+        ("previous_key", header.previous_key, whole),
+        ("calibration_id", header.codec.calibration_id, False),
+        ("rope_fingerprint", header.rope_fingerprint, False),
+    ):
+        if len(value) != DIGEST_BYTES and (needed or value):
+            raise CorruptBlobError(field, f"has {len(value)} bytes, {DIGEST_BYTES} wanted")
     try:
         key_of(header)
     except InvalidKeyError as exc:
         raise CorruptBlobError("key", exc.problem) from exc
     if len(header.streams) > limits.max_streams:
         raise BlobTooLargeError("streams", len(header.streams), limits.max_streams)
-    if header.kind == blob_pb2.BLOB_KIND_CALIBRATION:
+    if not whole:
         return
-    if header.token_end <= header.token_start:
+    if not header.token_start < header.token_end <= MAX_POSITION:
         raise CorruptBlobError("tokens", f"{header.token_start}-{header.token_end} is no range")
+    if header.model_layers > MAX_LAYERS or header.model_heads > MAX_HEADS:
+        raise CorruptBlobError("model", "has more layers or heads than any")
     if header.layer_end > header.model_layers or header.head_end > header.model_heads:
         raise CorruptBlobError("ranges", "reach beyond the model's layers or heads")
 
@@ -235,23 +252,29 @@ def key_of(header: blob_pb2.BlobHeader) -> BlobKey:
     kind = kind_name(header.kind)
     if kind == "calibration":
         return BlobKey(kind, header.page_key)
+    codec = header.codec
     try:
-        params = _params(header.codec.params_json)
+        name = codec_id(codec.name, codec.version, _params(codec.params_json), codec.calibration_id)
     except ValueError as exc:
-        raise InvalidKeyError(kind, "codec parameters are no JSON object") from exc
-    codec = codec_id(header.codec.name, header.codec.version, params, header.codec.calibration_id)
+        raise InvalidKeyError(kind, "codec parameters are no plain JSON object") from exc
     return BlobKey(
         kind,
         header.page_key,
         (header.layer_start, header.layer_end),
         (header.head_start, header.head_end),
-        codec,
+        name,
     )
 
 
-def _params(text: str) -> dict[str, object]:
-    import json
+def codec_params(header: blob_pb2.BlobHeader) -> dict[str, object]:
+    """The codec's parameters. Raises: CorruptBlobError."""
+    try:
+        return _params(header.codec.params_json)
+    except ValueError as exc:
+        raise CorruptBlobError("codec parameters", "are no JSON object") from exc
 
+
+def _params(text: str) -> dict[str, object]:
     try:
         value = json.loads(text or "{}", parse_constant=_refuse_constant)
     except RecursionError as exc:
@@ -269,9 +292,9 @@ def examine(data: bytes | memoryview, limits: Limits = DEFAULT_LIMITS) -> list[F
     """Field by field, what holds and what does not; never raises for bad bytes."""
     findings: list[Finding] = []
 
-    def check(field: str, run: "object") -> bool:
+    def check(field: str, run: Callable[[], object]) -> bool:
         try:
-            detail = run() if callable(run) else run
+            detail = run()
         except FerryError as exc:
             findings.append(Finding(field, False, str(exc)))
             return False

@@ -5,8 +5,8 @@ every rank arrives at the same `model_id` whatever the split. No file is read he
 `kvferry.codec.mlx.weights` computes the digests.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from blake3 import blake3
@@ -56,57 +56,31 @@ def model_id(fingerprint: ModelFingerprint) -> bytes:
             digest has another size than 32 bytes.
     """
     if not fingerprint.complete:
-        missing = sorted(set(range(fingerprint.layer_count)) - set(fingerprint.layers))
+        wanted = set(range(fingerprint.layer_count))
+        odd = sorted((wanted ^ set(fingerprint.layers)) | (wanted ^ set(fingerprint.rope)))
         raise ModelError(
-            f"model id is not known yet: digests of layers {missing or 'rope'} are missing; "
+            f"model id is not known yet: digests of layers {odd[:8]} are missing or too many; "
             "every rank must exchange its own first"
         )
     parts = [*fingerprint.layers.values(), *fingerprint.rope.values(), fingerprint.tokenizer]
     parts += fingerprint.shared.values()
     if any(len(part) != DIGEST_BYTES for part in parts):
         raise ModelError("a digest of the model has another size than 32 bytes")
-    hasher = blake3(_DOMAIN)
-    hasher.update(
-        canonical_json(
-            {
-                "cache_layout": CACHE_LAYOUT_VERSION,
-                "config": dict(fingerprint.config),
-                "layers": [fingerprint.layers[i].hex() for i in range(fingerprint.layer_count)],
-                "rope": [fingerprint.rope[i].hex() for i in range(fingerprint.layer_count)],
-                "shared": {name: d.hex() for name, d in fingerprint.shared.items()},
-                "tokenizer": fingerprint.tokenizer.hex(),
-                "adapter": fingerprint.adapter.hex(),
-            }
-        )
+    try:
+        return blake3(_DOMAIN + _content(fingerprint)).digest()
+    except (TypeError, ValueError) as exc:
+        raise ModelError(f"the model's config is no plain JSON: {exc}") from exc
+
+
+def _content(fingerprint: ModelFingerprint) -> bytes:
+    return canonical_json(
+        {
+            "cache_layout": CACHE_LAYOUT_VERSION,
+            "config": dict(fingerprint.config),
+            "layers": [fingerprint.layers[i].hex() for i in range(fingerprint.layer_count)],
+            "rope": [fingerprint.rope[i].hex() for i in range(fingerprint.layer_count)],
+            "shared": {name: d.hex() for name, d in fingerprint.shared.items()},
+            "tokenizer": fingerprint.tokenizer.hex(),
+            "adapter": fingerprint.adapter.hex(),
+        }
     )
-    return hasher.digest()
-
-
-def merge(parts: Sequence[ModelFingerprint]) -> ModelFingerprint:
-    """One fingerprint out of those of several machines that hold parts of a model.
-
-    Raises:
-        ModelError: they are of different models, or disagree about a layer.
-    """
-    if not parts:
-        raise ModelError("no fingerprints to merge")
-    first = parts[0]
-    common = {
-        (canonical_json(dict(p.config)), p.tokenizer, p.adapter, p.layer_count) for p in parts
-    }
-    if len(common) > 1:
-        raise ModelError("machines hold different models: config, tokenizer or adapter differ")
-    layers: dict[int, bytes] = {}
-    rope: dict[int, bytes] = {}
-    shared: dict[str, bytes] = {}
-    for part in parts:
-        _take(layers, part.layers)
-        _take(rope, part.rope)
-        _take(shared, part.shared)
-    return replace(first, layers=layers, rope=rope, shared=shared)
-
-
-def _take(known: dict[_Key, bytes], more: Mapping[_Key, bytes]) -> None:
-    for name, digest in more.items():
-        if known.setdefault(name, digest) != digest:
-            raise ModelError(f"machines hold different weights for {name!r} of the model")

@@ -5,7 +5,8 @@ Everything that changes the numbers is in the key. The vectors in
 
     root        = BLAKE3("kvferry/root/1" | salt | model_id | page_tokens u32le)
     page_key[i] = BLAKE3(page_key[i-1] | tokens u32le ... | media hashes), page_key[-1] = root
-    tail_key    = BLAKE3("kvferry/tail/1" | previous key | tokens u32le ... | media hashes)
+    tail_key    = BLAKE3("kvferry/tail/1" | previous key | token count u32le |
+                         tokens u32le ... | media hashes)
     codec_id    = NAME "." VERSION "-" first 16 hex digits of
                   BLAKE3("kvferry/codec/1" | canonical params JSON | calibration id)
 """
@@ -25,6 +26,7 @@ DIGEST_BYTES = 32
 DEFAULT_PAGE_TOKENS = 256
 WINDOW_TOKENS = 128
 SINK_TOKENS = 4
+MAX_PAGE_TOKENS = 65_536
 MAX_LAYERS = 65_536
 MAX_HEADS = 65_536
 
@@ -110,7 +112,10 @@ class BlobKey:
         if any(len(n) > 6 for n in numbers):
             raise InvalidKeyError(text[:200], "a range is out of bounds")
         a, b, c, d = (int(n) for n in numbers)
-        return cls(kind, bytes.fromhex(page), (a, b), (c, d), codec)
+        key = cls(kind, bytes.fromhex(page), (a, b), (c, d), codec)
+        if str(key) != text:
+            raise InvalidKeyError(text[:200], "numbers are written without leading zeros")
+        return key
 
     def to_proto(self) -> blob_pb2.BlobKey:
         """As sent over the wire."""
@@ -160,7 +165,7 @@ def root_key(salt: bytes, model_id: bytes, page_tokens: int = DEFAULT_PAGE_TOKEN
         raise InvalidKeyError("root", f"salt has {len(salt)} bytes, 16 to 64 wanted")
     if len(model_id) != DIGEST_BYTES:
         raise InvalidKeyError("root", f"model id has {len(model_id)} bytes, 32 wanted")
-    if not 1 <= page_tokens <= 65_536:
+    if not 1 <= page_tokens <= MAX_PAGE_TOKENS:
         raise InvalidKeyError("root", f"page of {page_tokens} tokens")
     hasher = blake3(_ROOT_DOMAIN)
     hasher.update(salt)
@@ -171,20 +176,26 @@ def root_key(salt: bytes, model_id: bytes, page_tokens: int = DEFAULT_PAGE_TOKEN
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
     """Token ids as u32 little-endian. Raises: InvalidKeyError for ids out of range."""
+    if not len(tokens):
+        return b""
     try:
-        ids = np.asarray(tokens, dtype=np.int64).reshape(-1)
+        ids = np.asarray(tokens)
     except (OverflowError, ValueError, TypeError) as exc:
         raise InvalidKeyError("tokens", "token ids must be integers") from exc
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) > 0xFFFF_FFFF):
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidKeyError("tokens", "token ids must be integers in one row, below 2**63")
+    if int(ids.min()) < 0 or int(ids.max()) > 0xFFFF_FFFF:
         raise InvalidKeyError("tokens", "a token id is below 0 or above 2**32 - 1")
     return ids.astype("<u4").tobytes()
 
 
-def _chain(domain: bytes, previous: bytes, tokens: Sequence[int], media: Sequence[bytes]) -> bytes:
+def _chain(domain: bytes, previous: bytes, tokens: bytes, media: Sequence[bytes]) -> bytes:
     if len(previous) != DIGEST_BYTES:
         raise InvalidKeyError("chain", f"previous key has {len(previous)} bytes, 32 wanted")
     hasher = blake3(domain + previous)
-    hasher.update(token_bytes(tokens))
+    if domain == _TAIL_DOMAIN:  # tails differ in length: the count parts tokens from media
+        hasher.update((len(tokens) // 4).to_bytes(4, "little"))
+    hasher.update(tokens)
     for digest in media:
         if len(digest) != DIGEST_BYTES:
             raise InvalidKeyError("chain", f"media hash has {len(digest)} bytes, 32 wanted")
@@ -202,11 +213,16 @@ def page_keys(
 
     Args:
         media: page index -> 32-byte content hashes of media that fall in the page.
+    Raises:
+        InvalidKeyError: a token id or a digest that cannot be.
     """
+    if not 1 <= page_tokens <= MAX_PAGE_TOKENS:
+        raise InvalidKeyError("chain", f"page of {page_tokens} tokens")
+    ids = token_bytes(tokens)
     keys: list[bytes] = []
     previous = root
     for index in range(len(tokens) // page_tokens):
-        page = tokens[index * page_tokens : (index + 1) * page_tokens]
+        page = ids[4 * index * page_tokens : 4 * (index + 1) * page_tokens]
         previous = _chain(b"", previous, page, (media or {}).get(index, ()))
         keys.append(previous)
     return keys
@@ -214,7 +230,7 @@ def page_keys(
 
 def tail_key(previous: bytes, tokens: Sequence[int], media: Sequence[bytes] = ()) -> bytes:
     """Key of the tail: exactly these tokens after the page (or root) ``previous``."""
-    return _chain(_TAIL_DOMAIN, previous, tokens, media)
+    return _chain(_TAIL_DOMAIN, previous, token_bytes(tokens), media)
 
 
 def pages_behind_window(

@@ -1,0 +1,82 @@
+"""Between pages and rows: RoPE undone or redone, layers and heads side by side."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.codec.base import DType, FloatArray, PageTensors, store_float32
+from kvferry.codec.rope import RopeSpec, positions_of, rotate_into
+from kvferry.codec.transform import from_rows
+
+
+def page_rows(
+    page: PageTensors, name: str, ropes: Sequence[RopeSpec] | None, first: int
+) -> FloatArray:
+    """One stream as rows, RoPE undone.
+
+    Args:
+        ropes: one per layer of the page, or None for a stream that is not rotated.
+        first: absolute token to begin with.
+    Returns: (tokens, layers x heads x dim) float32, contiguous.
+    """
+    stream = page.streams[name]
+    layers, heads, tokens, dim = stream.data.shape
+    skipped = first - page.tokens[0]
+    rows = np.empty((tokens - skipped, layers * heads * dim), dtype=np.float32)
+    view = from_rows(rows, layers, heads, dim)
+    part = stream.data[:, :, skipped:]
+    if stream.dtype is DType.BFLOAT16:
+        values = stream.float32()[:, :, skipped:]
+    elif ropes is None:
+        np.copyto(view, part, casting="same_kind")
+        return rows
+    else:
+        values = part.astype(np.float32, copy=False)
+    if ropes is None:
+        view[...] = values
+        return rows
+    positions = positions_of((first, page.tokens[1]))
+    for spec, span in _runs(ropes):
+        rotate_into(view[span], values[span], spec, positions, inverse=True)
+    return rows
+
+
+def store_rows(
+    out: npt.NDArray[np.generic],
+    dtype: DType,
+    rows: FloatArray,
+    ropes: Sequence[RopeSpec] | None,
+    tokens: tuple[int, int],
+) -> None:
+    """Inverse of `page_rows`: redo RoPE, round, and write.
+
+    Args:
+        out: (layers, heads, tokens, dim) in ``dtype.storage``; any view.
+        rows: (tokens, layers x heads x dim) float32.
+        tokens: absolute range of the rows.
+    """
+    layers, heads, _, dim = out.shape
+    values = from_rows(rows, layers, heads, dim)
+    if ropes is None:
+        store_float32(out, values, dtype)
+        return
+    positions = positions_of(tokens)
+    if dtype is DType.FLOAT32:
+        rotated = out.view(np.float32)
+    else:
+        rotated = np.empty(out.shape, dtype=np.float32)
+    for spec, span in _runs(ropes):
+        rotate_into(rotated[span], values[span], spec, positions, inverse=False)
+    if dtype is not DType.FLOAT32:
+        store_float32(out, rotated, dtype)
+
+
+def _runs(ropes: Sequence[RopeSpec]) -> Iterator[tuple[RopeSpec, slice]]:
+    """Consecutive layers with the same rope, as (spec, layers)."""
+    start = 0
+    for spec, run in itertools.groupby(ropes):
+        end = start + len(list(run))
+        yield spec, slice(start, end)
+        start = end
