@@ -7,7 +7,7 @@ from kvferry.cluster.policy import layer_rules
 from kvferry.codec.base import Codec
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration, layer_groups
 from kvferry.codec.registry import make_codec
-from kvferry.errors import CodecError, ConfigError
+from kvferry.errors import CodecError
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, root_key
 from kvferry.proto.v1 import coordinator_pb2
 
@@ -106,14 +106,8 @@ def _codec(
         return make_codec(rule.codec, options)
     if calibration is None:
         return make_codec(*UNCALIBRATED)
-    if "target_kl" in options:
-        target = options.pop("target_kl")
-        try:
-            options["step"] = calibration.step_for_kl(float(str(target)))
-        except ValueError as exc:
-            raise ConfigError("target_kl", target, "a number of nats above 0") from exc
     try:
         part = cut_group(group_id, layers, shard.heads)
     except CodecError:
         return make_codec(*UNCALIBRATED)
-    return make_codec("ferry", options, part)
+    return make_codec("ferry", options, part, calibration.curve)

@@ -347,7 +347,9 @@ class PrefixCache:
 
     def _digest_weights(self) -> None:
         try:
-            self._fingerprint = fingerprint(self._loaded, self._layers)
+            self._fingerprint = fingerprint(
+                self._loaded, self._layers, cache_dir=self.options.cache_dir
+            )
         except (ModelError, OSError) as exc:
             self._fingerprint_error = str(exc)
             log.warning("no digest of the weights, so neither hits nor stores: %s", exc)
