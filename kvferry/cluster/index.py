@@ -1,0 +1,296 @@
+"""The store's index: which blobs there are, which pages are complete, who used what when.
+
+SQLite in WAL mode: one connection writes, one reads, each under its lock, and all calls
+come from worker threads. It holds nothing that the files do not say, except use times
+and leases, and can be deleted at any time.
+"""
+
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from kvferry.cluster import index_rows as rows
+from kvferry.cluster.coverage import covers
+from kvferry.cluster.index_rows import CodecTable, Held, Unit
+from kvferry.cluster.index_schema import connect, open_database
+from kvferry.cluster.index_units import (
+    Record,
+    check_agreement,
+    new_unit,
+    replaced_by,
+    unit_of,
+    victims,
+)
+from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult
+from kvferry.errors import QueueFullError
+from kvferry.proto.keys import BlobKey
+
+MAX_LEASES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Of all blobs. ``charged``: bytes of the medium."""
+
+    blobs: int
+    size: int
+    charged: int
+
+
+class Index:
+    """Blocks; usable from any thread. Raises sqlite3.Error as it comes."""
+
+    def __init__(self, path: str) -> None:
+        """Raises: IndexDamagedError: delete the file and make the index anew."""
+        self.path = path
+        self._db, self.fresh = open_database(path)
+        self._lock = threading.RLock()
+        if path == ":memory:":
+            self._reader, self._read_lock = self._db, self._lock
+        else:
+            self._reader, self._read_lock = connect(path), threading.RLock()
+        self._codecs = CodecTable(self._db)
+
+    def close(self) -> None:
+        """May be called twice."""
+        with self._lock, self._read_lock:
+            self._reader.close()
+            self._db.close()
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                # Codecs added in what was rolled back must not be known.
+                self._codecs = CodecTable(self._db)
+                raise
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        with self._read_lock:
+            nested = self._reader.in_transaction
+            if not nested:
+                self._reader.execute("BEGIN")
+            try:
+                yield self._reader
+            finally:
+                if not nested and self._reader.in_transaction:
+                    self._reader.execute("COMMIT")
+
+    def check_agreement(self, info: BlobInfo) -> None:
+        """Raises: IdentityMismatchError where the page's other blobs say otherwise."""
+        with self._read() as db:
+            unit = unit_of(db, info.key)
+        if unit is not None:
+            check_agreement(unit, info)
+
+    def insert(self, records: Sequence[Record], now_s: float) -> list[Held]:
+        """Add blobs, all or none; returns those of tails whose place they took.
+
+        Raises: IdentityMismatchError.
+        """
+        dropped: list[Held] = []
+        with self._write() as db:
+            for unit_id in dict.fromkeys(self._add(db, record, now_s) for record in records):
+                dropped += self._settle(db, unit_id, now_s)
+        return dropped
+
+    def _add(self, db: sqlite3.Connection, record: Record, now_s: float) -> int:
+        info = record.info
+        unit = unit_of(db, info.key)
+        if unit is None:
+            unit_id = new_unit(db, record)
+        else:
+            check_agreement(unit, info)
+            unit_id = unit.id
+        if record.replaces:
+            db.execute("UPDATE units SET replaces = ? WHERE id = ?", (record.replaces, unit_id))
+        old = self._find(db, info.key)
+        if old is not None:
+            db.execute("DELETE FROM blobs WHERE id = ?", (old.blob_id,))
+        db.execute(
+            "INSERT INTO blobs (unit_id, layer_start, layer_end, head_start, head_end, codec_ref, "
+            "size, charged, stored_s, expires_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                unit_id,
+                *info.layers,
+                *info.heads,
+                self._codecs.ref(db, info.key.codec_id, info.codec),
+                info.size,
+                record.charged,
+                info.stored_unix_s or int(now_s),
+                record.expires_s,
+            ),
+        )
+        return unit_id
+
+    def _settle(self, db: sqlite3.Connection, unit_id: int, now_s: float) -> list[Held]:
+        """Judge a unit anew after its blobs changed; drop what a complete tail replaces."""
+        found = rows.units_where(db, "id = ?", (unit_id,))
+        if not found:
+            return []
+        unit = found[0]
+        held = rows.held_of(db, self._codecs, [unit])[unit_id]
+        if not held:
+            db.execute("DELETE FROM units WHERE id = ?", (unit_id,))
+            return []
+        parts = [(h.info.layers, h.info.heads) for h in held]
+        complete = unit.kind == "calibration" or covers(parts, unit.model_layers, unit.model_heads)
+        db.execute("UPDATE units SET complete = ? WHERE id = ?", (int(complete), unit_id))
+        if not complete or unit.kind != "tail":
+            return []
+        return self._drop(db, replaced_by(db, unit, now_s))
+
+    def _drop(self, db: sqlite3.Connection, units: Sequence[Unit]) -> list[Held]:
+        held = [h for part in rows.held_of(db, self._codecs, units).values() for h in part]
+        db.executemany("DELETE FROM units WHERE id = ?", [(unit.id,) for unit in units])
+        return held
+
+    def _find(self, db: sqlite3.Connection, key: BlobKey) -> Held | None:
+        unit = unit_of(db, key)
+        if unit is None:
+            return None
+        held = rows.held_of(db, self._codecs, [unit])[unit.id]
+        return next((h for h in held if h.info.key == key), None)
+
+    def find(self, key: BlobKey) -> Held | None:
+        """A blob, although it may have expired."""
+        with self._read() as db:
+            return self._find(db, key)
+
+    def present(self, keys: Sequence[BlobKey], now_s: float) -> list[bool]:
+        """Which are held and have not expired."""
+        with self._read() as db:
+            pages = list({key.page_key for key in keys})
+            units = rows.units_in(db, "page_key", pages)
+            held = rows.held_of(db, self._codecs, units).values()
+            live = {h.info.key for part in held for h in part if not 0 < h.expires_s <= now_s}
+        return [key in live for key in keys]
+
+    def lookup(self, query: LookupQuery, now_s: float) -> tuple[LookupResult, list[Unit]]:
+        """See `index_rows.lookup`."""
+        with self._read() as db:
+            return rows.lookup(db, self._codecs, query, now_s)
+
+    def listing(
+        self, query: ListQuery, after: tuple[int, int, int] = (-1, 0, 0)
+    ) -> tuple[list[Held], tuple[int, int, int]]:
+        """Some blobs, oldest use first, and where to go on; none: the end."""
+        with self._read() as db:
+            units, after = rows.list_units(db, query, after)
+            held = rows.held_of(db, self._codecs, units)
+            return [h for unit in units for h in held[unit.id]], after
+
+    def delete(self, keys: Sequence[BlobKey], now_s: float) -> list[Held]:
+        """Those that were there."""
+        with self._write() as db:
+            found = [h for key in keys if (h := self._find(db, key)) is not None]
+            self._remove(db, found, now_s)
+            return list({h.blob_id: h for h in found}.values())
+
+    def _remove(self, db: sqlite3.Connection, held: Sequence[Held], now_s: float) -> None:
+        db.executemany("DELETE FROM blobs WHERE id = ?", [(h.blob_id,) for h in held])
+        for unit_id in {h.unit_id for h in held}:
+            self._settle(db, unit_id, now_s)
+
+    def take_expired(self, now_s: float, limit: int = 500) -> list[Held]:
+        """Remove blobs whose time to live is over, except leased ones; also old leases."""
+        with self._write() as db:
+            db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
+            ended = dict(
+                db.execute(
+                    "SELECT id, unit_id FROM blobs WHERE expires_s > 0 AND expires_s <= ? "
+                    "AND id NOT IN (SELECT blob_id FROM lease_blobs) LIMIT ?",
+                    (now_s, limit),
+                ).fetchall()
+            )
+            ids = list(set(ended.values()))
+            units = rows.units_in(db, "id", ids)
+            held = rows.held_of(db, self._codecs, units).values()
+            over = [h for part in held for h in part if h.blob_id in ended]
+            self._remove(db, over, now_s)
+            return over
+
+    def take_victims(self, need: int, protect: bytes, now_s: float) -> list[Held]:
+        """Remove least recently used units of ``need`` charged bytes in all.
+
+        Never leased ones, nor ``protect`` and the pages before it. Calibrations last.
+        Empty where so much is not to be had: nothing is removed then.
+        """
+        with self._write() as db:
+            chosen = victims(db, need, protect, now_s)
+            return self._drop(db, rows.units_in(db, "id", chosen))
+
+    def set_expiry(self, blob_id: int, expires_s: int) -> None:
+        """Another end of life; 0: none."""
+        with self._write() as db:
+            db.execute("UPDATE blobs SET expires_s = ? WHERE id = ?", (expires_s, blob_id))
+
+    def touch(self, used_ns: Mapping[int, int]) -> None:
+        """Note uses: unit id -> time in ns."""
+        with self._write() as db:
+            db.executemany(
+                "UPDATE units SET used_ns = MAX(used_ns, ?) WHERE id = ?",
+                [(at, unit_id) for unit_id, at in used_ns.items()],
+            )
+
+    def pin(self, keys: Sequence[BlobKey], expires_s: int, now_s: float) -> tuple[str, int]:
+        """A lease on those that are held. Raises: QueueFullError: too many leases."""
+        lease = secrets.token_hex(16)
+        with self._write() as db:
+            db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
+            if db.execute("SELECT COUNT(*) FROM leases").fetchone()[0] >= MAX_LEASES:
+                raise QueueFullError("leases", MAX_LEASES)
+            found = {h.blob_id for key in keys if (h := self._find(db, key)) is not None}
+            db.execute("INSERT INTO leases (id, expires_s) VALUES (?, ?)", (lease, expires_s))
+            db.executemany(
+                "INSERT INTO lease_blobs (lease_id, blob_id) VALUES (?, ?)",
+                [(lease, blob_id) for blob_id in found],
+            )
+        return lease, len(found)
+
+    def unpin(self, lease_id: str, now_s: float) -> bool:
+        """False: there was no such lease (any more)."""
+        with self._write() as db:
+            query = "DELETE FROM leases WHERE id = ? RETURNING expires_s"
+            found = db.execute(query, (lease_id,)).fetchone()
+            return found is not None and found[0] > now_s
+
+    def totals(self) -> Totals:
+        """Sums over all blobs."""
+        with self._read() as db:
+            query = "SELECT COUNT(*), COALESCE(SUM(size), 0), COALESCE(SUM(charged), 0) FROM blobs"
+            return Totals(*db.execute(query).fetchone())
+
+    def counts(self, now_s: float) -> tuple[int, int]:
+        """(complete pages, leased blobs)."""
+        with self._read() as db:
+            pages = db.execute("SELECT COUNT(*) FROM units WHERE kind = 'page' AND complete = 1")
+            leased = (
+                "SELECT COUNT(DISTINCT blob_id) FROM lease_blobs JOIN leases ON id = lease_id "
+                "WHERE expires_s > ?"
+            )
+            return pages.fetchone()[0], db.execute(leased, (now_s,)).fetchone()[0]
+
+    def names_under(self, first_byte: int) -> dict[str, Held]:
+        """Name -> blob, of all whose page key begins with this byte."""
+        low, high = bytes([first_byte]), bytes([first_byte + 1]) if first_byte < 255 else b""
+        clause = "page_key >= ? AND page_key < ?" if high else "page_key >= ?"
+        with self._read() as db:
+            units = rows.units_where(db, clause, (low, high) if high else (low,))
+            held = rows.held_of(db, self._codecs, units)
+            return {h.name: h for part in held.values() for h in part}
+
+    def tidy(self) -> None:
+        """Give unused pages of the database back, some at a time."""
+        with self._lock:
+            self._db.execute("PRAGMA incremental_vacuum(256)").fetchall()

@@ -1,0 +1,98 @@
+"""Units of the index: what the blobs of one page, tail or calibration share."""
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvferry.cluster import index_rows as rows
+from kvferry.cluster.index_rows import Unit
+from kvferry.cluster.repository import BlobInfo
+from kvferry.errors import IdentityMismatchError
+from kvferry.proto.keys import BlobKey
+
+_NOT_PINNED = (
+    "NOT EXISTS (SELECT 1 FROM blobs p JOIN lease_blobs lb ON lb.blob_id = p.id "
+    "JOIN leases l ON l.id = lb.lease_id WHERE p.unit_id = units.id AND l.expires_s > ?)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A blob to be indexed. ``replaces``: page key of the tail whose place it takes."""
+
+    info: BlobInfo
+    charged: int
+    expires_s: int = 0
+    replaces: bytes = b""
+    used_ns: int = 0
+
+
+def unit_of(db: sqlite3.Connection, key: BlobKey) -> Unit | None:
+    found = rows.units_where(db, "page_key = ? AND kind = ?", (key.page_key, key.kind))
+    return found[0] if found else None
+
+
+def new_unit(db: sqlite3.Connection, record: Record) -> int:
+    info = record.info
+    cursor = db.execute(
+        "INSERT INTO units (kind, page_key, model_id, previous_key, token_start, token_end, "
+        "model_layers, model_heads, evict_last, used_ns) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            info.key.kind,
+            info.key.page_key,
+            info.model_id,
+            info.previous_key,
+            *info.tokens,
+            info.model_layers,
+            info.model_heads,
+            int(info.key.kind == "calibration"),
+            record.used_ns,
+        ),
+    )
+    if cursor.lastrowid is None:
+        raise sqlite3.InterfaceError("no row id")
+    return cursor.lastrowid
+
+
+def check_agreement(unit: Unit, info: BlobInfo) -> None:
+    """All blobs of a page are of one model, one place in one chain, one size of model."""
+    pairs: Iterable[tuple[str, object, object]] = (
+        ("model", info.model_id.hex(), unit.model_id.hex()),
+        ("previous page", info.previous_key.hex(), unit.previous_key.hex()),
+        ("tokens", info.tokens, (unit.token_start, unit.token_end)),
+        (
+            "model of layers x heads",
+            (info.model_layers, info.model_heads),
+            (unit.model_layers, unit.model_heads),
+        ),
+    )
+    for field, found, wanted in pairs:
+        if found != wanted:
+            raise IdentityMismatchError(field, str(found), str(wanted))
+
+
+def replaced_by(db: sqlite3.Connection, unit: Unit, now_s: float) -> list[Unit]:
+    """The older tail whose place ``unit`` takes, unless it is leased."""
+    clause = (
+        "kind = 'tail' AND id != ? AND model_id = ? AND page_key = "
+        f"(SELECT replaces FROM units WHERE id = ?) AND {_NOT_PINNED}"
+    )
+    return rows.units_where(db, clause, (unit.id, unit.model_id, unit.id, now_s))
+
+
+def victims(db: sqlite3.Connection, need: int, protect: bytes, now_s: float) -> list[int]:
+    """Least recently used units that charge ``need`` bytes in all; none if not to be had."""
+    kept = set(rows.ancestors(db, protect)) if protect else set()
+    query = (
+        "SELECT id, page_key, (SELECT SUM(charged) FROM blobs WHERE unit_id = units.id) "  # noqa: S608
+        f"FROM units WHERE {_NOT_PINNED} ORDER BY evict_last, used_ns, id"
+    )
+    chosen: list[int] = []
+    freed = 0
+    for unit_id, page_key, charged in db.execute(query, (now_s,)):
+        if freed >= need:
+            break
+        if page_key not in kept:
+            chosen.append(unit_id)
+            freed += charged or 0
+    return chosen if freed >= need else []
