@@ -84,3 +84,33 @@ def _content(fingerprint: ModelFingerprint) -> bytes:
             "adapter": fingerprint.adapter.hex(),
         }
     )
+
+
+def merge(parts: Sequence[ModelFingerprint]) -> ModelFingerprint:
+    """One fingerprint out of those of several machines that hold parts of a model.
+
+    Raises:
+        ModelError: they are of different models, or disagree about a layer.
+    """
+    if not parts:
+        raise ModelError("no fingerprints to merge")
+    first = parts[0]
+    common = {
+        (canonical_json(dict(p.config)), p.tokenizer, p.adapter, p.layer_count) for p in parts
+    }
+    if len(common) > 1:
+        raise ModelError("machines hold different models: config, tokenizer or adapter differ")
+    layers: dict[int, bytes] = {}
+    rope: dict[int, bytes] = {}
+    shared: dict[str, bytes] = {}
+    for part in parts:
+        _take(layers, part.layers)
+        _take(rope, part.rope)
+        _take(shared, part.shared)
+    return replace(first, layers=layers, rope=rope, shared=shared)
+
+
+def _take(known: dict[_Key, bytes], more: Mapping[_Key, bytes]) -> None:
+    for name, digest in more.items():
+        if known.setdefault(name, digest) != digest:
+            raise ModelError(f"machines hold different weights for {name!r} of the model")
