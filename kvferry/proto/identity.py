@@ -5,8 +5,8 @@ every rank arrives at the same `model_id` whatever the split. No file is read he
 `kvferry.codec.mlx.weights` computes the digests.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from blake3 import blake3
