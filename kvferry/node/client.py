@@ -1,0 +1,254 @@
+"""What a hook uses of the node daemon on its machine. Synchronous, as the model is.
+
+Every call ends within its deadline, with an answer or a `FerryError`. Reports are sent in
+the background and never fail. The connection comes back by itself after the daemon does.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TypeVar
+
+import grpc.aio
+
+from kvferry.cluster import wire
+from kvferry.cluster.client import rpc_errors
+from kvferry.cluster.loop_thread import LoopThread
+from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult
+from kvferry.cluster.sync_client import SyncBlobStoreClient
+from kvferry.errors import FerryError, StoreTimeoutError, StoreUnavailableError
+from kvferry.node.backoff import Backoff
+from kvferry.proto.keys import BlobKey
+from kvferry.proto.v1 import coordinator_pb2, node_pb2
+from kvferry.proto.v1.node_pb2_grpc import NodeStub
+
+if TYPE_CHECKING:
+    from kvferry.proto.v1.node_pb2_grpc import NodeAsyncStub
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+REPORTS_UNDER_WAY = 32
+# Beyond grpc's own deadline, for the way between the threads.
+_SLACK_S = 1.0
+
+
+class NodeClient:
+    """One connection to the daemon behind a Unix socket; connects when first used.
+
+    All methods may be called from any thread but the client's own, and block the calling
+    thread only. Raises in every call, beside what is named there:
+    StoreUnavailableError, StoreTimeoutError, ProtocolError.
+
+    Args:
+        socket_path: the daemon's Unix socket (or HOST:PORT of a test's server).
+        timeout_s: deadline of each call that is not given its own.
+        name: how the daemon shall call this client; process number if empty.
+    """
+
+    def __init__(self, socket_path: str | Path, timeout_s: float = 30.0, name: str = "") -> None:
+        self.address = f"unix:{socket_path}" if "/" in str(socket_path) else str(socket_path)
+        self.name = name or f"pid-{os.getpid()}"
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._reports: set[asyncio.Task[None]] = set()
+        self._thread = LoopThread("kvferry-node-client")
+        self._blobs = SyncBlobStoreClient(
+            self.address, timeout_s=timeout_s, loop_thread=self._thread
+        )
+        self._channel, self._stub = self._thread.run(self._connect())
+        self._watches: list[asyncio.Task[None]] = []
+
+    async def _connect(self) -> "tuple[grpc.aio.Channel, NodeAsyncStub]":
+        options = wire.channel_options(wire.MAX_REQUEST_BYTES)
+        channel = grpc.aio.insecure_channel(self.address, options=options)
+        stub: NodeAsyncStub = NodeStub(channel)
+        return channel, stub
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the daemon; calls under way fail. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._thread.run(self._stop_watching())
+        self._blobs.close()
+        self._thread.run(self._channel.close())
+        self._thread.close()
+
+    # -- blobs --------------------------------------------------------------------
+
+    def lookup(self, query: LookupQuery, *, timeout_s: float | None = None) -> LookupResult:
+        """Longest run of complete pages. ``partial``: the store could not be asked."""
+        self._check_open()
+        return self._blobs.lookup(query, timeout_s=timeout_s)
+
+    def has(self, keys: Sequence[BlobKey], *, timeout_s: float | None = None) -> list[bool]:
+        """Which need not be put: held by the store, or on their way to it."""
+        self._check_open()
+        return self._blobs.has(keys, timeout_s=timeout_s)
+
+    def get(self, key: BlobKey, *, timeout_s: float | None = None) -> bytes:
+        """A whole, verified blob. Raises: BlobNotFoundError, CorruptBlobError."""
+        self._check_open()
+        return bytes(self._blobs.get(key, timeout_s=timeout_s))
+
+    def get_many(
+        self, keys: Sequence[BlobKey], deadline_s: float | None = None, *, parallel: int = 4
+    ) -> dict[BlobKey, memoryview | FerryError]:
+        """Whole, verified blobs; in place of one that failed, its error. Never raises.
+
+        ``deadline_s``: for all of them together, from now; what is late is an error.
+        """
+        end = self._timeout_s if deadline_s is None else max(deadline_s, 0.0)
+        try:
+            self._check_open()
+            answers = self._blobs.get_many(keys, parallel=parallel, timeout_s=end)
+        except FerryError as exc:
+            return dict.fromkeys(keys, exc)
+        return dict(zip(keys, answers, strict=True))
+
+    def put(
+        self,
+        key: BlobKey,
+        data: bytes | memoryview,
+        *,
+        ttl_s: int = 0,
+        replaces: BlobKey | None = None,
+        timeout_s: float | None = None,
+    ) -> bool:
+        """Hand a blob over; the daemon uploads it. False: it was there already.
+
+        Raises: QueueFullError, StoreFullError, CorruptBlobError, IdentityMismatchError.
+        """
+        self._check_open()
+        return self._blobs.put(key, data, ttl_s=ttl_s, replaces=replaces, timeout_s=timeout_s)
+
+    def list(self, query: ListQuery, *, timeout_s: float | None = None) -> list[BlobInfo]:
+        """What the store holds, or this node where the store cannot be asked."""
+        self._check_open()
+        return [info for batch in self._blobs.list(query, timeout_s=timeout_s) for info in batch]
+
+    # -- the daemon ---------------------------------------------------------------
+
+    def hello(
+        self,
+        shard: coordinator_pb2.ShardInfo | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> node_pb2.HelloReply:
+        """Namespace salt (empty: not known yet), policy in force, limits."""
+        request = node_pb2.HelloRequest(client=self.name, shard=shard)
+        end = self._deadline(timeout_s)
+        return self._run(lambda: self._stub.Hello(request, timeout=end), end)
+
+    def status(self, *, timeout_s: float | None = None) -> node_pb2.NodeStatus:
+        """Tiers, queue, links and counters of the daemon."""
+        end = self._deadline(timeout_s)
+        request = node_pb2.NodeStatusRequest()
+        return self._run(lambda: self._stub.Status(request, timeout=end), end)
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until what was put so far is in the store. False: not within the time."""
+        request = node_pb2.FlushRequest(timeout_ms=int(timeout_s * 1000))
+        end = timeout_s + self._timeout_s
+        return self._run(lambda: self._stub.Flush(request, timeout=end), end).done
+
+    def report(
+        self,
+        *,
+        restore: coordinator_pb2.RestoreReport | None = None,
+        misses: Mapping[str, int] | None = None,
+        drops: Mapping[str, int] | None = None,
+        prefill_tokens_per_s: float = 0.0,
+        decode_tokens_per_s: float = 0.0,
+        shard: coordinator_pb2.ShardInfo | None = None,
+    ) -> None:
+        """Tell the daemon what happened; in the background, lost where it is not there."""
+        if self._closed or len(self._reports) >= REPORTS_UNDER_WAY:
+            return
+        report = node_pb2.HookReport(
+            client=self.name,
+            restore=restore,
+            misses=dict(misses or {}),
+            drops=dict(drops or {}),
+            prefill_tokens_per_s=prefill_tokens_per_s,
+            decode_tokens_per_s=decode_tokens_per_s,
+            shard=shard,
+        )
+        self._thread.run(self._report_later(report))
+
+    def watch(self, on_event: Callable[[node_pb2.NodeEvent], None]) -> None:
+        """Call ``on_event`` for each policy, salt and trigger until `close`.
+
+        Runs on a thread of the client's; the daemon's policy and salt come first, again
+        after each reconnect. What the callback raises is logged.
+        """
+        self._check_open()
+        self._thread.run(self._start_watching(on_event))
+
+    # -- inside -------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailableError(self.address, "this client is closed")
+
+    def _deadline(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    def _run(self, call: Callable[[], Awaitable[T]], deadline_s: float) -> T:
+        self._check_open()
+
+        async def run() -> T:
+            with rpc_errors(self.address):
+                return await call()
+
+        try:
+            return self._thread.run(run(), deadline_s + _SLACK_S)
+        except TimeoutError as exc:
+            raise StoreTimeoutError(self.address, f"no answer in {deadline_s:.1f} s") from exc
+
+    async def _report_later(self, report: node_pb2.HookReport) -> None:
+        task = asyncio.ensure_future(self._send(report))
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+
+    async def _send(self, report: node_pb2.HookReport) -> None:
+        try:
+            with rpc_errors(self.address):
+                await self._stub.Report(report, timeout=self._timeout_s)
+        except FerryError as exc:
+            log.debug("report lost: %s", exc)
+
+    async def _start_watching(self, on_event: Callable[[node_pb2.NodeEvent], None]) -> None:
+        self._watches.append(asyncio.ensure_future(self._watch(on_event)))
+
+    async def _stop_watching(self) -> None:
+        for task in self._watches:
+            task.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+
+    async def _watch(self, on_event: Callable[[node_pb2.NodeEvent], None]) -> None:
+        backoff = Backoff(first_s=0.1, most_s=5.0)
+        while True:
+            with contextlib.suppress(FerryError), rpc_errors(self.address):
+                request = node_pb2.WatchEventsRequest(client=self.name)
+                async for event in self._stub.WatchEvents(request):
+                    backoff.reset()
+                    await asyncio.to_thread(_deliver, on_event, event)
+            await asyncio.sleep(backoff.next_s())
+
+
+def _deliver(on_event: Callable[[node_pb2.NodeEvent], None], event: node_pb2.NodeEvent) -> None:
+    try:
+        on_event(event)
+    except Exception:
+        log.exception("the callback for node events failed")
