@@ -102,7 +102,7 @@ def test_another_tokenizer_on_one_rank_is_refused_on_all() -> None:
 def test_two_versions_of_one_layer_are_refused_on_all() -> None:
     other = part(range(2, 6))
     other = replace(other, layers={**other.layers, 2: digest("tampered")})
-    assert all("same layer" in text for text in _refusals([part(range(3)), other]))
+    assert all("different weights" in text for text in _refusals([part(range(3)), other]))
 
 
 def test_a_layer_that_nobody_holds_is_refused_on_all() -> None:

@@ -6,7 +6,7 @@ from blake3 import blake3
 
 from kvferry.errors import ModelError
 from kvferry.node.hooks.group import Group
-from kvferry.proto.identity import ModelFingerprint, model_id
+from kvferry.proto.identity import ModelFingerprint, merge, model_id
 from kvferry.proto.keys import DIGEST_BYTES, canonical_json
 
 SHARED_NAMES = ("embedding", "norm", "head")
@@ -30,22 +30,12 @@ def exchange(
     tables = group.all_gather(_to_table(mine, layer_count))
     if mine is None or any(not any(table) for table in tables):
         return None
-    common = {table[: 2 * DIGEST_BYTES] for table in tables}
-    if len(common) > 1:
+    if len({table[:DIGEST_BYTES] for table in tables}) > 1:
         raise ModelError(
-            "ranks hold different models (config, tokenizer or adapter differ): "
+            "ranks hold different models (config or adapter differ): "
             "load the same model on every machine"
         )
-    cells = _merge(tables)
-    shared = dict(zip(SHARED_NAMES, cells[: len(SHARED_NAMES)], strict=True))
-    layers = cells[len(SHARED_NAMES) :: 2]
-    ropes = cells[len(SHARED_NAMES) + 1 :: 2]
-    return replace(
-        mine,
-        shared={name: digest for name, digest in shared.items() if digest != _ABSENT},
-        layers={i: digest for i, digest in enumerate(layers) if digest != _ABSENT},
-        rope={i: digest for i, digest in enumerate(ropes) if digest != _ABSENT},
-    )
+    return merge([_from_table(table, mine) for table in tables])
 
 
 def agreed_model_id(group: Group, mine: ModelFingerprint | None, layer_count: int) -> bytes | None:
@@ -55,22 +45,27 @@ def agreed_model_id(group: Group, mine: ModelFingerprint | None, layer_count: in
 
 
 def _to_table(mine: ModelFingerprint | None, layer_count: int) -> bytes:
-    cells = 2 + len(SHARED_NAMES) + 2 * layer_count
+    """Digests in a fixed order and size, as a collective needs them; zeros: not known."""
     if mine is None:
-        return bytes(cells * DIGEST_BYTES)
+        return bytes((2 + len(SHARED_NAMES) + 2 * layer_count) * DIGEST_BYTES)
     config = blake3(canonical_json(dict(mine.config)) + mine.adapter).digest()
-    parts = [config, mine.tokenizer, *(mine.shared.get(name, _ABSENT) for name in SHARED_NAMES)]
-    for layer in range(layer_count):
-        parts += [mine.layers.get(layer, _ABSENT), mine.rope.get(layer, _ABSENT)]
-    return b"".join(parts)
+    shared = (mine.shared.get(name, _ABSENT) for name in SHARED_NAMES)
+    layers = (mine.layers.get(i, _ABSENT) for i in range(layer_count))
+    ropes = (mine.rope.get(i, _ABSENT) for i in range(layer_count))
+    return b"".join([config, mine.tokenizer, *shared, *layers, *ropes])
 
 
-def _merge(tables: list[bytes]) -> list[bytes]:
-    """Cell by cell, the one digest that a rank has; two different ones are an error."""
-    merged: list[bytes] = []
-    for at in range(2 * DIGEST_BYTES, len(tables[0]), DIGEST_BYTES):
-        known = {table[at : at + DIGEST_BYTES] for table in tables} - {_ABSENT}
-        if len(known) > 1:
-            raise ModelError("ranks hold different weights for the same layer of the model")
-        merged.append(known.pop() if known else _ABSENT)
-    return merged
+def _from_table(table: bytes, mine: ModelFingerprint) -> ModelFingerprint:
+    """Another rank's fingerprint; its config is known to be the same as ours."""
+    cells = [table[at : at + DIGEST_BYTES] for at in range(0, len(table), DIGEST_BYTES)]
+    shared = dict(zip(SHARED_NAMES, cells[2:], strict=False))
+    numbered = cells[2 + len(SHARED_NAMES) :]
+    layers = dict(enumerate(numbered[: mine.layer_count]))
+    ropes = dict(enumerate(numbered[mine.layer_count :]))
+    return replace(
+        mine,
+        tokenizer=cells[1],
+        shared={name: digest for name, digest in shared.items() if digest != _ABSENT},
+        layers={i: digest for i, digest in layers.items() if digest != _ABSENT},
+        rope={i: digest for i, digest in ropes.items() if digest != _ABSENT},
+    )

@@ -296,7 +296,11 @@ class PrefixCache:
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until all that was offered is in the store. False: not within the time."""
         self._offers.wait()
-        return self._client.flush(timeout_s)
+        try:
+            return self._client.flush(timeout_s)
+        except FerryError as exc:
+            log.info("flush: %s", exc)
+            return False
 
     def _coding(self) -> Coding | None:
         """Policy, namespace and calibration made concrete; kept until one changes."""
