@@ -1,0 +1,21 @@
+"""Hooks: where a generation loop meets kvferry. Importing this package loads no mlx.
+
+from kvferry.node.hooks import HookOptions, PrefixCache
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from kvferry.node.hooks.options import HookOptions
+
+if TYPE_CHECKING:
+    from kvferry.node.hooks.prefix_cache import PrefixCache, RestoreReport
+
+__all__ = ["HookOptions", "PrefixCache", "RestoreReport"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("PrefixCache", "RestoreReport"):
+        from kvferry.node.hooks import prefix_cache
+
+        return getattr(prefix_cache, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
