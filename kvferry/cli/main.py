@@ -9,7 +9,10 @@ from kvferry import __version__
 from kvferry.errors import ConfigError, FerryError
 
 # Each has ``register(app)``; what is heavy it imports inside its commands.
-COMMAND_MODULES: tuple[str, ...] = ()
+COMMAND_MODULES: tuple[str, ...] = (
+    "coordinator",
+    "policy",
+)
 
 app = typer.Typer(
     name="kvferry",

@@ -9,7 +9,12 @@ model is not stored at all. Files are read by `load_policy` (see `policy_file`).
 import math
 from collections.abc import Mapping
 
-from kvferry.cluster.policy_file import dump_policy, load_policy, parse_policy
+from kvferry.cluster.policy_file import (
+    dump_policy,
+    load_policy,
+    parse_policy,
+    read_policy_file,
+)
 from kvferry.cluster.policy_rules import TRIGGERS, check_policy, span_text, unruled
 from kvferry.errors import ConfigError
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -24,6 +29,7 @@ __all__ = [
     "named_policy",
     "parse_policy",
     "policy_names",
+    "read_policy_file",
     "rule_for",
     "triggers",
 ]
@@ -134,7 +140,9 @@ def explain(policy: pb.Policy, model_id: bytes, layers: int) -> list[tuple[str, 
 
 def _because(place: int, rule: pb.LayerRule) -> str:
     whose = f"models {rule.model}..." if rule.model else "every model"
-    text = f"rule {place} (layers {span_text(rule)} of {whose})"
+    span = span_text(rule)
+    which = "all layers" if span == "all" else f"layers {span}"
+    text = f"rule {place} ({which} of {whose})"
     options = " ".join(f"{name}={value}" for name, value in sorted(rule.options.items()))
     if rule.codec == "none":
         return f"{text}: not stored, so that no page of the model is"

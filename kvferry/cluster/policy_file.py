@@ -35,17 +35,24 @@ _NUMBER = re.compile(r"(0|[1-9][0-9]{0,15})(\.[0-9]{1,16})?")
 _SPAN = re.compile(r"([0-9]{1,6})(-([0-9]{1,6})?)?")
 
 
-def load_policy(path: Path) -> pb.Policy:
-    """Read a policy file; its version is 0, as only the coordinator gives versions.
-
-    Raises: ConfigError, one line with the file, the field and what is allowed.
-    """
+def read_policy_file(path: Path) -> bytes:
+    """A policy file's bytes. Raises: ConfigError for one that is missing or too large."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_FILE_BYTES + 1)
     except OSError as exc:
         raise ConfigError("policy_file", str(path), f"a readable file ({exc.strerror})") from exc
-    return parse_policy(raw, str(path), path.stem)
+    if len(raw) > MAX_FILE_BYTES:
+        raise ConfigError("policy_file", str(path), f"at most {MAX_FILE_BYTES:,} bytes long")
+    return raw
+
+
+def load_policy(path: Path) -> pb.Policy:
+    """Read a policy file; its version is 0, as only the coordinator gives versions.
+
+    Raises: ConfigError, one line with the file, the field and what is allowed.
+    """
+    return parse_policy(read_policy_file(path), str(path), path.stem)
 
 
 def parse_policy(raw: bytes, source: str = "policy", name: str = "policy") -> pb.Policy:
@@ -53,8 +60,6 @@ def parse_policy(raw: bytes, source: str = "policy", name: str = "policy") -> pb
 
     Raises: ConfigError, its field preceded by ``source``.
     """
-    if len(raw) > MAX_FILE_BYTES:
-        raise ConfigError(source, f"{len(raw):,} bytes", f"at most {MAX_FILE_BYTES:,} bytes")
     try:
         table = tomllib.loads(raw.decode())
     except (ValueError, RecursionError) as exc:

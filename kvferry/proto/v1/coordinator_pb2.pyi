@@ -465,6 +465,12 @@ class ExplainReply(google.protobuf.message.Message):
 
     POLICY_FIELD_NUMBER: builtins.int
     LAYERS_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    PROBLEM_FIELD_NUMBER: builtins.int
+    source: builtins.str
+    """who decided: "built-in", "file", "admin" """
+    problem: builtins.str
+    """why the policy file is not what is in force"""
     @property
     def policy(self) -> Global___Policy: ...
     @property
@@ -474,9 +480,11 @@ class ExplainReply(google.protobuf.message.Message):
         *,
         policy: Global___Policy | None = ...,
         layers: collections.abc.Iterable[Global___LayerExplanation] | None = ...,
+        source: builtins.str = ...,
+        problem: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["layers", b"layers", "policy", b"policy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layers", b"layers", "policy", b"policy", "problem", b"problem", "source", b"source"]) -> None: ...
 
 Global___ExplainReply: typing_extensions.TypeAlias = ExplainReply
 

@@ -1,0 +1,200 @@
+"""The gRPC service Coordinator: checks every field, then asks the `Coordinator`."""
+
+import asyncio
+import math
+import re
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+
+import grpc
+
+from kvferry.cluster import policy as policies
+from kvferry.cluster import state as states
+from kvferry.cluster.coordinator import Coordinator
+from kvferry.cluster.handlers import stream, unary
+from kvferry.cluster.server import Service, start_server
+from kvferry.cluster.service import Running
+from kvferry.errors import ConfigError, ProtocolError
+from kvferry.proto.keys import DIGEST_BYTES, MAX_LAYERS
+from kvferry.proto.v1 import coordinator_pb2 as pb
+from kvferry.settings import CoordinatorSettings
+
+SERVICE = "kvferry.v1.Coordinator"
+MAX_SHARDS = 1024
+MAX_LINKS = 4096
+MAX_COUNTERS = 1024
+MAX_EXPLAINED = 4096
+
+_NODE_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
+_ADDRESS = re.compile(r"(|[^\s:]{1,255}:[0-9]{1,5}|\[[0-9a-fA-F:.%]{2,64}\]:[0-9]{1,5})")
+
+
+class CoordinatorServicer:
+    """One method for each call of the service."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def register(self, request: pb.RegisterRequest) -> pb.RegisterReply:
+        """Register."""
+        _check_node(request.node_id)
+        if not _ADDRESS.fullmatch(request.address):
+            raise ProtocolError(f"address {request.address[:80]!r}: HOST:PORT or none wanted")
+        if len(request.version) > 64:
+            raise ProtocolError("version: at most 64 characters wanted")
+        _check_shards(request.shards)
+        return await self._coordinator.register(request)
+
+    async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatReply:
+        """Heartbeat."""
+        _check_node(request.node_id)
+        _check_shards(request.shards)
+        rates = [request.prefill_tokens_per_s, request.decode_tokens_per_s]
+        rates += [n for link in request.links for n in (link.bytes_per_s, link.latency_s)]
+        _check_numbers(request.memory_used_share, *rates)
+        if len(request.links) > MAX_LINKS or len(request.counters) > MAX_COUNTERS:
+            raise ProtocolError(f"at most {MAX_LINKS} links and {MAX_COUNTERS} counters wanted")
+        if any(len(name) > 128 for name in (*request.counters, *(k.to for k in request.links))):
+            raise ProtocolError("names of links and counters: at most 128 characters wanted")
+        return await self._coordinator.heartbeat(request)
+
+    async def watch_policy(self, request: pb.WatchPolicyRequest) -> AsyncGenerator[pb.Policy, None]:
+        """WatchPolicy."""
+        _check_node(request.node_id)
+        async with aclosing(self._coordinator.policies.watch()) as watch:
+            async for policy in watch:
+                yield policy
+
+    async def report_restore(self, request: pb.RestoreReport) -> pb.ReportRestoreReply:
+        """ReportRestore."""
+        _check_node(request.node_id)
+        _check_numbers(request.seconds)
+        self._coordinator.metrics.restored(request)
+        return pb.ReportRestoreReply()
+
+    async def explain(self, request: pb.ExplainRequest) -> pb.ExplainReply:
+        """Explain."""
+        if request.layers > MAX_EXPLAINED:
+            raise ProtocolError(f"{request.layers} layers: at most {MAX_EXPLAINED} wanted")
+        if not re.fullmatch(r"([0-9a-f]{2}){0,32}", request.model):
+            raise ProtocolError("model: an id of up to 64 hex digits wanted")
+        now = self._coordinator.policies
+        reply = pb.ExplainReply(policy=now.policy, source=now.source, problem=now.problem)
+        told = policies.explain(now.policy, bytes.fromhex(request.model), request.layers)
+        for layer, (codec, why) in enumerate(told):
+            reply.layers.add(layer=layer, codec=codec, why=why)
+        return reply
+
+    async def set_policy(self, request: pb.SetPolicyRequest) -> pb.SetPolicyReply:
+        """SetPolicy."""
+        if not request.HasField("policy"):
+            raise ConfigError("policy", "", "given")
+        policy = await self._coordinator.policies.decide(request.policy, "admin")
+        return pb.SetPolicyReply(version=policy.version)
+
+    async def members(self, request: pb.MembersRequest) -> pb.MembersReply:
+        """Members."""
+        reply = pb.MembersReply(policy_version=self._coordinator.policies.policy.version)
+        for member, presence, age_s in self._coordinator.members():
+            reply.members.add(
+                node_id=member.node_id,
+                incarnation=member.incarnation,
+                address=member.address,
+                state=presence,
+                seconds_since_heartbeat=age_s,
+                last=_last(member),
+                version=member.version,
+            )
+        return reply
+
+    def service(self) -> Service:
+        """To be given to `kvferry.cluster.server.start_server`."""
+
+        def count(reason: str) -> None:
+            self._coordinator.metrics.refused.labels(reason).inc()
+
+        handlers = {
+            "Register": unary(self.register, pb.RegisterRequest, count),
+            "Heartbeat": unary(self.heartbeat, pb.HeartbeatRequest, count),
+            "WatchPolicy": stream(self.watch_policy, pb.WatchPolicyRequest, count),
+            "ReportRestore": unary(self.report_restore, pb.RestoreReport, count),
+            "Explain": unary(self.explain, pb.ExplainRequest, count),
+            "SetPolicy": unary(self.set_policy, pb.SetPolicyRequest, count),
+            "Members": unary(self.members, pb.MembersRequest, count),
+        }
+        generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
+
+
+def _check_node(node_id: str) -> None:
+    if not _NODE_ID.fullmatch(node_id):
+        raise ProtocolError(f"node id {node_id[:80]!r}: 1 to 128 characters without spaces wanted")
+
+
+def _check_shards(shards: Iterable[pb.ShardInfo]) -> None:
+    for count, shard in enumerate(shards, start=1):
+        if count > MAX_SHARDS:
+            raise ProtocolError(f"at most {MAX_SHARDS} shards wanted")
+        if len(shard.model_id) != DIGEST_BYTES:
+            raise ProtocolError(f"shard: model id of {len(shard.model_id)} bytes, 32 wanted")
+        if not 0 <= shard.layer_start < shard.layer_end <= MAX_LAYERS:
+            raise ProtocolError(f"shard: layers {shard.layer_start}-{shard.layer_end} are no range")
+
+
+def _check_numbers(*values: float) -> None:
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ProtocolError("shares, rates and times: finite numbers of at least 0 wanted")
+
+
+def _last(member: states.MemberState) -> pb.HeartbeatRequest:
+    vitals = member.vitals
+    return pb.HeartbeatRequest(
+        node_id=member.node_id,
+        incarnation=member.incarnation,
+        memory_used_share=vitals.memory_used_share,
+        free_disk_bytes=vitals.free_disk_bytes,
+        prefill_tokens_per_s=vitals.prefill_tokens_per_s,
+        decode_tokens_per_s=vitals.decode_tokens_per_s,
+        links=[
+            pb.LinkSample(to=to, bytes_per_s=link.bytes_per_s, latency_s=link.latency_s)
+            for to, link in member.links.items()
+        ],
+        shards=[
+            pb.ShardInfo(
+                model_id=shard.model_id, layer_start=shard.layers[0], layer_end=shard.layers[1]
+            )
+            for shard in member.shards
+        ],
+        policy_version=vitals.policy_version,
+        counters=vitals.counters,
+    )
+
+
+async def start_coordinator(coordinator: Coordinator, settings: CoordinatorSettings) -> Running:
+    """Serve an open coordinator; whoever gets the answer stops it.
+
+    Raises: ConfigError for an address that cannot be bound; the coordinator is closed.
+    """
+    try:
+        server = await start_server(
+            [CoordinatorServicer(coordinator).service()],
+            [settings.listen],
+            allow_remote_plaintext=settings.allow_remote_plaintext,
+        )
+    except BaseException:
+        await coordinator.aclose()
+        raise
+    background = asyncio.ensure_future(coordinator.run())
+
+    async def stop() -> None:
+        background.cancel()
+        await asyncio.wait([background])
+        await coordinator.aclose()  # ends the watches, which would hold the server up
+        await server.stop()
+
+    return Running(
+        addresses=server.addresses,
+        stop=stop,
+        background=background,
+        info={"policy_version": coordinator.policies.policy.version},
+    )
