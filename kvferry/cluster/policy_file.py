@@ -21,7 +21,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvferry.cluster.policy_rules import MAX_TTL_S, TRIGGERS, check_policy, check_rule, span_text
+from kvferry.cluster.policy_rules import (
+    MAX_TTL_S,
+    TRIGGERS,
+    check_policy,
+    check_rule,
+    shown_key,
+    span_text,
+)
 from kvferry.errors import ConfigError
 from kvferry.proto.keys import MAX_LAYERS
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -145,9 +152,8 @@ def _tail(table: object) -> pb.TailRule:
 def _known(table: Mapping[str, Any], keys: Collection[str], prefix: str) -> None:
     for key in table:
         if key not in keys:
-            raise ConfigError(
-                f"{prefix}{key}", table[key], f"left out: known are {', '.join(keys)}"
-            )
+            allowed = f"left out: known are {', '.join(keys)}"
+            raise ConfigError(f"{prefix}{shown_key(key)}", table[key], allowed)
 
 
 def _text(value: object, where: str) -> str:
@@ -174,7 +180,7 @@ def _options(value: object, where: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for name, option in value.items():
         if isinstance(option, bool) or not isinstance(option, int | float | str):
-            raise ConfigError(f"{where}.{name}", option, "a number")
+            raise ConfigError(f"{where}.{shown_key(name)}", option, "a number")
         options[name] = str(option)
     return options
 
