@@ -28,11 +28,13 @@ class Record:
 
 
 def unit_of(db: sqlite3.Connection, key: BlobKey) -> Unit | None:
+    """The unit that a blob of this key belongs to."""
     found = rows.units_where(db, "page_key = ? AND kind = ?", (key.page_key, key.kind))
     return found[0] if found else None
 
 
 def new_unit(db: sqlite3.Connection, record: Record) -> int:
+    """Add the unit of a blob; its number."""
     info = record.info
     cursor = db.execute(
         "INSERT INTO units (kind, page_key, model_id, previous_key, token_start, token_end, "
@@ -54,27 +56,46 @@ def new_unit(db: sqlite3.Connection, record: Record) -> int:
     return cursor.lastrowid
 
 
+Identity = tuple[bytes, bytes, tuple[int, int], tuple[int, int]]
+
+
+def _identity(info: BlobInfo) -> Identity:
+    model = (info.model_layers, info.model_heads)
+    return info.model_id, info.previous_key, info.tokens, model
+
+
+def _compare(found: Identity, wanted: Identity) -> None:
+    names = ("model", "previous page", "tokens", "a model of layers x heads")
+    for field, ours, theirs in zip(names, found, wanted, strict=True):
+        if ours != theirs:
+            raise IdentityMismatchError(field, _shown(ours), _shown(theirs))
+
+
+def _shown(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
 def check_agreement(unit: Unit, info: BlobInfo) -> None:
-    """All blobs of a page are of one model, one place in one chain, one size of model."""
-    pairs: Iterable[tuple[str, object, object]] = (
-        ("model", info.model_id.hex(), unit.model_id.hex()),
-        ("previous page", info.previous_key.hex(), unit.previous_key.hex()),
-        ("tokens", info.tokens, (unit.token_start, unit.token_end)),
-        (
-            "model of layers x heads",
-            (info.model_layers, info.model_heads),
-            (unit.model_layers, unit.model_heads),
-        ),
-    )
-    for field, found, wanted in pairs:
-        if found != wanted:
-            raise IdentityMismatchError(field, str(found), str(wanted))
+    """All blobs of a page are of one model, one place in one chain, one size of model.
+
+    Raises: IdentityMismatchError.
+    """
+    tokens, model = (unit.token_start, unit.token_end), (unit.model_layers, unit.model_heads)
+    _compare(_identity(info), (unit.model_id, unit.previous_key, tokens, model))
+
+
+def check_all_agree(infos: Iterable[BlobInfo]) -> None:
+    """The same among blobs that are not in the index yet. Raises: IdentityMismatchError."""
+    first: dict[tuple[str, bytes], Identity] = {}
+    for info in infos:
+        identity = _identity(info)
+        _compare(identity, first.setdefault((info.key.kind, info.key.page_key), identity))
 
 
 def replaced_by(db: sqlite3.Connection, unit: Unit, now_s: float) -> list[Unit]:
     """The older tail whose place ``unit`` takes, unless it is leased."""
     clause = (
-        "kind = 'tail' AND id != ? AND model_id = ? AND page_key = "
+        "kind = 'tail' AND id != ? AND model_id = ? AND page_key = "  # noqa: S608
         f"(SELECT replaces FROM units WHERE id = ?) AND {_NOT_PINNED}"
     )
     return rows.units_where(db, clause, (unit.id, unit.model_id, unit.id, now_s))

@@ -1,0 +1,159 @@
+"""Room in a store: what is held against what is allowed, and who goes first."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvferry.cluster.backends.base import BlobBackend
+from kvferry.cluster.blob_name import blob_name
+from kvferry.cluster.index import Index
+from kvferry.cluster.index_keeper import IndexKeeper
+from kvferry.cluster.index_rows import Held
+from kvferry.cluster.index_units import Record
+from kvferry.cluster.space import Space, StoreLimits
+from kvferry.errors import StoreFullError
+from kvferry.proto.keys import BlobKey
+
+_MAX_PENDING_USES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A blob that waits for its commit."""
+
+    record: Record
+    since_s: float
+
+    @property
+    def name(self) -> str:
+        """Its name in the engine."""
+        return blob_name(self.record.info.key, self.record.expires_s)
+
+
+class Room:
+    """Reservations, eviction, expiry and uses. Blocks; usable from any thread.
+
+    ``lock`` (reentrant) guards everything here; whoever changes ``space`` or ``staged``
+    holds it.
+    """
+
+    def __init__(
+        self,
+        backend: BlobBackend,
+        limits: StoreLimits,
+        clock: Callable[[], float],
+        counters: Counter[str],
+    ) -> None:
+        self.lock = threading.RLock()
+        self.space = Space(backend, limits)
+        self.staged: dict[BlobKey, Staged] = {}
+        self.quarantined = 0
+        self.index = IndexKeeper(backend, limits, clock, counters, self.lock, self._recount)
+        self._backend, self._limits, self._clock = backend, limits, clock
+        self._counters = counters
+        self._uses: dict[int, int] = {}
+
+    def _recount(self, index: Index) -> None:
+        self._uses.clear()
+        self.space.committed = index.totals().charged
+        self.space.staged = sum(s.record.charged for s in self.staged.values())
+        aside = [self._backend.charge(e.size) for e in self._backend.entries("quarantine")]
+        self.quarantined, self.space.quarantined = len(aside), sum(aside)
+
+    def reserve(self, charged: int, protect: bytes) -> None:
+        """Set bytes apart for a write, evicting if need be.
+
+        ``protect``: the page before the one written; it and its ancestors stay.
+        Raises: StoreFullError; no live blob was evicted for it.
+        """
+        with self.lock:
+            self.make_room(charged, protect)
+            self.space.in_flight += charged
+
+    def release(self, charged: int) -> None:
+        """End of a reservation whose bytes are gone."""
+        with self.lock:
+            self.space.in_flight -= charged
+
+    def make_room(self, charged: int, protect: bytes = b"") -> None:
+        """First what has ended, then damaged blobs, then the least recently used."""
+        if self.space.shortfall(charged) <= 0:
+            return
+        self.drop_ended()
+        self._trim_quarantine(charged)
+        short = self.space.shortfall(charged)
+        if short <= 0:
+            return
+        self.flush_uses()
+        now = self._clock()
+        victims = self.index.ask(lambda index: index.take_victims(short, protect, now))
+        if not victims:
+            raise StoreFullError(self._backend.url, charged, self.space.free())
+        self.forget_files(victims)
+        self._counters["evicted"] += len(victims)
+        self._counters["evicted_bytes"] += sum(h.info.size for h in victims)
+
+    def forget_files(self, held: Sequence[Held]) -> None:
+        """Delete files whose rows are gone already."""
+        for blob in held:
+            self.space.committed -= blob.charged
+            self._backend.delete(blob.name)
+
+    def drop_ended(self) -> None:
+        """Expired blobs, and staged ones that nobody committed in time."""
+        now = self._clock()
+        ended = self.index.ask(lambda index: index.take_expired(now))
+        self.forget_files(ended)
+        self._counters["expired"] += len(ended)
+        for key, staged in list(self.staged.items()):
+            if staged.since_s + self._limits.staged_ttl_s <= now:
+                self.drop_staged(key)
+                self._counters["staged_dropped"] += 1
+
+    def drop_staged(self, key: BlobKey) -> bool:
+        """False: there was none."""
+        staged = self.staged.pop(key, None)
+        if staged is None:
+            return False
+        self.space.staged -= staged.record.charged
+        self._backend.delete(staged.name, "staged")
+        return True
+
+    def _trim_quarantine(self, charged: int) -> None:
+        if not self.quarantined:
+            return
+        for entry in sorted(self._backend.entries("quarantine"), key=lambda e: e.modified_unix_s):
+            if self.space.shortfall(charged) <= 0:
+                break
+            if self._backend.delete(entry.name, "quarantine"):
+                self.quarantined -= 1
+                self.space.quarantined -= self._backend.charge(entry.size)
+
+    def note_use(self, units: Sequence[tuple[int, int]]) -> None:
+        """Uses of (unit id, first token), written to the index now and then."""
+        now = self._clock()
+        with self.lock:
+            for unit_id, token_start in units:
+                self._uses[unit_id] = self.index.stamp(now, token_start)
+            full = len(self._uses) > _MAX_PENDING_USES
+        if full:
+            self.flush_uses()
+
+    def flush_uses(self) -> None:
+        """Write noted uses to the index."""
+        with self.lock:
+            uses, self._uses = self._uses, {}
+        if uses:
+
+            def touch(index: Index) -> None:
+                index.touch(uses)
+
+            self.index.ask(touch)
+
+    def maintain(self) -> None:
+        """What is due: expired and abandoned blobs, noted uses, the index's size."""
+        with self.lock:
+            self.flush_uses()
+            self.drop_ended()
+            self.index.ask(lambda index: index.tidy())

@@ -1,0 +1,158 @@
+"""One put into a store: checked while it comes in, visible only when it is whole."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from blake3 import blake3
+
+from kvferry.cluster.backends.base import BlobWriter
+from kvferry.cluster.repository import BlobInfo, PutSpec
+from kvferry.cluster.store_core import StoreCore
+from kvferry.cluster.store_rebuild import checked_info
+from kvferry.errors import CorruptBlobError
+from kvferry.proto import container
+from kvferry.proto.keys import DIGEST_BYTES
+
+WRITE_BATCH_BYTES = 4 << 20
+
+Chunk = bytes | memoryview
+T = TypeVar("T")
+
+
+class PutWork:
+    """The blocking part: header, identity, room, digest, file. Used by one thread at a time."""
+
+    def __init__(self, core: StoreCore, spec: PutSpec) -> None:
+        self._core, self._spec = core, spec
+        self._limits = container.Limits(max_blob=core.limits.max_blob_bytes)
+        self._early = bytearray()
+        self._info: BlobInfo | None = None
+        self._writer: BlobWriter | None = None
+        self._charged = 0
+        self._hasher = blake3()
+        self._written = 0
+        self._digest = b""
+
+    def consume(self, chunks: Sequence[Chunk]) -> None:
+        """Raises: CorruptBlobError, IdentityMismatchError, StoreFullError, ..."""
+        for chunk in chunks:
+            if self._writer is not None:
+                self._append(self._writer, memoryview(chunk))
+                continue
+            self._early += chunk
+            writer = self._begin()
+            if writer is not None:
+                self._writer = writer
+                self._append(writer, memoryview(bytes(self._early)))
+                self._early.clear()
+
+    def _begin(self) -> BlobWriter | None:
+        """Check the header and take room for the blob, once the header is here."""
+        early, size = self._early, self._spec.size
+        if len(early) < container.PREFIX_BYTES:
+            return None
+        need = container.header_bytes_needed(bytes(early[: container.PREFIX_BYTES]), self._limits)
+        if need > size:
+            raise CorruptBlobError("header", f"needs {need:,} bytes, the blob has {size:,}")
+        if len(early) < need:
+            return None
+        header = container.read_header(bytes(early), size, self._limits)
+        info = checked_info(header, self._spec.key, size)
+        self._core.check_agreement(info)
+        charged = self._core.backend.charge(size)
+        self._core.room.reserve(charged, info.previous_key)
+        self._info, self._charged = info, charged
+        return self._core.backend.create()
+
+    def _append(self, writer: BlobWriter, data: memoryview) -> None:
+        hashed = max(0, min(len(data), self._spec.size - DIGEST_BYTES - self._written))
+        self._hasher.update(data[:hashed])
+        self._digest += bytes(data[hashed:])
+        self._written += len(data)
+        writer.write(data)
+
+    def finish(self, chunks: Sequence[Chunk]) -> bool:
+        """Take the last bytes, verify, make durable, make visible."""
+        self.consume(chunks)
+        if self._writer is None or self._info is None or self._written != self._spec.size:
+            got = self._written + len(self._early)
+            raise CorruptBlobError("length", f"{got:,} bytes came of {self._spec.size:,}")
+        if self._hasher.digest() != self._digest:
+            raise CorruptBlobError("digest", "BLAKE3 of the blob differs from the one at its end")
+        self._writer.seal()
+        stored = self._core.publish(self._writer, self._info, self._spec, self._charged)
+        if stored:
+            self._charged = 0
+        self.discard()
+        return stored
+
+    def discard(self) -> None:
+        """Forget what was written, if it was not published. May be called twice."""
+        if self._writer is not None:
+            self._writer.discard()
+        charged, self._charged = self._charged, 0
+        if charged:
+            self._core.room.release(charged)
+
+
+class LocalPut:
+    """The session: batches what comes, and writes one batch while the next arrives.
+
+    Chunks must not change until the put has ended.
+    """
+
+    def __init__(self, core: StoreCore, spec: PutSpec, pool: ThreadPoolExecutor) -> None:
+        self._core, self._spec, self._pool = core, spec, pool
+        self._work = PutWork(core, spec)
+        self._waiting: list[Chunk] = []
+        self._waiting_bytes = 0
+        self._received = 0
+        self._job: asyncio.Future[Any] | None = None
+
+    async def write(self, chunk: Chunk) -> None:
+        """Raises: CorruptBlobError (more bytes than announced), StoreFullError, ..."""
+        self._received += len(chunk)
+        if self._received > self._spec.size:
+            raise CorruptBlobError("length", f"more bytes came than {self._spec.size:,}")
+        self._waiting.append(chunk)
+        self._waiting_bytes += len(chunk)
+        if self._waiting_bytes >= WRITE_BATCH_BYTES:
+            await self._settle()
+            self._job = self._submit(self._work.consume, self._taken())
+
+    async def finish(self) -> bool:
+        """See `PutSession.finish`."""
+        try:
+            await self._settle()
+            done = self._submit(self._work.finish, self._taken())
+            # The caller may go away; the thread does not: let it end before it is judged.
+            self._job = done
+            stored = await asyncio.shield(done)
+        except Exception as exc:
+            self._core.counters[f"put_{getattr(exc, 'reason', 'internal')}"] += 1
+            raise
+        self._core.counters["puts" if stored else "puts_present"] += 1
+        self._core.counters["put_bytes"] += self._spec.size if stored else 0
+        return stored
+
+    async def abort(self) -> None:
+        """Never raises; waits for the thread that writes, as it cannot be stopped."""
+        if self._job is not None:
+            await asyncio.wait([self._job])
+            if not self._job.cancelled():
+                self._job.exception()
+        await self._submit(self._work.discard)
+
+    def _taken(self) -> list[Chunk]:
+        taken, self._waiting = self._waiting, []
+        self._waiting_bytes = 0
+        return taken
+
+    async def _settle(self) -> None:
+        if self._job is not None:
+            await asyncio.shield(self._job)
+
+    def _submit(self, call: Callable[..., T], *args: object) -> "asyncio.Future[T]":
+        return asyncio.get_running_loop().run_in_executor(self._pool, call, *args)
