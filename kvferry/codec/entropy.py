@@ -71,9 +71,10 @@ def unpack_columns(
         header, at = pco.FileDecompressor.new(raw[:16])
     except (RuntimeError, TypeError) as exc:
         raise CorruptBlobError(field, "no pcodec header") from exc
-    lengths = np.frombuffer(raw[at : at + 4 * count], dtype="<u4").tolist()
+    table = raw[at : at + 4 * count]
     at += 4 * count
-    if len(lengths) != count or at + sum(lengths) != len(raw):
+    lengths = np.frombuffer(table, dtype="<u4").tolist() if len(table) == 4 * count else []
+    if not lengths or at + sum(lengths) != len(raw):
         raise CorruptBlobError(field, "block lengths do not add up")
     for index, length in enumerate(lengths):
         start = index * BLOCK_COLUMNS

@@ -28,7 +28,6 @@ from kvferry.codec.calibration import (
     CurvePoint,
     GroupAccumulator,
     GroupCalibration,
-    StreamCalibration,
     fit_group,
     step_on_curve,
 )
@@ -136,15 +135,13 @@ class FerryCodec:
                 sinks = stream.data[:, :, :exact]
                 sections.append(SectionData(f"{name}/sinks", pack_bits(sinks), sinks.nbytes))
             if stream.data.shape[2] > exact:
-                rows = page_rows(page, name, known.ropes.get(name), page.tokens[0] + exact)
-                sections.append(self._coefficients(rows, basis))
+                begin = page.tokens[0] + exact
+                with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses those
+                    rows = page_rows(page, name, known.ropes.get(name), begin)
+                    z = project(rows, basis.fold, rank_at(basis.sigma, self.step))
+                    q = quantize(z, self.step, name)
+                sections.append(SectionData(f"{name}/q", pack_columns(q), q.nbytes))
         return Encoded(sections, known.rope_fingerprint)
-
-    def _coefficients(self, rows: FloatArray, basis: StreamCalibration) -> SectionData:
-        with np.errstate(over="ignore", invalid="ignore"):  # quantize refuses what comes of it
-            z = project(rows, basis.fold, rank_at(basis.sigma, self.step))
-            q = quantize(z, self.step, basis.name)
-        return SectionData(f"{basis.name}/q", pack_columns(q), q.nbytes)
 
     def decode(
         self,

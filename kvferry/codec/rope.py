@@ -101,7 +101,11 @@ class RopeSpec:
             raise CalibrationCorruptError("rope", "a field has the wrong type")
         if any(type(v) not in (float, int) for v in [*freq, *scales]):
             raise CalibrationCorruptError("rope", "a frequency or scale is no number")
-        return cls(dims, traditional, tuple(float(v) for v in freq), *(float(v) for v in scales))
+        try:
+            numbers = tuple(float(v) for v in [*freq, *scales])
+        except OverflowError as exc:
+            raise CalibrationCorruptError("rope", "a number is beyond all bounds") from exc
+        return cls(dims, traditional, numbers[:-2], *numbers[-2:])
 
 
 def combined_fingerprint(specs: Sequence[RopeSpec]) -> bytes:
@@ -148,23 +152,35 @@ def rotate_into(
         raise UnsupportedTensorError(
             "rope", f"shape {x.shape} with {spec.dims} rotated dims at {len(positions)} positions"
         )
-    if spec.dims < x.shape[-1]:
-        out[..., spec.dims :] = x[..., spec.dims :]
+    cos, sin = _factors(spec, positions, x.shape[-1], inverse=inverse)
+    np.multiply(x, cos, out=out)
     if not spec.dims:
         return
+    # Whole heads at a time: numpy is slow on half heads, whose runs are short.
+    first, second = _halves(spec)
+    partner = np.empty((*x.shape[:-1], spec.dims), dtype=np.float32)
+    partner[..., first], partner[..., second] = x[..., second], x[..., first]
+    partner *= sin
+    out[..., : spec.dims] += partner
+
+
+def _factors(
+    spec: RopeSpec, positions: Positions, dim: int, *, inverse: bool
+) -> tuple[FloatArray, FloatArray]:
+    """(tokens, dim) factors of a value itself and (tokens, dims) of its partner."""
     # MLX rounds position x frequency to float32; only the same rounding undoes it: in
     # float64 the angle would differ by 6e-8 of itself, 0.02 in a key at position 131072.
     scaled = positions.astype(np.float32) * np.float32(spec.position_scale)
-    angles = scaled[:, None] * np.asarray(spec.inv_freq, dtype=np.float32)
-    factor = 1.0 / spec.key_scale if inverse else spec.key_scale
-    cos = (np.cos(angles, dtype=np.float64) * factor).astype(np.float32)
-    sin = (np.sin(angles, dtype=np.float64) * (-factor if inverse else factor)).astype(np.float32)
+    rounded = scaled[:, None] * np.asarray(spec.inv_freq, dtype=np.float32)
+    angles = rounded.astype(np.float64)
+    scale = 1.0 / spec.key_scale if inverse else spec.key_scale
     first, second = _halves(spec)
-    a, b = x[..., first], x[..., second]
-    np.multiply(a, cos, out=out[..., first])
-    out[..., first] -= b * sin
-    np.multiply(b, cos, out=out[..., second])
-    out[..., second] += a * sin
+    cos = np.ones((len(positions), dim), dtype=np.float32)
+    sin = np.empty((len(positions), spec.dims), dtype=np.float32)
+    cos[:, first] = cos[:, second] = np.cos(angles) * scale
+    sin[:, second] = np.sin(angles) * (-scale if inverse else scale)
+    sin[:, first] = -sin[:, second]
+    return cos, sin
 
 
 def _halves(spec: RopeSpec) -> tuple[slice, slice]:
