@@ -5,6 +5,7 @@ file (``[node]`` in ``kvferry.toml`` of the working directory, else of the user'
 configuration folder, or the file that ``KVFERRY_CONFIG`` names). Unknown keys are refused.
 """
 
+import ipaddress
 import os
 import sys
 import uuid
@@ -111,7 +112,10 @@ class ServiceSettings(BaseSettings):
 def is_loopback(address: str) -> bool:
     """Whether HOST:PORT names this machine only."""
     host = address.rpartition(":")[0].strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class NodeSettings(ServiceSettings):
@@ -160,6 +164,7 @@ class StoreSettings(ServiceSettings):
     reserve_bytes: int = Field(default=2 * GIB, ge=0, description="Free disk left alone.")
     max_blob_bytes: int = Field(default=256 * MIB, gt=0)
     staged_ttl_s: float = Field(default=600.0, gt=0, description="Staged and never committed.")
+    shutdown_timeout_s: float = Field(default=20.0, gt=0)
 
 
 class CoordinatorSettings(ServiceSettings):

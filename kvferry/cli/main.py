@@ -12,6 +12,7 @@ from kvferry.errors import ConfigError, FerryError
 COMMAND_MODULES: tuple[str, ...] = (
     "coordinator",
     "policy",
+    "store",
 )
 
 app = typer.Typer(

@@ -1,30 +1,22 @@
 """A `BlobRepository` as the gRPC service BlobStore. The store and every node use this one."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import grpc
-import grpc.aio
 
 from kvferry import __version__
 from kvferry.cluster import convert, wire
+from kvferry.cluster.handlers import stream, unary, upload
 from kvferry.cluster.repository import BlobRepository, GetSession, PutSession
 from kvferry.cluster.server import Service
-from kvferry.cluster.status import error_metadata, status_code
-from kvferry.errors import FerryError, ProtocolError
+from kvferry.errors import ProtocolError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import store_pb2
 
-log = logging.getLogger(__name__)
-
 LIST_BATCH = 1000
-_Q = TypeVar("_Q")
-_R = TypeVar("_R")
-_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class BlobStoreServicer:
@@ -82,7 +74,9 @@ class BlobStoreServicer:
         """Stat."""
         return convert.stat_to_proto(await self._repository.stat(), __version__)
 
-    async def list(self, request: store_pb2.ListRequest) -> AsyncIterator[store_pb2.ListReply]:
+    async def list(
+        self, request: store_pb2.ListRequest
+    ) -> AsyncGenerator[store_pb2.ListReply, None]:
         """List, at most `LIST_BATCH` entries a message."""
         query = convert.list_from_proto(request)
         async for batch in self._repository.list(query):
@@ -92,7 +86,7 @@ class BlobStoreServicer:
 
     async def scrub(
         self, request: store_pb2.ScrubRequest
-    ) -> AsyncIterator[store_pb2.ScrubProgress]:
+    ) -> AsyncGenerator[store_pb2.ScrubProgress, None]:
         """Scrub."""
         async for report in self._repository.scrub(request.repair):
             progress = store_pb2.ScrubProgress(checked=report.checked, total=report.total)
@@ -119,7 +113,7 @@ class BlobStoreServicer:
 
     async def get(
         self, request: store_pb2.GetRequest
-    ) -> AsyncIterator[store_pb2.GetReply | wire.Chunk]:
+    ) -> AsyncGenerator[store_pb2.GetReply | wire.Chunk, None]:
         """Get: a header, then the bytes in chunks of at most 1 MiB."""
         key = BlobKey.from_proto(request.key)
         session = await self._repository.open_get(
@@ -132,68 +126,24 @@ class BlobStoreServicer:
                 for chunk in wire.chunks_of(piece):
                     yield chunk
 
-    async def _fail(self, context: Any, name: str, error: Exception) -> NoReturn:
-        if isinstance(error, FerryError):
-            self._on_failure(error.reason)
-            await context.abort(status_code(error), str(error)[:500], error_metadata(error))
-        self._on_failure("internal")
-        log.error("%s failed", name, exc_info=error)
-        await context.abort(grpc.StatusCode.INTERNAL, f"{name} failed inside; see the log")
-        raise AssertionError("abort returns never")
-
-    def _one(
-        self, name: str, method: Callable[[_Q], Awaitable[_R]]
-    ) -> Callable[..., Awaitable[_R]]:
-        async def handle(request: _Q, context: Any) -> _R:
-            try:
-                return await method(request)
-            except Exception as exc:  # every failure must end in a status
-                await self._fail(context, name, exc)
-
-        return handle
-
-    def _many(
-        self, name: str, method: Callable[[_Q], AsyncIterator[_R]]
-    ) -> Callable[..., AsyncIterator[_R]]:
-        async def handle(request: _Q, context: Any) -> AsyncIterator[_R]:
-            try:
-                async for reply in method(request):
-                    yield reply
-            except Exception as exc:  # every failure must end in a status
-                await self._fail(context, name, exc)
-
-        return handle
-
-    def handlers(self) -> dict[str, _Handler]:
-        """Method name -> handler, for `grpc.method_handlers_generic_handler`."""
-        unary: dict[str, tuple[Any, Any]] = {
-            "Has": (self.has, store_pb2.HasRequest),
-            "Commit": (self.commit, store_pb2.CommitRequest),
-            "Lookup": (self.lookup, store_pb2.LookupRequest),
-            "Pin": (self.pin, store_pb2.PinRequest),
-            "Unpin": (self.unpin, store_pb2.UnpinRequest),
-            "Delete": (self.delete, store_pb2.DeleteRequest),
-            "Stat": (self.stat, store_pb2.StatRequest),
+    def service(self) -> Service:
+        """To be given to `kvferry.cluster.server.start_server`."""
+        count = self._on_failure
+        handlers = {
+            "Has": unary(self.has, store_pb2.HasRequest, count),
+            "Put": upload(self.put, "Put", wire.deserialize_put, count),
+            "Get": stream(self.get, store_pb2.GetRequest, count),
+            "Commit": unary(self.commit, store_pb2.CommitRequest, count),
+            "Lookup": unary(self.lookup, store_pb2.LookupRequest, count),
+            "Pin": unary(self.pin, store_pb2.PinRequest, count),
+            "Unpin": unary(self.unpin, store_pb2.UnpinRequest, count),
+            "Delete": unary(self.delete, store_pb2.DeleteRequest, count),
+            "List": stream(self.list, store_pb2.ListRequest, count),
+            "Stat": unary(self.stat, store_pb2.StatRequest, count),
+            "Scrub": stream(self.scrub, store_pb2.ScrubRequest, count),
         }
-        streams: dict[str, tuple[Any, Any]] = {
-            "List": (self.list, store_pb2.ListRequest),
-            "Scrub": (self.scrub, store_pb2.ScrubRequest),
-            "Get": (self.get, store_pb2.GetRequest),
-        }
-        found: dict[str, _Handler] = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._one(name, method), request.FromString, wire.serialize
-            )
-            for name, (method, request) in unary.items()
-        }
-        for name, (method, request) in streams.items():
-            found[name] = grpc.unary_stream_rpc_method_handler(
-                self._many(name, method), request.FromString, wire.serialize
-            )
-        found["Put"] = grpc.stream_unary_rpc_method_handler(
-            self._one("Put", self.put), wire.deserialize_put, wire.serialize
-        )
-        return found
+        generic = grpc.method_handlers_generic_handler(wire.SERVICE, handlers)
+        return Service(wire.SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
 
 
 def _data_of(item: wire.PutItem) -> wire.Chunk:
@@ -227,5 +177,4 @@ async def _closing(session: GetSession) -> AsyncIterator[None]:
 
 def blob_store_service(servicer: BlobStoreServicer) -> Service:
     """The service BlobStore, to be given to `kvferry.cluster.server.start_server`."""
-    generic = grpc.method_handlers_generic_handler(wire.SERVICE, servicer.handlers())
-    return Service(wire.SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
+    return servicer.service()

@@ -10,6 +10,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from kvferry.cluster.status import error_metadata, status_code
+from kvferry.cluster.wire import Outgoing, serialize
 from kvferry.errors import FerryError
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 OnFailure = Callable[[str], None]
 _Q = TypeVar("_Q", bound=Message)
 _R = TypeVar("_R", bound=Message)
+_O = TypeVar("_O", bound=Outgoing)
+_I = TypeVar("_I")
 
 
 async def _fail(context: Any, name: str, error: Exception, on_failure: OnFailure) -> NoReturn:
@@ -41,17 +44,15 @@ def unary(
         except Exception as exc:  # every failure must end in a status
             await _fail(context, request.DESCRIPTOR.name, exc, on_failure)
 
-    return grpc.unary_unary_rpc_method_handler(
-        handle, request.FromString, lambda reply: reply.SerializeToString()
-    )
+    return grpc.unary_unary_rpc_method_handler(handle, request.FromString, serialize)
 
 
 def stream(
-    method: Callable[[_Q], AsyncGenerator[_R, None]], request: type[_Q], on_failure: OnFailure
+    method: Callable[[_Q], AsyncGenerator[_O, None]], request: type[_Q], on_failure: OnFailure
 ) -> Handler:
-    """A handler that answers one message with many."""
+    """A handler that answers one message with many messages, or chunks of a blob."""
 
-    async def handle(message: _Q, context: Any) -> AsyncIterator[_R]:
+    async def handle(message: _Q, context: Any) -> AsyncIterator[_O]:
         try:
             async with aclosing(method(message)) as replies:
                 async for reply in replies:
@@ -59,6 +60,21 @@ def stream(
         except Exception as exc:  # every failure must end in a status
             await _fail(context, request.DESCRIPTOR.name, exc, on_failure)
 
-    return grpc.unary_stream_rpc_method_handler(
-        handle, request.FromString, lambda reply: reply.SerializeToString()
-    )
+    return grpc.unary_stream_rpc_method_handler(handle, request.FromString, serialize)
+
+
+def upload(
+    method: Callable[[AsyncIterator[_I]], Awaitable[_R]],
+    name: str,
+    deserialize: Callable[[bytes], _I],
+    on_failure: OnFailure,
+) -> Handler:
+    """A handler that answers many messages, read by ``deserialize``, with one."""
+
+    async def handle(items: AsyncIterator[_I], context: Any) -> _R:
+        try:
+            return await method(items)
+        except Exception as exc:  # every failure must end in a status
+            await _fail(context, name, exc, on_failure)
+
+    return grpc.stream_unary_rpc_method_handler(handle, deserialize, serialize)

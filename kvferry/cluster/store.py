@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +26,12 @@ from kvferry.cluster.store_core import StoreCore
 from kvferry.cluster.store_get import GetWork, read_pieces
 from kvferry.cluster.store_put import LocalPut
 from kvferry.cluster.store_scrub import scrub_some
-from kvferry.errors import ProtocolError
+from kvferry.errors import FerryError, ProtocolError
 from kvferry.proto.keys import BlobKey
 
 __all__ = ["LocalStore", "StoreLimits"]
+
+log = logging.getLogger(__name__)
 
 _SCRUB_BATCH = 32
 T = TypeVar("T")
@@ -94,7 +97,11 @@ class LocalStore:
         """Expiry and housekeeping, until cancelled. Nothing is wrong without it, only late."""
         while True:
             await asyncio.sleep(interval_s)
-            await self._write(self._core.room.maintain)
+            try:
+                await self._write(self._core.room.maintain)
+            except FerryError as exc:
+                self._core.counters[f"maintenance_{exc.reason}"] += 1
+                log.warning("housekeeping of %s: %s", self._core.backend.url, exc)
 
     async def has(self, keys: Sequence[BlobKey]) -> builtins.list[bool]:
         """Which are committed, in the order asked."""

@@ -1,0 +1,68 @@
+"""``kvferry store``: the shared store."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(store)
+
+
+def store(
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT to serve on.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT for Prometheus, empty: none.")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Where blobs are kept: file:///PATH.")] = None,
+    budget_bytes: Annotated[
+        int | None, typer.Option(help="Hard budget of everything under the root.")
+    ] = None,
+    reserve_bytes: Annotated[int | None, typer.Option(help="Free disk left alone.")] = None,
+    max_blob_bytes: Annotated[int | None, typer.Option(help="Largest blob taken.")] = None,
+    staged_ttl_s: Annotated[
+        float | None, typer.Option(help="Blobs staged and never committed end after so long.")
+    ] = None,
+    allow_remote_plaintext: Annotated[
+        bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="JSON with the address, written when ready.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Run the shared store: blobs by key, complete pages, a hard byte budget."""
+    import asyncio
+
+    from prometheus_client import CollectorRegistry
+
+    from kvferry.cluster.allocator import tune_allocator
+    from kvferry.cluster.service import run_service, setup_logging
+    from kvferry.cluster.store_service import start_store
+    from kvferry.settings import StoreSettings
+
+    setup_logging(log_level)
+    tune_allocator()
+    settings = StoreSettings.load(
+        listen=listen,
+        metrics_listen=metrics_listen,
+        backend=backend,
+        budget_bytes=budget_bytes,
+        reserve_bytes=reserve_bytes,
+        max_blob_bytes=max_blob_bytes,
+        staged_ttl_s=staged_ttl_s,
+        allow_remote_plaintext=allow_remote_plaintext,
+    )
+    registry = CollectorRegistry()
+    asyncio.run(
+        run_service(
+            "store",
+            lambda: start_store(settings, registry),
+            registry=registry,
+            metrics_listen=settings.metrics_listen,
+            allow_remote_plaintext=settings.allow_remote_plaintext,
+            ready_file=ready_file,
+        )
+    )

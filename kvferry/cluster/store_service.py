@@ -1,0 +1,55 @@
+"""The shared store as a service: LocalStore behind gRPC, with its housekeeping."""
+
+import asyncio
+
+from prometheus_client import CollectorRegistry
+
+from kvferry.cluster.backends import open_backend
+from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
+from kvferry.cluster.server import start_server
+from kvferry.cluster.service import Running
+from kvferry.cluster.store import LocalStore, StoreLimits
+from kvferry.settings import StoreSettings
+
+
+async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> Running:
+    """Open the store and serve it. Its metrics are added to ``registry``.
+
+    Raises: ConfigError: an address or a backend that cannot be used.
+    """
+    limits = StoreLimits(
+        budget_bytes=settings.budget_bytes,
+        reserve_bytes=settings.reserve_bytes,
+        max_blob_bytes=settings.max_blob_bytes,
+        staged_ttl_s=settings.staged_ttl_s,
+    )
+    store = await LocalStore.open(open_backend(settings.backend), limits)
+    failures = FailureCounts()
+    try:
+        servicer = BlobStoreServicer(
+            store, max_blob_bytes=settings.max_blob_bytes, on_failure=failures
+        )
+        server = await start_server(
+            [blob_store_service(servicer)],
+            [settings.listen],
+            allow_remote_plaintext=settings.allow_remote_plaintext,
+        )
+    except BaseException:
+        await store.aclose()
+        raise
+    registry.register(RepositoryCollector("kvferry_store", store.stat_now, failures))
+    upkeep = asyncio.create_task(store.run_maintenance())
+
+    async def stop() -> None:
+        upkeep.cancel()
+        await asyncio.gather(upkeep, return_exceptions=True)
+        await server.stop(settings.shutdown_timeout_s)
+        await store.aclose()
+
+    return Running(
+        addresses=server.addresses,
+        stop=stop,
+        background=upkeep,
+        info={"backend": settings.backend},
+    )
