@@ -10,7 +10,10 @@ from kvferry.errors import ConfigError, FerryError
 
 # Each has ``register(app)``; what is heavy it imports inside its commands.
 COMMAND_MODULES: tuple[str, ...] = (
+    "bench",
+    "calibrate",
     "coordinator",
+    "evaluate",
     "policy",
     "store",
 )

@@ -1,0 +1,114 @@
+"""``kvferry eval``: any codec on any model and text, measured the same way."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvferry.cli.output import JsonOption, progress, write_json
+from kvferry.errors import ConfigError, IdentityMismatchError
+
+if TYPE_CHECKING:
+    from kvferry.codec.calibration import CalibrationSet, GroupCalibration
+
+CALIBRATED = frozenset({"ferry"})
+DEFAULT_OPTIONS = {"ferry": {"target_kl": "0.005"}}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(name="eval")(evaluate)
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
+    codec: Annotated[str, typer.Option(help="raw, zstd, affine or ferry.")] = "ferry",
+    opt: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=V", help="Option of the codec (ferry: target_kl or step)."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What `kvferry calibrate` wrote. Default: user's cache."),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens that the codec codes.")] = 2048,
+    continuation: Annotated[int, typer.Option(help="Tokens to measure on.")] = 512,
+    skip_chars: Annotated[int, typer.Option(min=0, help="Start so far into the text.")] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Measure a codec: bytes shipped, and KL of the model's next-token distributions."""
+    options = parse_options(opt or []) or dict(DEFAULT_OPTIONS.get(codec, {}))
+    from kvferry.codec.mlx.openblas import ensure_openblas
+
+    ensure_openblas()
+    from kvferry.codec.lab.evaluate import Setup
+    from kvferry.codec.lab.evaluate import evaluate as run
+    from kvferry.codec.lab.text import first_tokens, read_text
+    from kvferry.codec.mlx.load import load_model
+    from kvferry.codec.mlx.weights import fingerprint
+    from kvferry.codec.registry import codec_names
+    from kvferry.proto.identity import model_id
+
+    if codec not in codec_names():
+        raise ConfigError("codec", codec, f"one of {', '.join(codec_names())}")
+    Setup(codec=codec, context=context, continuation=continuation)  # refused before loading
+    content = read_text(text)[skip_chars:]
+    loaded = load_model(model)
+    identity = model_id(fingerprint(loaded))
+    found, groups = _calibration(codec, calibration, identity)
+    setup = Setup(
+        codec=codec,
+        options=options,
+        context=context,
+        continuation=continuation,
+        groups=groups,
+        curve=() if found is None else found.curve,
+    )
+    tokens = first_tokens(loaded.tokenizer, content, setup.text_tokens, str(text))
+    total = 0
+
+    with progress(f"evaluating {codec}", len(tokens) + continuation) as bar:
+
+        def done(count: int) -> None:
+            nonlocal total
+            total += count
+            bar.update(total)
+
+        result = run(loaded, identity, tokens, setup, done).to_json(model)
+    if json is not None:
+        write_json(result, json)
+    if json != "-":
+        typer.echo(
+            f"{codec} {' '.join(f'{k}={v}' for k, v in options.items())}: "
+            f"{result['compression_ratio']:.1f}x ({result['bits_per_value']:.2f} bits/value), "
+            f"KL {result['kl_mean']:.5f}, perplexity {result['ppl_delta_pct']:+.2f} %, "
+            f"same top-1 {100 * float(str(result['top1_agreement'])):.1f} %, "
+            f"encode {result['encode_seconds']:.2f} s, decode {result['decode_seconds']:.2f} s"
+        )
+
+
+def parse_options(given: list[str]) -> dict[str, object]:
+    """``k=v`` texts as options. Raises: ConfigError."""
+    options: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError("--opt", text, "NAME=VALUE")
+        options[name] = value
+    return options
+
+
+def _calibration(
+    codec: str, folder: Path | None, identity: bytes
+) -> "tuple[CalibrationSet | None, list[GroupCalibration]]":
+    from kvferry.codec.calibration import CalibrationSet
+    from kvferry.node.calibrations import calibration_folder
+    from kvferry.settings import user_dir
+
+    if codec not in CALIBRATED:
+        return None, []
+    found, groups = CalibrationSet.load(folder or calibration_folder(user_dir("cache"), identity))
+    if found.model_id != identity:
+        raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
+    return found, groups

@@ -1,0 +1,139 @@
+"""A context through a codec and back, as the hook would do it, with every byte counted."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvferry.codec.base import CalibrationSource, Codec, PageTensors, Stream
+from kvferry.codec.blob import BlobMeta, StoredBlob, decode_blobs, encode_blob
+from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.mlx.adapters import CacheSnapshot
+from kvferry.codec.registry import make_codec
+from kvferry.errors import CalibrationMissingError, CodecError
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, root_key, tail_key
+
+LayerRange = tuple[int, int]
+_SALT = bytes(16)
+
+
+class GroupSource:
+    """A `CalibrationSource` of calibrations at hand."""
+
+    def __init__(self, groups: Sequence[GroupCalibration] = ()) -> None:
+        self._groups = {group.id: group for group in groups}
+
+    def get(self, calibration_id: bytes) -> GroupCalibration:
+        """Raises: CalibrationMissingError."""
+        if calibration_id not in self._groups:
+            raise CalibrationMissingError(calibration_id.hex())
+        return self._groups[calibration_id]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """What came back, and what it cost.
+
+    Attributes:
+        pages: all layers, one entry per run of tokens, in order.
+        values: numbers that were coded.
+        blob_bytes: everything that would be shipped for them.
+    """
+
+    pages: Sequence[PageTensors]
+    values: int
+    blob_bytes: int
+    encode_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coder:
+    """A codec per layer range of one model.
+
+    Attributes:
+        codecs: layer range -> codec, covering all layers.
+        kind: "page" or "tail".
+    """
+
+    model_id: bytes
+    codecs: Mapping[LayerRange, Codec]
+    calibrations: CalibrationSource
+    model_heads: int
+    kind: str = "page"
+
+    def run(
+        self, snapshot: CacheSnapshot, tokens: tuple[int, int], page: int = DEFAULT_PAGE_TOKENS
+    ) -> Coded:
+        """Encode ``tokens`` of a snapshot page by page, then decode them.
+
+        Raises: CodecError.
+        """
+        edges = [*range(tokens[0], tokens[1], page), tokens[1]]
+        spans = list(itertools.pairwise(edges))
+        stored: dict[LayerRange, list[StoredBlob]] = {}
+        values = encoding = 0.0
+        for layers, codec in self.codecs.items():
+            for index, span in enumerate(spans):
+                tensors = snapshot.page(layers, span)
+                values += tensors.raw_bytes_fp16 / 2
+                started = time.perf_counter()
+                key, data = encode_blob(codec, tensors, self._meta(index))
+                encoding += time.perf_counter() - started
+                stored.setdefault(layers, []).append(StoredBlob(data, key, span))
+        started = time.perf_counter()
+        decoded = {layers: self._decode(blobs) for layers, blobs in stored.items()}
+        decoding = time.perf_counter() - started
+        size = sum(len(blob.data) for blobs in stored.values() for blob in blobs)
+        pages = [join_layers([parts[i] for parts in decoded.values()]) for i in range(len(spans))]
+        return Coded(pages, int(values), size, encoding, decoding)
+
+    def _decode(self, blobs: Sequence[StoredBlob]) -> list[PageTensors]:
+        found = decode_blobs(
+            blobs, model_id=self.model_id, cut=None, calibrations=self.calibrations
+        )
+        pages = []
+        for page in found:
+            if isinstance(page, CodecError):
+                raise page
+            pages.append(page)
+        return pages
+
+    def _meta(self, index: int) -> BlobMeta:
+        root = root_key(_SALT, self.model_id)
+        return BlobMeta(
+            kind=self.kind,
+            model_id=self.model_id,
+            page_key=tail_key(root, [index]),
+            previous_key=root,
+            model_layers=max(end for _, end in self.codecs),
+            model_heads=self.model_heads,
+        )
+
+
+def group_codecs(
+    name: str,
+    options: Mapping[str, object],
+    ranges: Sequence[LayerRange],
+    groups: Sequence[GroupCalibration] = (),
+    curve: Sequence[CurvePoint] = (),
+) -> dict[LayerRange, Codec]:
+    """The same codec for every range; with ``groups`` each has its own calibration.
+
+    Raises: ConfigError; CalibrationMissingError.
+    """
+    known = {group.layers: group for group in groups}
+    return {layers: make_codec(name, options, known.get(layers), curve) for layers in ranges}
+
+
+def join_layers(parts: Sequence[PageTensors]) -> PageTensors:
+    """Pages of the same tokens, of consecutive layers, as one."""
+    first = parts[0]
+    streams = {
+        name: Stream(name, np.concatenate([p.streams[name].data for p in parts]), stream.dtype)
+        for name, stream in first.streams.items()
+    }
+    layers = (first.layers[0], parts[-1].layers[1])
+    return PageTensors(layers, first.heads, first.tokens, streams)

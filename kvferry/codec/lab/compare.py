@@ -1,0 +1,97 @@
+"""How far a restored cache leads the model astray, teacher-forced on the text itself."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from kvferry.codec.lab.forward import Done, logits
+
+CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Next-token distributions with the exact cache against those with a restored one.
+
+    Attributes:
+        kl_mean, kl_p99: KL(exact || restored) in nats, per position.
+        ppl_exact, ppl_restored: perplexity of the text that follows.
+        top1_agreement: share of positions with the same most likely token.
+    """
+
+    kl_mean: float
+    kl_p99: float
+    ppl_exact: float
+    ppl_restored: float
+    top1_agreement: float
+
+    @property
+    def ppl_delta_pct(self) -> float:
+        """Change of perplexity in per cent."""
+        return 100.0 * (self.ppl_restored / self.ppl_exact - 1.0)
+
+
+@dataclass(slots=True)
+class _Tally:
+    kl: list[np.ndarray[Any, np.dtype[np.float64]]]
+    same: int = 0
+    loss: float = 0.0
+
+
+def compare(
+    model: Any,
+    exact: list[Any],
+    restored: Sequence[list[Any]],
+    tokens: Sequence[int],
+    done: Done | None = None,
+) -> list[Comparison]:
+    """Feed ``tokens`` after each cache, which are filled further by it.
+
+    Args:
+        exact: the caches as prefill left them.
+        restored: any number of restored ones, each with as many tokens.
+        tokens: the continuation and one more, whose prediction is the last measured.
+    Returns: one comparison per restored cache.
+    """
+    fed, targets = tokens[:-1], tokens[1:]
+    tallies = [_Tally([]) for _ in restored]
+    loss_exact = 0.0
+    for start in range(0, len(fed), CHUNK):
+        part = slice(start, start + CHUNK)
+        wanted = mx.array(list(targets[part]))
+        reference = _log_softmax(logits(model, fed[part], exact))
+        loss_exact += _loss(reference, wanted)
+        best = mx.argmax(reference, axis=-1)
+        for tally, cache in zip(tallies, restored, strict=True):
+            found = _log_softmax(logits(model, fed[part], cache))
+            kl = (mx.exp(reference) * (reference - found)).sum(axis=-1)
+            tally.kl.append(np.array(kl, dtype=np.float64))
+            tally.same += int(np.array(mx.argmax(found, axis=-1) == best).sum())
+            tally.loss += _loss(found, wanted)
+        if done is not None:
+            done(len(fed[part]))
+    return [_result(tally, loss_exact, len(fed)) for tally in tallies]
+
+
+def _log_softmax(scores: mx.array) -> mx.array:
+    return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+
+
+def _loss(log_probabilities: mx.array, wanted: mx.array) -> float:
+    chosen = mx.take_along_axis(log_probabilities, wanted[:, None], axis=-1)
+    return -float(np.array(chosen, dtype=np.float64).sum())
+
+
+def _result(tally: _Tally, loss_exact: float, count: int) -> Comparison:
+    kl = np.concatenate(tally.kl)
+    return Comparison(
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        ppl_exact=math.exp(loss_exact / count),
+        ppl_restored=math.exp(tally.loss / count),
+        top1_agreement=tally.same / count,
+    )

@@ -1,0 +1,120 @@
+"""How much each direction of the cache matters to what the model says next.
+
+F, per layer, stream and head, is the Fisher information of the next-token distribution
+with respect to a cached vector: labels are drawn from the model's own output, and the
+outer product of the gradient of their log-likelihood is averaged over tokens. Half of
+d' F d is then the KL divergence that an error d in the cache causes (Amari 1998, the
+second-order expansion of KL). Keys are taken with RoPE undone, as they are coded.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import ConcatenateKVCache
+
+from kvferry.codec.base import FloatArray
+from kvferry.codec.rope import RopeSpec, positions_of, undo
+from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
+
+_Float64 = npt.NDArray[np.float64]
+CONTINUATION = 128
+
+
+@dataclass(slots=True)
+class Fisher:
+    """Sums over passes.
+
+    Attributes:
+        ropes: stream -> one spec per layer; streams that are missing are not rotated.
+        sums: stream -> (layers, heads, dim, dim) predicted KL per unit of error.
+        passes: how many passes the sums are of.
+    """
+
+    ropes: Mapping[str, Sequence[RopeSpec]]
+    sums: dict[str, _Float64] = field(default_factory=dict)
+    passes: int = 0
+
+    def add(self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]) -> None:
+        """One backward pass: what ``next_tokens`` after ``cache`` would lose.
+
+        Args:
+            cache: plain k/v caches of all layers, filled; left as they are.
+            next_tokens: what the text goes on with; a hundred or so.
+        """
+        held = cache[0].offset
+        keys = [layer.keys[:, :, :held] for layer in cache]
+        values = [layer.values[:, :, :held] for layer in cache]
+        shape = (len(next_tokens), _vocabulary(model, next_tokens[:1], keys, values))
+        noise = mx.random.gumbel(shape, key=mx.random.key(self.passes))
+        slope = mx.grad(_log_likelihood(model, next_tokens, noise), argnums=(0, 1))
+        gradients = dict(zip(("k", "v"), slope(keys, values), strict=True))
+        mx.eval(gradients)
+        for name, layers in gradients.items():
+            total = np.stack([self._outer(name, i, g) for i, g in enumerate(layers)])
+            self.sums[name] = self.sums.get(name, 0.0) + total / (2 * len(next_tokens))
+        self.passes += 1
+
+    def _outer(self, name: str, layer: int, gradient: mx.array) -> _Float64:
+        """(heads, dim, dim): sum over the tokens that are coded coarsely."""
+        g = np.array(gradient[0].astype(mx.float32))
+        if name in self.ropes:
+            spec = self.ropes[name][layer]
+            g = undo(g, spec, positions_of((0, g.shape[1])))
+            # The gradient goes through the transposed rotation, which scales as it does.
+            g[..., : spec.dims] *= spec.key_scale**2
+        coded = g[:, SINK_TOKENS : g.shape[1] - WINDOW_TOKENS].astype(np.float64)
+        product: _Float64 = coded.transpose(0, 2, 1) @ coded
+        return product
+
+    def weights(self, layers: tuple[int, int], ridge: float) -> dict[str, FloatArray]:
+        """Matrices A for `fit_group`, so that squared error in A x is predicted KL.
+
+        A'A = F + ridge * tr(F)/dim * I: the ridge keeps directions that few samples
+        have seen from being thrown away.
+
+        Returns: stream -> (layers, heads, dim, dim) float32, upper triangular.
+        """
+        made = {}
+        for name, total in self.sums.items():
+            fisher = total[layers[0] : layers[1]] / max(self.passes, 1)
+            dim = fisher.shape[-1]
+            trace = np.trace(fisher, axis1=-2, axis2=-1)[..., None, None] / dim
+            floor = np.finfo(np.float32).tiny ** 0.5  # a head that nothing listens to
+            metric = fisher + (ridge * trace + floor) * np.eye(dim)
+            made[name] = np.linalg.cholesky(metric).swapaxes(-1, -2).astype(np.float32)
+        return made
+
+
+def _cache_of(keys: list[mx.array], values: list[mx.array]) -> list[Any]:
+    """Caches that only append, so that gradients flow to what they were given."""
+    caches = []
+    for k, v in zip(keys, values, strict=True):
+        cache: Any = ConcatenateKVCache()
+        cache.keys, cache.values, cache.offset = k, v, k.shape[2]
+        caches.append(cache)
+    return caches
+
+
+def _log_likelihood(model: Any, tokens: Sequence[int], noise: mx.array) -> Any:
+    given = mx.array([list(tokens)])
+
+    def summed(keys: list[mx.array], values: list[mx.array]) -> mx.array:
+        cache = _cache_of(keys, values)
+        scores = model(given, cache=cache)[0].astype(mx.float32)
+        # Gumbel's trick: the largest of scores plus noise is a draw from their softmax.
+        drawn = mx.stop_gradient(mx.argmax(scores + noise, axis=-1))
+        chosen = mx.take_along_axis(scores, drawn[:, None], axis=-1)[:, 0]
+        return (chosen - mx.logsumexp(scores, axis=-1)).sum()
+
+    return summed
+
+
+def _vocabulary(
+    model: Any, token: Sequence[int], keys: list[mx.array], values: list[mx.array]
+) -> int:
+    cache = _cache_of(keys, values)
+    return int(model(mx.array([list(token)]), cache=cache).shape[-1])  # lazy: shapes only
