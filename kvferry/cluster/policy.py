@@ -147,5 +147,5 @@ def _because(place: int, rule: pb.LayerRule) -> str:
     if rule.codec == "none":
         return f"{text}: not stored, so that no page of the model is"
     if rule.codec == "ferry":
-        options = f"{options or 'its default step'}; affine bits=8 where there is no calibration"
+        options = f"{options}; affine bits=8 where there is no calibration"
     return f"{text}: {rule.codec} {options}".rstrip()

@@ -121,5 +121,5 @@ def _check_options(codec: str, options: Mapping[str, str], where: str) -> None:
         holds, allowed = known[name]
         if not holds(text):
             raise ConfigError(f"{where}.{name}", text, allowed)
-    if "step" in options and "target_kl" in options:
-        raise ConfigError(f"{where}.step", options["step"], "left out where target_kl is given")
+    if codec == "ferry" and len(options) != 1:
+        raise ConfigError(where, dict(options), "either target_kl or step")

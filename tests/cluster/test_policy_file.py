@@ -1,6 +1,7 @@
 """Policy files: what is read, what is refused, and that writing reads back."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -106,6 +107,7 @@ def test_what_a_file_leaves_out_is_as_in_the_default_policy() -> None:
         ("[[rules]]\ncodec = 'raw'\nmodel = 'llama'", "rules[0].model", "hex"),
         ("[[rules]]\ncodec = 'raw'\noptions = {bits = 8}", "rules[0].options.bits", "none"),
         ("[[rules]]\ncodec = 'ferry'\noptions = {step = [1]}", "rules[0].options.step", "number"),
+        ("[[rules]]\ncodec = 'ferry'", "rules[0].options", "either target_kl or step"),
         ("[[rules]]\ncodec = 'ferry'\noptions = 1", "rules[0].options", "table"),
     ],
 )
@@ -138,11 +140,15 @@ def test_a_missing_or_huge_file_is_refused(tmp_path: Path) -> None:
 
 
 def _options(codec: str) -> st.SearchStrategy[dict[str, str]]:
-    values = {
-        "ferry": {"target_kl": st.floats(1e-9, 10).map(str)},
+    values: dict[str, Any] = {
+        "ferry": st.floats(1e-9, 10).map(str),
         "zstd": {"level": st.integers(1, 22).map(str)},
         "affine": {"bits": st.sampled_from(["2", "3", "4", "8"])},
     }
+    if codec == "ferry":  # exactly one of the two
+        return st.sampled_from(["target_kl", "step"]).flatmap(
+            lambda name: st.fixed_dictionaries({name: values["ferry"]})
+        )
     return st.fixed_dictionaries({}, optional=values.get(codec, {}))
 
 
