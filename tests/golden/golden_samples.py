@@ -1,0 +1,70 @@
+"""The page and the calibration behind the golden blobs, from integer arithmetic alone."""
+
+import numpy as np
+
+from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.blob import BlobMeta
+from kvferry.codec.calibration import GroupCalibration, StreamCalibration
+from kvferry.codec.rope import RopeSpec
+
+LAYERS, HEADS, TOKENS, DIM = (2, 4), (0, 1), (0, 12), 16
+SAMPLES: tuple[tuple[str, str, dict[str, object]], ...] = (
+    ("raw", "raw", {}),
+    ("zstd", "zstd", {}),
+    ("affine8", "affine", {"bits": 8}),
+    ("affine3", "affine", {"bits": 3}),
+    ("ferry", "ferry", {"step": 0.25}),
+)
+
+
+def numbers(count: int, seed: int) -> np.ndarray:
+    """Multiples of 1/256 in [-4, 4): exact in every dtype that caches have."""
+    state = (np.arange(count, dtype=np.uint64) + np.uint64(seed * 1_000_003)) * np.uint64(
+        2_654_435_761
+    )
+    state = (state ^ (state >> np.uint64(15))) * np.uint64(2_246_822_519)
+    return ((state >> np.uint64(13)) % np.uint64(2048)).astype(np.float32) / 256 - 4
+
+
+def golden_page() -> PageTensors:
+    shape = (2, 1, 12, DIM)
+    streams = {
+        name: Stream(name, numbers(2 * 12 * DIM, seed).reshape(shape).astype("<f2"), DType.FLOAT16)
+        for seed, name in enumerate(("k", "v"), 1)
+    }
+    return PageTensors(LAYERS, HEADS, TOKENS, streams)
+
+
+def golden_calibration() -> GroupCalibration:
+    streams = {
+        name: StreamCalibration(
+            name=name,
+            heads=1,
+            dim=DIM,
+            mean=numbers(2 * DIM, seed) / 8,
+            basis=np.eye(2 * DIM, dtype=np.float16)[:, : 2 * DIM - 4],
+            sigma=np.arange(2 * DIM - 4, 0, -1, dtype=np.float32) / 8,
+        )
+        for seed, name in enumerate(("k", "v"), 3)
+    }
+    rope = RopeSpec(8, False, (1.0, 0.5, 0.25, 0.125))
+    return GroupCalibration(
+        model_id=bytes(range(32)),
+        layers=LAYERS,
+        heads=HEADS,
+        streams=streams,
+        ropes={"k": (rope, rope)},
+        source="golden",
+        tokens=1,
+    )
+
+
+def meta() -> BlobMeta:
+    return BlobMeta(
+        kind="page",
+        model_id=bytes(range(32)),
+        page_key=bytes(range(32, 64)),
+        previous_key=bytes(range(64, 96)),
+        model_layers=4,
+        model_heads=1,
+    )
