@@ -178,11 +178,14 @@ class BlobStoreClient:
         """As `get`, but a stream: for relays. Neither capped nor verified here."""
         with rpc_errors(self.address):
             call = self._open(key, offset, length, local_only, timeout_s)
-            first = await call.read()
+            items = aiter(call)
+            first = await anext(items, None)
         if not isinstance(first, store_pb2.GetReply) or not first.HasField("header"):
             call.cancel()
             raise ProtocolError(f"{self.address}: a get's answer must begin with its header")
-        return GetSession(first.header.size, first.header.source, self._chunks(call, first.data))
+        return GetSession(
+            first.header.size, first.header.source, self._chunks(call, items, first.data)
+        )
 
     def _open(
         self, key: BlobKey, offset: int, length: int, local_only: bool, timeout_s: float | None
@@ -192,12 +195,14 @@ class BlobStoreClient:
         )
         return self._get(request, timeout=self._deadline(timeout_s))
 
-    async def _chunks(self, call: _GetCall, head: bytes) -> AsyncIterator[wire.Chunk]:
+    async def _chunks(
+        self, call: _GetCall, items: AsyncIterator[wire.GetItem], head: bytes
+    ) -> AsyncIterator[wire.Chunk]:
         try:
             with rpc_errors(self.address):
                 if head:
                     yield head
-                async for item in call:
+                async for item in items:
                     yield data_of(self.address, item)
         finally:
             call.cancel()

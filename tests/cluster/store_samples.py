@@ -33,7 +33,7 @@ def chain(length: int, name: str = "chain") -> list[bytes]:
 
 
 def blob(
-    page_key: bytes = digest("page"),  # noqa: B008 - immutable
+    page_key: bytes = digest("page"),
     *,
     previous: bytes = ROOT,
     kind: int = blob_pb2.BLOB_KIND_PAGE,
@@ -174,3 +174,21 @@ def disk_bytes(root: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
+
+
+class Direct:
+    """A repository with the client's ``put`` and ``get``, so that one test fits both."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
+
+    async def put(self, key: BlobKey, data: bytes, **spec: object) -> bool:
+        """As `BlobStoreClient.put`."""
+        return await put(self.store, key, data, **spec)
+
+    async def get(self, key: BlobKey, offset: int = 0, length: int = 0) -> bytes:
+        """As `BlobStoreClient.get`."""
+        return await get(self.store, key, offset, length)
