@@ -41,7 +41,7 @@ def calibrate(
 
     from kvferry.codec.lab.calibrate import Plan
     from kvferry.codec.lab.calibrate import calibrate as run
-    from kvferry.codec.lab.text import calibration_text, first_tokens
+    from kvferry.codec.lab.text import calibration_text, calibration_tokens
     from kvferry.codec.mlx.load import load_model
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.errors import ConfigError
@@ -58,12 +58,12 @@ def calibrate(
             write_json({"model": model, "folder": str(found), "made": False}, json)
         return
     started = time.monotonic()
-    content, source = calibration_text(text or [])
+    content = calibration_text(text or [])
     loaded = load_model(model)
-    given = first_tokens(loaded.tokenizer, content, plan.text_tokens, f"text ({source})")
+    given = calibration_tokens(loaded.tokenizer, content, plan.fitted_tokens, plan.held_tokens)
     identity = model_id(fingerprint(loaded))
     with progress(f"calibrating {model}", plan.work(len(loaded.model.layers))) as bar:
-        made, groups = run(loaded, identity, given, source, plan, bar.update)
+        made, groups = run(loaded, identity, given, content.source, plan, bar.update)
     folder = out or calibration_folder(user_dir("cache"), identity)
     made.save(folder, groups)
     seconds = time.monotonic() - started
@@ -77,7 +77,7 @@ def calibrate(
                 "folder": str(folder),
                 "made": True,
                 "tokens": tokens,
-                "text_source": source,
+                "text_source": content.source,
                 "groups": [list(group.layers) for group in groups],
                 "bytes": size,
                 "seconds": seconds,

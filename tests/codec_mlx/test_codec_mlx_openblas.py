@@ -65,7 +65,7 @@ def test_children_get_it_and_keep_what_was_preloaded(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("LD_PRELOAD", "/y/other.so")
     assert openblas.model_environment()["LD_PRELOAD"] == "/x/libopenblas.so.0:/y/other.so"
     monkeypatch.setattr(openblas, "find_openblas", lambda: None)
-    assert openblas.model_environment() == {}
+    assert "LD_PRELOAD" not in openblas.model_environment()
 
 
 @linux

@@ -58,12 +58,13 @@ class Plan:
             raise ConfigError("tokens", self.tokens, f"at least {MIN_TOKENS}")
 
     @property
-    def text_tokens(self) -> int:
-        """Tokens of text that all this takes."""
-        return self.tokens + CONTINUATION + self._held
+    def fitted_tokens(self) -> int:
+        """Tokens of text to fit on, with those that follow the last sequence."""
+        return self.tokens + CONTINUATION
 
     @property
-    def _held(self) -> int:
+    def held_tokens(self) -> int:
+        """Tokens of text to measure the curve on."""
         return self.held_context + WINDOW_TOKENS + self.held_continuation + 1
 
     def work(self, layers: int) -> float:
@@ -86,17 +87,18 @@ def calibrate(
     """Fit all layer groups and measure their rate against KL.
 
     Args:
-        tokens: ``plan.text_tokens`` of them.
+        tokens: ``plan.fitted_tokens``, then ``plan.held_tokens`` of them.
         source: where the text came from, for people.
         report: called with work done so far, of ``plan.work``, and a note.
     Raises: ModelError: a cache that is not supported; ConfigError: too little text.
     """
-    if len(tokens) < plan.text_tokens:
-        raise ConfigError("text", f"{len(tokens)} tokens", f"{plan.text_tokens} tokens or more")
+    wanted = plan.fitted_tokens + plan.held_tokens
+    if len(tokens) != wanted:
+        raise ConfigError("text", f"{len(tokens)} tokens", f"{wanted} tokens")
     shape = describe(loaded.model, loaded.config)
     run = _Run(loaded.model, model_id, shape, plan, report)
     groups = run.fit(tokens, source)
-    curve = run.curve(tokens[plan.tokens + CONTINUATION :], groups) if plan.curve_bits else ()
+    curve = run.curve(tokens[plan.fitted_tokens :], groups) if plan.curve_bits else ()
     found = CalibrationSet(
         model_id=model_id,
         model_layers=shape.layers,

@@ -92,8 +92,9 @@ class Fisher:
 def _cache_of(keys: list[mx.array], values: list[mx.array]) -> list[Any]:
     """Caches that only append, so that gradients flow to what they were given."""
     caches = []
+    make: Any = ConcatenateKVCache
     for k, v in zip(keys, values, strict=True):
-        cache: Any = ConcatenateKVCache()
+        cache = make()
         cache.keys, cache.values, cache.offset = k, v, k.shape[2]
         caches.append(cache)
     return caches
