@@ -14,8 +14,10 @@ COMMAND_MODULES: tuple[str, ...] = (
     "calibrate",
     "coordinator",
     "evaluate",
+    "inspect",
     "policy",
     "store",
+    "verify",
 )
 
 app = typer.Typer(
