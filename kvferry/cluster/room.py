@@ -106,10 +106,19 @@ class Room:
         ended = self.index.ask(lambda index: index.take_expired(now))
         self.forget_files(ended)
         self._counters["expired"] += len(ended)
+        self._drop_abandoned(now)
+
+    def _drop_abandoned(self, now: float) -> None:
         for key, staged in list(self.staged.items()):
             if staged.since_s + self._limits.staged_ttl_s <= now:
                 self.drop_staged(key)
                 self._counters["staged_dropped"] += 1
+
+    def waiting(self, key: BlobKey) -> Staged | None:
+        """What is staged under a key, if its time is not over."""
+        with self.lock:
+            self._drop_abandoned(self._clock())
+            return self.staged.get(key)
 
     def drop_staged(self, key: BlobKey) -> bool:
         """False: there was none."""

@@ -184,7 +184,7 @@ class StoreCore:
         """Whether the key is taken; the caller holds its stripe."""
         held = self.index.ask(lambda index: index.find(spec.key))
         if held is None:
-            return spec.key in self.room.staged
+            return self.room.waiting(spec.key) is not None
         if 0 < held.expires_s <= self.clock():
             self.delete([spec.key])
             return False
@@ -257,9 +257,10 @@ class StoreCore:
             for key, there in zip(keys, present, strict=True):
                 if there:
                     continue
-                if key not in room.staged:
+                staged = room.waiting(key)
+                if staged is None:
                     raise BlobNotFoundError(str(key))
-                waiting[key] = room.staged[key]
+                waiting[key] = staged
             records = [staged.record for staged in waiting.values()]
             check_all_agree([record.info for record in records])
             for record in records:

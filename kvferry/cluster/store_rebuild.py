@@ -24,11 +24,10 @@ from kvferry.errors import (
     InvalidKeyError,
 )
 from kvferry.proto import container
-from kvferry.proto.keys import DIGEST_BYTES, BlobKey
+from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import blob_pb2
 
 MAX_PARAMS_BYTES = 16 * 1024
-MAX_TOKENS = 1 << 48
 _FIRST_READ = 64 * 1024
 _BATCH = 200
 
@@ -53,19 +52,13 @@ class Reconciled:
 def checked_info(header: blob_pb2.BlobHeader, key: BlobKey, size: int) -> BlobInfo:
     """What the index keeps of a header, if it is the header of ``key``.
 
-    Raises: IdentityMismatchError, CorruptBlobError, BlobTooLargeError.
+    Raises: IdentityMismatchError, BlobTooLargeError.
     """
     found = container.key_of(header)
     if found != key:
         raise IdentityMismatchError("key", str(found), str(key))
-    if key.kind != "calibration" and len(header.previous_key) != DIGEST_BYTES:
-        raise CorruptBlobError("previous_key", f"has {len(header.previous_key)} bytes")
-    if len(header.previous_key) > DIGEST_BYTES or len(header.codec.calibration_id) > DIGEST_BYTES:
-        raise CorruptBlobError("header", "a digest of more than 32 bytes")
     if len(header.codec.params_json) > MAX_PARAMS_BYTES:
         raise BlobTooLargeError("params_json", len(header.codec.params_json), MAX_PARAMS_BYTES)
-    if header.token_end > MAX_TOKENS or header.token_start > MAX_TOKENS:
-        raise BlobTooLargeError("tokens", header.token_end, MAX_TOKENS)
     return info_from_header(header, key, size)
 
 

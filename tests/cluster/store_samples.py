@@ -46,6 +46,7 @@ def blob(
     payload: bytes = b"",
     size: int = 2000,
     model: bytes = MODEL,
+    params: str = "{}",
 ) -> tuple[BlobKey, bytes]:
     """A whole, valid blob of about ``size`` bytes of noise, and its key."""
     data = payload or os.urandom(size)
@@ -62,7 +63,7 @@ def blob(
         head_end=heads[1],
         model_layers=model_layers,
         model_heads=model_heads,
-        codec=blob_pb2.CodecSpec(name=codec, version=1, params_json="{}"),
+        codec=blob_pb2.CodecSpec(name=codec, version=1, params_json=params),
     )
     raw = container.pack(header, [container.SectionData("k", data, len(data))])
     return container.key_of(container.read_header(raw)), raw

@@ -1,0 +1,225 @@
+"""Complete pages only, the same for every caller: against a model by brute force."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_samples import (
+    ROOT,
+    Clock,
+    blob,
+    chain,
+    digest,
+    local_store,
+    pages,
+    put,
+    query,
+    tail,
+)
+
+from kvferry.cluster.backends import MemoryBackend
+from kvferry.cluster.coverage import covers
+from kvferry.proto.keys import BlobKey
+
+LAYERS, HEADS, PAGES = 5, 3, 4
+CODECS = ("raw", "zstd", "ferry")
+
+
+def ranges(end: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.sampled_from([(a, b) for a in range(end) for b in range(a + 1, end + 1)])
+
+
+@given(st.lists(st.tuples(ranges(LAYERS), ranges(HEADS)), max_size=8))
+def test_coverage_is_that_of_every_cell(
+    parts: list[tuple[tuple[int, int], tuple[int, int]]],
+) -> None:
+    cells = {
+        cell for (a, b), (c, d) in parts for cell in itertools.product(range(a, b), range(c, d))
+    }
+    assert covers(parts, LAYERS, HEADS) == (len(cells) == LAYERS * HEADS)
+
+
+def test_coverage_of_a_huge_model_is_quick() -> None:
+    parts = [((i, i + 1), (0, 65_536)) for i in range(2000)]
+    assert covers(parts, 2000, 65_536)
+    assert not covers(parts[:-1], 2000, 65_536)
+    assert not covers([], 1, 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    page: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+    codec: str
+
+
+PARTS = st.builds(
+    Part,
+    page=st.integers(0, PAGES - 1),
+    layers=st.sampled_from([(0, 5), (0, 2), (2, 5), (1, 4), (4, 5), (0, 3)]),
+    heads=st.sampled_from([(0, 3), (0, 3), (0, 1), (1, 3)]),
+    codec=st.sampled_from(CODECS),
+)
+
+
+def expected(parts: Sequence[Part], asked: dict[str, Any]) -> list[set[Part]]:
+    """By brute force: page after page, cell after cell."""
+    codecs = asked.get("codecs") or frozenset(CODECS)
+    layers, heads = asked.get("layers", (0, 99)), asked.get("heads", (0, 99))
+    run: list[set[Part]] = []
+    for page in range(PAGES):
+        here = {p for p in parts if p.page == page and p.codec in codecs}
+        missing = set(itertools.product(range(LAYERS), range(HEADS)))
+        for p in here:
+            missing -= set(itertools.product(range(*p.layers), range(*p.heads)))
+        if missing:
+            break
+        run.append(
+            {
+                p
+                for p in here
+                if set(range(*p.layers)) & set(range(*layers))
+                and set(range(*p.heads)) & set(range(*heads))
+            }
+        )
+    return run
+
+
+def make(part: Part) -> tuple[BlobKey, bytes]:
+    keys = [ROOT, *chain(PAGES)]
+    return blob(
+        keys[part.page + 1],
+        previous=keys[part.page],
+        tokens=(part.page * 256, part.page * 256 + 256),
+        layers=part.layers,
+        heads=part.heads,
+        codec=part.codec,
+        model_layers=LAYERS,
+        model_heads=HEADS,
+        size=1,
+    )
+
+
+@given(
+    parts=st.lists(PARTS, unique=True, min_size=1, max_size=40),
+    gone=st.sets(st.integers(0, 39), max_size=3),
+    codecs=st.sets(st.sampled_from(CODECS), max_size=2),
+    layers=st.one_of(st.none(), ranges(LAYERS)),
+    heads=st.one_of(st.none(), ranges(HEADS)),
+)
+@settings(deadline=None, max_examples=60)
+async def test_lookup_equals_brute_force(
+    parts: list[Part],
+    gone: set[int],
+    codecs: set[str],
+    layers: tuple[int, int] | None,
+    heads: tuple[int, int] | None,
+) -> None:
+    # Whole pages often, or long runs would be rare.
+    parts = list(dict.fromkeys([*parts, *(Part(i, (0, 5), (0, 3), "raw") for i in (0, 1))]))
+    asked: dict[str, Any] = {"codecs": frozenset(codecs)}
+    if layers:
+        asked["layers"] = layers
+    if heads:
+        asked["heads"] = heads
+    async with local_store(MemoryBackend()) as store:
+        made = {part: make(part) for part in parts}
+        for key, data in made.values():
+            assert await put(store, key, data)
+        left = [p for i, p in enumerate(parts) if i not in gone]
+        await store.delete([made[p][0] for i, p in enumerate(parts) if i in gone])
+        found = await store.lookup(query(chain(PAGES), **asked))
+        by_key = {made[p][0]: p for p in parts}
+        assert [{by_key[i.key] for i in page} for page in found.pages] == expected(left, asked)
+
+
+async def test_a_page_elsewhere_in_another_chain_is_no_hit() -> None:
+    async with local_store(MemoryBackend()) as store:
+        for key, data in pages(3):
+            await put(store, key, data)
+        keys = chain(3)
+        assert (await store.lookup(query(keys))).complete_pages == 3
+        assert (await store.lookup(query([keys[1], keys[2]]))).complete_pages == 0
+        assert (await store.lookup(query([keys[0], keys[2]]))).complete_pages == 1
+        assert (await store.lookup(query([keys[0], keys[0]]))).complete_pages == 1
+        assert (await store.lookup(query([]))).complete_pages == 0
+
+
+async def test_a_long_chain_is_found_to_its_first_gap() -> None:
+    async with local_store(MemoryBackend()) as store:
+        made = pages(300, size=1)
+        for key, data in made:
+            await put(store, key, data)
+        assert (await store.lookup(query(chain(310)))).complete_pages == 300
+        await store.delete([made[257][0]])
+        assert (await store.lookup(query(chain(310)))).complete_pages == 257
+
+
+async def test_tails_hang_at_the_end_of_the_run() -> None:
+    async with local_store(MemoryBackend()) as store:
+        for key, data in pages(2):
+            await put(store, key, data)
+        keys = chain(2)
+        at_root, at_first = tail(ROOT, "root"), tail(keys[0], "first", 256)
+        at_end = tail(keys[1], "end", 512)
+        half = tail(keys[1], "half", 512, layers=(0, 2))
+        for key, data in (at_root, at_first, at_end, half):
+            assert await put(store, key, data, ttl_s=100)
+
+        async def tails(page_keys: list[bytes], **asked: Any) -> list[tuple[bytes, int]]:
+            found = await store.lookup(query(page_keys, **asked))
+            return [(t.tail_key, t.tokens) for t in found.tails]
+
+        assert await tails(keys) == [(at_end[0].page_key, 10)]
+        assert await tails([*keys, digest("beyond")]) == [(at_end[0].page_key, 10)]
+        assert await tails(keys[:1]) == [(at_first[0].page_key, 10)]
+        assert await tails([]) == [(at_root[0].page_key, 10)]
+        assert await tails(keys, codecs=frozenset({"affine"})) == []
+        await put(store, *tail(keys[1], "half", 512, layers=(2, 4)))
+        assert {key for key, _ in await tails(keys)} == {half[0].page_key, at_end[0].page_key}
+
+
+async def test_a_tail_ends_with_its_time() -> None:
+    clock = Clock()
+    async with local_store(MemoryBackend(), clock=clock) as store:
+        await put(store, *tail(ROOT, "t"), ttl_s=10)
+        assert len((await store.lookup(query([]))).tails) == 1
+        clock.now += 11
+        assert (await store.lookup(query([]))).tails == []
+
+
+@pytest.mark.parametrize("stage", [False, True])
+async def test_a_tail_takes_the_place_of_the_last_once_it_is_whole(stage: bool) -> None:
+    async with local_store(MemoryBackend()) as store:
+        old = [tail(ROOT, "old", layers=(0, 4))]
+        new = [tail(ROOT, "new", layers=(0, 2)), tail(ROOT, "new", layers=(2, 4))]
+        for key, data in old:
+            await put(store, key, data)
+        replaces = old[0][0]
+        await put(store, *new[0], replaces=replaces, stage=stage)
+        if stage:
+            await store.commit([new[0][0]])
+        assert [t.tail_key for t in (await store.lookup(query([]))).tails] == [replaces.page_key]
+        await put(store, *new[1], replaces=replaces, stage=stage)
+        if stage:
+            await store.commit([new[1][0]])
+        found = (await store.lookup(query([]))).tails
+        assert [t.tail_key for t in found] == [new[0][0].page_key]
+        assert await store.has([replaces]) == [False]
+        assert (await store.stat()).blobs == 2
+
+
+async def test_replacing_needs_the_same_model_and_a_tail() -> None:
+    async with local_store(MemoryBackend()) as store:
+        page, other = blob(), tail(ROOT, "other", model=digest("other model"))
+        for key, data in (page, other):
+            await put(store, key, data)
+        await put(store, *tail(ROOT, "a"), replaces=page[0])
+        await put(store, *tail(ROOT, "b"), replaces=other[0])
+        await put(store, *tail(ROOT, "c"), replaces=tail(ROOT, "none")[0])
+        assert await store.has([page[0], other[0]]) == [True, True]
