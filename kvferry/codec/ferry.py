@@ -31,7 +31,16 @@ from kvferry.codec.calibration import (
     fit_group,
     step_on_curve,
 )
-from kvferry.codec.entropy import pack_bits, pack_columns, unpack_bits, unpack_columns
+from kvferry.codec.entropy import pack_bits, pack_columns
+from kvferry.codec.ferry_parts import (
+    ReadPlan,
+    calibration_of,
+    check_page,
+    read_coefficients,
+    read_plan,
+    read_sinks,
+    sink_count,
+)
 from kvferry.codec.quantize import quantize
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows, store_rows
@@ -40,14 +49,12 @@ from kvferry.errors import (
     CalibrationMissingError,
     ConfigError,
     CorruptBlobError,
-    IdentityMismatchError,
     UnsupportedTensorError,
 )
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
 
-PARAMS = ("rank", "sinks", "step")
-_MAX_SINKS = 4096
+_TOO_LARGE = 1e38
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,103 +181,6 @@ class FerryCodec:
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
-    """The parameters that a blob was written with, checked."""
-
-    step: float
-    sinks: int
-    rank: Mapping[str, int]
-
-
-def sink_count(tokens: tuple[int, int], sinks: int) -> int:
-    """How many leading tokens of a page are stored exactly."""
-    return max(0, min(sinks, tokens[1]) - tokens[0])
-
-
-def calibration_of(wanted: Wanted, calibrations: CalibrationSource) -> GroupCalibration:
-    """The calibration that a blob names, if it fits the blob.
-
-    Raises: CalibrationMissingError, CorruptBlobError, IdentityMismatchError.
-    """
-    if not wanted.calibration_id:
-        raise CorruptBlobError("calibration id", "is empty")
-    known = calibrations.get(wanted.calibration_id)
-    if not isinstance(known, GroupCalibration):
-        raise CorruptBlobError("calibration id", "names no calibration of a layer group")
-    if (known.layers, known.heads) != (wanted.layers, wanted.heads):
-        found = f"layers {known.layers}, heads {known.heads}"
-        raise IdentityMismatchError("calibration", found, f"{wanted.layers}, {wanted.heads}")
-    if known.rope_fingerprint != wanted.rope_fingerprint:
-        found = wanted.rope_fingerprint.hex()[:16]
-        raise IdentityMismatchError("rope", found, known.rope_fingerprint.hex()[:16])
-    if set(known.streams) != set(wanted.shapes):
-        raise CorruptBlobError("streams", f"{sorted(wanted.shapes)} are not calibrated")
-    for name, shape in wanted.shapes.items():
-        if shape[1::2] != (known.streams[name].heads, known.streams[name].dim):
-            raise CorruptBlobError(f"stream {name!r}", f"shape {shape} is not calibrated")
-    return known
-
-
-def read_plan(wanted: Wanted, known: GroupCalibration) -> ReadPlan:
-    """Raises: CorruptBlobError for parameters that this codec does not write."""
-    sec.check_params(wanted, PARAMS)
-    step, rank = wanted.params["step"], wanted.params["rank"]
-    if type(step) not in (int, float) or not 1e-30 < float(str(step)) < 1e30:
-        raise CorruptBlobError("codec parameters", "'step' is no number above 0")
-    if not isinstance(rank, dict) or set(rank) != set(known.streams):
-        raise CorruptBlobError("codec parameters", "'rank' is not one number per stream")
-    for name, value in rank.items():
-        if type(value) is not int or not 1 <= value <= known.streams[name].rank:
-            raise CorruptBlobError("codec parameters", f"rank {value!r} of stream {name!r}")
-    return ReadPlan(float(str(step)), sec.integer(wanted, "sinks", 0, _MAX_SINKS), rank)
-
-
-def check_page(page: CodedPage, known: GroupCalibration, plan: ReadPlan) -> None:
-    """Section names and lengths. Raises: CorruptBlobError."""
-    wanted = page.wanted
-    exact = sink_count(wanted.tokens, plan.sinks)
-    coded = wanted.tokens[1] - wanted.tokens[0] - exact
-    parts = ["sinks"] * bool(exact) + ["q"] * bool(coded)
-    sec.check_names(page.sections, (f"{name}/{p}" for name in known.streams for p in parts))
-    for name, (layers, heads, _, dim) in wanted.shapes.items():
-        if exact:
-            itemsize = wanted.dtypes[name].storage.itemsize
-            sec.check_raw(page.sections[f"{name}/sinks"], layers * heads * exact * dim * itemsize)
-        if coded:
-            section = page.sections[f"{name}/q"]
-            size = coded * plan.rank[name]
-            if section.raw_length not in (2 * size, 4 * size):
-                raise CorruptBlobError(
-                    f"section {section.name!r}", "has another size than its rank"
-                )
-
-
-def read_coefficients(page: CodedPage, name: str, plan: ReadPlan, out: FloatArray) -> None:
-    """Dequantized coefficients of a checked page into ``out`` (tokens, rank) float32.
-
-    Raises: CorruptBlobError.
-    """
-    section = page.sections[f"{name}/q"]
-    itemsize = section.raw_length // out.size
-    unpack_columns(section.data, itemsize, plan.step, out, f"section {section.name!r}")
-
-
-def read_sinks(page: CodedPage, name: str, plan: ReadPlan) -> npt.NDArray[np.generic] | None:
-    """The exact tokens of a checked page, (layers, heads, tokens, dim); None: it has none.
-
-    Raises: CorruptBlobError.
-    """
-    exact = sink_count(page.wanted.tokens, plan.sinks)
-    if not exact:
-        return None
-    layers, heads, _, dim = page.wanted.shapes[name]
-    section = page.sections[f"{name}/sinks"]
-    dtype = page.wanted.dtypes[name].storage
-    shape = (layers, heads, exact, dim)
-    return unpack_bits(section.data, shape, dtype, f"section {section.name!r}")
-
-
 def _decode_stream(
     name: str, pages: Sequence[CodedPage], known: GroupCalibration, plan: ReadPlan
 ) -> npt.NDArray[np.generic]:
@@ -286,6 +196,7 @@ def _decode_stream(
         at += span.coded
     width = basis.heads * basis.dim
     rows = reconstruct(z, basis.fold, slice(layers.start * width, layers.stop * width))
+    _check_finite(rows, name)
     tokens = sum(s.exact + s.coded for s in spans)
     count = layers.stop - layers.start
     out = np.empty((count, basis.heads, tokens, basis.dim), dtype=dtype.storage)
@@ -303,6 +214,13 @@ def _decode_stream(
         at += span.coded
         row += span.coded
     return out
+
+
+def _check_finite(rows: FloatArray, name: str) -> None:
+    """Raises: CorruptBlobError. No page of ours decodes to this, a forged one might."""
+    peak = max(float(rows.max()), -float(rows.min())) if rows.size else 0.0
+    if not peak < _TOO_LARGE:  # also true of NaN
+        raise CorruptBlobError(f"stream {name!r}", "decodes to NaN or infinite values")
 
 
 @dataclass(frozen=True, slots=True)

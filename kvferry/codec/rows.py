@@ -10,6 +10,8 @@ from kvferry.codec.base import DType, FloatArray, PageTensors, store_float32
 from kvferry.codec.rope import RopeSpec, positions_of, rotate_into
 from kvferry.codec.transform import from_rows
 
+_FLOAT16_MAX = np.float32(np.finfo(np.float16).max)
+
 
 def page_rows(
     page: PageTensors, name: str, ropes: Sequence[RopeSpec] | None, first: int
@@ -52,15 +54,17 @@ def store_rows(
 ) -> None:
     """Inverse of `page_rows`: redo RoPE, round, and write.
 
+    A value near the end of float16 that quantization moved beyond it stays finite.
+
     Args:
         out: (layers, heads, tokens, dim) in ``dtype.storage``; any view.
-        rows: (tokens, layers x heads x dim) float32.
+        rows: (tokens, layers x heads x dim) float32; may be changed.
         tokens: absolute range of the rows.
     """
     layers, heads, _, dim = out.shape
     values = from_rows(rows, layers, heads, dim)
     if ropes is None:
-        store_float32(out, values, dtype)
+        _store(out, values, dtype)
         return
     positions = positions_of(tokens)
     if dtype is DType.FLOAT32:
@@ -70,7 +74,13 @@ def store_rows(
     for spec, span in _runs(ropes):
         rotate_into(rotated[span], values[span], spec, positions, inverse=False)
     if dtype is not DType.FLOAT32:
-        store_float32(out, rotated, dtype)
+        _store(out, rotated, dtype)
+
+
+def _store(out: npt.NDArray[np.generic], values: FloatArray, dtype: DType) -> None:
+    if dtype is DType.FLOAT16:
+        np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX, out=values)
+    store_float32(out, values, dtype)
 
 
 def _runs(ropes: Sequence[RopeSpec]) -> Iterator[tuple[RopeSpec, slice]]:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.blob import StoredBlob, decode_blob, decode_blobs, encode_blob
 from kvferry.codec.calibration import GroupAccumulator, GroupCalibration, fit_group
+from kvferry.codec.entropy import pack_columns
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.rows import store_rows
 from kvferry.errors import CodecError, CorruptBlobError, UnsupportedTensorError
@@ -114,6 +115,36 @@ def test_values_far_outside_the_calibration_survive() -> None:
     sections = container.parse(encode_blob(codec, page, meta_for())[1]).sections
     assert sections["k/q"].raw_length == 4 * 44 * known.streams["k"].rank  # int32
     assert worst_error(restore(codec, page), page) < 1e-3 * np.abs(page.streams["k"].data).max()
+
+
+def test_values_at_the_end_of_float16_stay_finite() -> None:
+    known = random_calibration()
+    page = page_of(known, (256, 280), DType.FLOAT16)
+    for stream in page.streams.values():
+        stream.data[...] = np.where(stream.data < 0, -65_000, 65_000)
+    back = restore(FerryCodec(3000.0, known), page)
+    assert all(np.isfinite(s.data).all() for s in back.streams.values())
+
+
+def test_forged_levels_never_become_nan_or_infinity() -> None:
+    known = random_calibration()
+    codec = FerryCodec(9e29, known)
+    key, data = encode_blob(codec, page_of(known, (256, 280)), meta_for())
+    blob = container.parse(data)
+    forged = []
+    for section in blob.sections.values():
+        q = np.full((24, 1), 2**31 - 1, dtype=np.int32)
+        forged.append(container.SectionData(section.name, pack_columns(q), q.nbytes))
+    data = container.pack(blob.header, forged)
+    with pytest.raises(CorruptBlobError, match="infinite"):
+        decode_blob(
+            data,
+            key=key,
+            model_id=MODEL_ID,
+            tokens=(256, 280),
+            cut=None,
+            calibrations=Calibrations(known),
+        )
 
 
 def test_a_run_of_pages_equals_the_pages_one_by_one() -> None:
