@@ -30,6 +30,7 @@ class Tally:
         bad: name of a blob -> what is wrong, field and detail.
         aside: blobs that had been set aside before.
         skipped: files that are no blobs.
+        repaired: the bad ones were set aside now.
     """
 
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -38,6 +39,7 @@ class Tally:
     bad: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     aside: int = 0
     skipped: int = 0
+    repaired: bool = False
 
     def add(self, name: str, report: BlobReport) -> None:
         """Count one blob."""
@@ -131,7 +133,7 @@ async def scrub(address: str, repair: bool, tell: Callable[[float], None]) -> Ta
     """
     from kvferry.cluster.client import BlobStoreClient
 
-    tally = Tally()
+    tally = Tally(repaired=repair)
     async with BlobStoreClient(address) as client:
         held = await client.stat()
         tally.bytes, tally.aside = held.bytes, held.quarantined
@@ -156,6 +158,7 @@ def as_json(target: str, tally: Tally) -> dict[str, object]:
             for name, findings in tally.bad.items()
         ],
         "set_aside": tally.aside,
+        "repaired": tally.repaired,
         "skipped": tally.skipped,
     }
 
@@ -181,6 +184,7 @@ def print_tally(target: str, tally: Tally, console: Console | None = None) -> No
     if len(tally.bad) > MAX_SHOWN:
         out.print(f"and {len(tally.bad) - MAX_SHOWN:,} more; --json lists all")
     if tally.bad:
-        out.print(Text(f"{len(tally.bad):,} of {tally.checked:,} damaged", style="bold red"))
+        done = ", now set aside" if tally.repaired else ""
+        out.print(Text(f"{len(tally.bad):,} of {tally.checked:,} damaged{done}", style="bold red"))
     else:
         out.print(Text(f"all {tally.checked:,} whole", style="bold green"))
