@@ -126,11 +126,20 @@ class PrefixCache:
         self._client.close()
 
     def ready(self, timeout_s: float = 60.0) -> bool:
-        """Wait until the weights' digest and the namespace are known. Not a collective."""
+        """Wait until model id and namespace are known. With a group: a collective."""
         self._digest.join(timeout_s)
         if not self._salt:
             self._greet()
-        return self._fingerprint is not None and bool(self._salt)
+        try:
+            self._identify()
+        except ModelError as exc:
+            log.warning("neither hits nor stores: %s", exc)
+        return self._model_id is not None and bool(self._salt)
+
+    def _identify(self) -> None:
+        """Exchange digests until the model id is known. Every rank enters it alike."""
+        if self._model_id is None:
+            self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
 
     @property
     def policy(self) -> pb.Policy:
@@ -189,8 +198,7 @@ class PrefixCache:
             return Loaded(reason="bug", problems=["bug"])
 
     def _loader(self) -> Loader:
-        if self._model_id is None:
-            self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
+        self._identify()
         if not self._salt:
             self._greet()
         if self._model_id is None:
@@ -304,8 +312,8 @@ class PrefixCache:
 
     def _coding(self) -> Coding | None:
         """Policy, namespace and calibration made concrete; kept until one changes."""
-        if self._model_id is None and self._group.size == 1:
-            self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
+        if self._group.size == 1:
+            self._identify()
         if self._model_id is None or not self._salt:
             return None
         calibration = self._calibrations.find(self._model_id)
