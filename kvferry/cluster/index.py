@@ -17,6 +17,7 @@ from kvferry.cluster.coverage import covers
 from kvferry.cluster.index_rows import CodecTable, Held, Unit
 from kvferry.cluster.index_schema import connect, open_database
 from kvferry.cluster.index_units import (
+    Chain,
     Record,
     check_agreement,
     new_unit,
@@ -220,14 +221,14 @@ class Index:
             self._remove(db, over, now_s)
             return over
 
-    def take_victims(self, need: int, protect: bytes, now_s: float) -> list[Held]:
+    def take_victims(self, need: int, chain: Chain | None, now_s: float) -> list[Held]:
         """Remove least recently used units of ``need`` charged bytes in all.
 
-        Never leased ones, nor ``protect`` and the pages before it. Calibrations last.
+        Never leased ones, nor those of ``chain``. Calibrations last.
         Empty where so much is not to be had: nothing is removed then.
         """
         with self._write() as db:
-            chosen = victims(db, need, protect, now_s)
+            chosen = victims(db, need, chain, now_s)
             return self._drop(db, rows.units_in(db, "id", chosen))
 
     def set_expiry(self, blob_id: int, expires_s: int) -> None:

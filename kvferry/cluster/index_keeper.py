@@ -39,6 +39,7 @@ class IndexKeeper:
         self._backend, self._limits, self._clock = backend, limits, clock
         self._counters, self._lock, self._on_open = counters, lock, on_open
         self._index: Index | None = None
+        self._broken = False
 
     def stamp(self, now_s: float, token_start: int) -> int:
         """Time of use in ns: coarse, and the earlier in its chain the later."""
@@ -81,8 +82,6 @@ class IndexKeeper:
         try:
             return call(index)
         except sqlite3.Error as exc:
-            if not is_damage(exc) and self._index is index:
-                raise self._translated(exc) from exc
             self._replace(index, exc)
         try:
             return call(self._current())
@@ -106,8 +105,17 @@ class IndexKeeper:
         remove_database(self._backend.index_path)
 
     def _replace(self, damaged: Index, cause: sqlite3.Error) -> None:
+        """Make the index anew, once; others that meet the old, closed one wait here."""
+        if not (is_damage(cause) or isinstance(cause, sqlite3.ProgrammingError)):
+            raise self._translated(cause) from cause
         with self._lock:
-            if self._index is damaged:
-                self.close()
-                self._forget(cause)
-                self.open()
+            if self._index is not damaged:
+                return
+            if not (is_damage(cause) or self._broken):
+                raise self._translated(cause) from cause
+            self._broken = True
+            with suppress(sqlite3.Error):
+                damaged.close()
+            self._forget(cause)
+            self.open()
+            self._broken = False

@@ -1,7 +1,7 @@
 """Units of the index: what the blobs of one page, tail or calibration share."""
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvferry.cluster import index_rows as rows
@@ -101,9 +101,35 @@ def replaced_by(db: sqlite3.Connection, unit: Unit, now_s: float) -> list[Unit]:
     return rows.units_where(db, clause, (unit.id, unit.model_id, unit.id, now_s))
 
 
-def victims(db: sqlite3.Connection, need: int, protect: bytes, now_s: float) -> list[int]:
-    """Least recently used units that charge ``need`` bytes in all; none if not to be had."""
-    kept = set(rows.ancestors(db, protect)) if protect else set()
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """What comes before a blob that is being written.
+
+    Attributes:
+        writing: pages before it that are being written too.
+        before: the page before those.
+        whole: those begin the sequence, so ``before`` is its root and no page.
+    """
+
+    writing: Sequence[bytes]
+    before: bytes
+    whole: bool
+
+
+def victims(db: sqlite3.Connection, need: int, chain: Chain | None, now_s: float) -> list[int]:
+    """Least recently used units that charge ``need`` bytes in all; none if not to be had.
+
+    Pages of ``chain`` are spared. Where its last page is not here, the blob to be written
+    could not be found, and nothing goes for it.
+    """
+    kept: set[bytes] = set()
+    if chain is not None:
+        here = chain.whole or rows.units_where(
+            db, "page_key = ? AND kind = 'page'", (chain.before,)
+        )
+        if not here:
+            return []
+        kept = {*chain.writing, *rows.ancestors(db, chain.before)}
     query = (
         "SELECT id, page_key, (SELECT SUM(charged) FROM blobs WHERE unit_id = units.id) "  # noqa: S608
         f"FROM units WHERE {_NOT_PINNED} ORDER BY evict_last, used_ns, id"

@@ -10,7 +10,8 @@ from kvferry.cluster.blob_name import blob_name
 from kvferry.cluster.index import Index
 from kvferry.cluster.index_keeper import IndexKeeper
 from kvferry.cluster.index_rows import Held
-from kvferry.cluster.index_units import Record
+from kvferry.cluster.index_units import Chain, Record
+from kvferry.cluster.repository import BlobInfo
 from kvferry.cluster.space import Space, StoreLimits
 from kvferry.errors import StoreFullError
 from kvferry.proto.keys import BlobKey
@@ -53,6 +54,7 @@ class Room:
         self._backend, self._limits, self._clock = backend, limits, clock
         self._counters = counters
         self._uses: dict[int, int] = {}
+        self._writing: list[BlobInfo] = []
 
     def _recount(self, index: Index) -> None:
         self._uses.clear()
@@ -61,22 +63,25 @@ class Room:
         aside = [self._backend.charge(e.size) for e in self._backend.entries("quarantine")]
         self.quarantined, self.space.quarantined = len(aside), sum(aside)
 
-    def reserve(self, charged: int, protect: bytes) -> None:
+    def reserve(self, charged: int, info: BlobInfo) -> None:
         """Set bytes apart for a write, evicting if need be.
 
-        ``protect``: the page before the one written; it and its ancestors stay.
+        The pages before the one written stay; where the one just before it is not here,
+        nothing is evicted for it, as nobody could find it.
         Raises: StoreFullError; no live blob was evicted for it.
         """
         with self.lock:
-            self.make_room(charged, protect)
+            self.make_room(charged, info)
             self.space.in_flight += charged
+            self._writing.append(info)
 
-    def release(self, charged: int) -> None:
-        """End of a reservation whose bytes are gone."""
+    def release(self, charged: int, info: BlobInfo) -> None:
+        """End of a reservation: its bytes are gone, or counted elsewhere."""
         with self.lock:
             self.space.in_flight -= charged
+            self._writing.remove(info)
 
-    def make_room(self, charged: int, protect: bytes = b"") -> None:
+    def make_room(self, charged: int, info: BlobInfo | None = None) -> None:
         """First what has ended, then damaged blobs, then the least recently used."""
         if self.space.shortfall(charged) <= 0:
             return
@@ -87,12 +92,24 @@ class Room:
             return
         self.flush_uses()
         now = self._clock()
-        victims = self.index.ask(lambda index: index.take_victims(short, protect, now))
+        chain = self._chain_before(info) if info is not None else None
+        victims = self.index.ask(lambda index: index.take_victims(short, chain, now))
         if not victims:
             raise StoreFullError(self._backend.url, charged, self.space.free())
         self.forget_files(victims)
         self._counters["evicted"] += len(victims)
         self._counters["evicted_bytes"] += sum(h.info.size for h in victims)
+
+    def _chain_before(self, info: BlobInfo) -> Chain:
+        """The pages before a blob that are being written, and the first that is not."""
+        writing = {i.key.page_key: i for i in self._writing if i.key.kind == "page"}
+        pages: list[bytes] = []
+        first = info
+        while (before := writing.get(first.previous_key)) and len(pages) < len(writing):
+            pages.append(first.previous_key)
+            first = before
+        whole = first.tokens[0] == 0 or info.key.kind == "calibration"
+        return Chain(pages, first.previous_key, whole)
 
     def forget_files(self, held: Sequence[Held]) -> None:
         """Delete files whose rows are gone already."""
@@ -109,10 +126,11 @@ class Room:
         self._drop_abandoned(now)
 
     def _drop_abandoned(self, now: float) -> None:
-        for key, staged in list(self.staged.items()):
-            if staged.since_s + self._limits.staged_ttl_s <= now:
-                self.drop_staged(key)
-                self._counters["staged_dropped"] += 1
+        for key, staged in list(self.staged.items()):  # oldest first
+            if staged.since_s + self._limits.staged_ttl_s > now:
+                return
+            self.drop_staged(key)
+            self._counters["staged_dropped"] += 1
 
     def waiting(self, key: BlobKey) -> Staged | None:
         """What is staged under a key, if its time is not over."""

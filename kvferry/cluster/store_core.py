@@ -226,7 +226,7 @@ class StoreCore:
                     room.space.staged += charged
                 else:
                     self._admit(record, waiting.name)
-                room.space.in_flight -= charged
+                room.release(charged, info)
         return True
 
     def _admit(self, record: Record, name: str) -> None:

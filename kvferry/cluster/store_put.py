@@ -62,7 +62,7 @@ class PutWork:
         info = checked_info(header, self._spec.key, size)
         self._core.check_agreement(info)
         charged = self._core.backend.charge(size)
-        self._core.room.reserve(charged, info.previous_key)
+        self._core.room.reserve(charged, info)
         self._info, self._charged = info, charged
         return self._core.backend.create()
 
@@ -93,8 +93,8 @@ class PutWork:
         if self._writer is not None:
             self._writer.discard()
         charged, self._charged = self._charged, 0
-        if charged:
-            self._core.room.release(charged)
+        if charged and self._info is not None:
+            self._core.room.release(charged, self._info)
 
 
 class LocalPut:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvferry.cluster.backends.base import Area, BlobBackend, Entry
-from kvferry.cluster.blob_name import parse_blob_name
+from kvferry.cluster.blob_name import fan_out, parse_blob_name
 from kvferry.cluster.convert import info_from_header
 from kvferry.cluster.index import Index
 from kvferry.cluster.index_rows import Held
@@ -134,9 +134,11 @@ def _add(
     records: dict[str, Record] = {}
     for entry in entries:
         try:
+            if fan_out(entry.name) != entry.fan:
+                raise InvalidKeyError(entry.name[:200], "found where it does not belong")
             records[entry.name] = _record(backend, entry, "blobs", limits, stamp)
         except (CodecError, InvalidKeyError) as exc:
-            backend.quarantine(entry.name, exc.reason)
+            backend.quarantine(entry.name, exc.reason, entry.fan)
             report.set_aside += 1
         except BlobNotFoundError:
             continue
@@ -164,8 +166,8 @@ def _add_singly(
 
 
 def staged_records(backend: BlobBackend, limits: StoreLimits) -> Iterator[tuple[Record, float]]:
-    """Staged blobs that a former process left, and since when they wait."""
-    for entry in list(backend.entries("staged")):
+    """Staged blobs that a former process left, oldest first, and since when they wait."""
+    for entry in sorted(backend.entries("staged"), key=lambda e: e.modified_unix_s):
         try:
             record = _record(backend, entry, "staged", limits, lambda at, start: int(at * 1e9))
         except FerryError:

@@ -15,8 +15,8 @@ _LATER = ("s3", "redis", "rediss", "redis+cluster")
 
 def open_backend(url: str) -> BlobBackend:
     """The engine that ``url`` names; not opened yet. Raises: ConfigError."""
-    scheme, _, rest = url.partition("://")
-    if scheme == "memory" and not rest:
+    scheme, _, _ = url.partition("://")
+    if url == "memory://":
         return MemoryBackend()
     if scheme == "file":
         parts = urlsplit(url)

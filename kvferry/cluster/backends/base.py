@@ -14,11 +14,12 @@ Area = Literal["blobs", "staged", "quarantine"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Something held. ``size`` in bytes."""
+    """Something held. ``size`` in bytes; ``fan``: under which it was found."""
 
     name: str
     size: int
     modified_unix_s: float = 0.0
+    fan: str = ""
 
 
 class BlobWriter(Protocol):
@@ -86,8 +87,11 @@ class BlobBackend(Protocol):
     def delete(self, name: str, area: Area = "blobs") -> bool:
         """False: it was not there."""
 
-    def quarantine(self, name: str, reason: str, area: Area = "blobs") -> bool:
-        """Set a damaged blob aside. False: it was not there."""
+    def quarantine(self, name: str, reason: str, fan: str = "") -> bool:
+        """Set a damaged blob aside. False: it was not there.
+
+        ``fan``: where it lies, if that is not where its name says.
+        """
 
     def fans(self) -> Sequence[str]:
         """Values of `fan_out` under which visible blobs may lie, sorted."""

@@ -248,12 +248,12 @@ class FileBackend:
                 return False
         return True
 
-    def quarantine(self, name: str, reason: str, area: Area = "blobs") -> bool:
+    def quarantine(self, name: str, reason: str, fan: str = "") -> bool:
         """False: it was not there."""
         target = self.root / "quarantine" / f"{name[:180]}~{reason}~{secrets.token_hex(4)}"
         with _disk_errors(self.root):
             try:
-                self.path(area, name).replace(target)
+                (self._folder("blobs", fan or fan_out(name)) / name).replace(target)
             except FileNotFoundError:
                 return False
         return True
@@ -269,7 +269,7 @@ class FileBackend:
             for entry in found:
                 if entry.is_file(follow_symlinks=False):
                     stat = entry.stat(follow_symlinks=False)
-                    yield Entry(entry.name, stat.st_size, stat.st_mtime)
+                    yield Entry(entry.name, stat.st_size, stat.st_mtime, fan)
 
     def charge(self, size: int) -> int:
         """Whole blocks."""

@@ -101,10 +101,10 @@ class MemoryBackend:
         with self._lock:
             return self._areas[area].pop(name, None) is not None
 
-    def quarantine(self, name: str, reason: str, area: Area = "blobs") -> bool:
+    def quarantine(self, name: str, reason: str, fan: str = "") -> bool:
         """False: it was not there."""
         with self._lock:
-            found = self._areas[area].pop(name, None)
+            found = self._areas["blobs"].pop(name, None)
             if found is not None:
                 self._areas["quarantine"][f"{name}~{reason}"] = found
             return found is not None
@@ -117,7 +117,7 @@ class MemoryBackend:
         """What is held."""
         for name, (data, modified) in list(self._areas[area].items()):
             if not fan or fan_out(name) == fan:
-                yield Entry(name, len(data), modified)
+                yield Entry(name, len(data), modified, fan)
 
     def charge(self, size: int) -> int:
         """As many as there are."""
