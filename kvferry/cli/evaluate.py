@@ -103,6 +103,7 @@ def _calibration(
     codec: str, folder: Path | None, identity: bytes
 ) -> "tuple[CalibrationSet | None, list[GroupCalibration]]":
     from kvferry.codec.calibration import CalibrationSet
+    from kvferry.codec.mlx.device import device_products
     from kvferry.node.calibrations import calibration_folder
     from kvferry.settings import user_dir
 
@@ -111,4 +112,4 @@ def _calibration(
     found, groups = CalibrationSet.load(folder or calibration_folder(user_dir("cache"), identity))
     if found.model_id != identity:
         raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
-    return found, groups
+    return found, [group.using(device_products()) for group in groups]

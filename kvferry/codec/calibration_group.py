@@ -1,7 +1,7 @@
 """The calibration of one layer group: bases, rope, identity, and how it is cut."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from kvferry.codec import calibration_format as fmt
 from kvferry.codec.base import FloatArray
 from kvferry.codec.rope import RopeSpec, combined_fingerprint
-from kvferry.codec.transform import Basis, Fold, cut_basis, fold
+from kvferry.codec.transform import Basis, Fold, Products, cut_basis, fold
 from kvferry.errors import CalibrationCorruptError, ConfigError
 from kvferry.proto.container import DEFAULT_LIMITS, Limits
 from kvferry.proto.keys import DIGEST_BYTES, MAX_HEADS, MAX_LAYERS, BlobKey
@@ -29,6 +29,7 @@ class StreamCalibration:
         basis: (p, r) float16 or float32, orthonormal columns by falling variance.
         sigma: (r,) float32, standard deviations of the coefficients.
         weight: (layers, heads, dim, dim) float32, or None for identity.
+        products: where its matrix products run; no part of what is stored.
     """
 
     name: str
@@ -38,6 +39,7 @@ class StreamCalibration:
     basis: npt.NDArray[np.float16] | FloatArray
     sigma: FloatArray
     weight: FloatArray | None = None
+    products: Products | None = None
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -84,7 +86,7 @@ class StreamCalibration:
     @cached_property
     def fold(self) -> Fold:
         """Weight, basis and mean as one float32 matrix each way; made once and kept."""
-        return fold(self._float32_basis(), self.weight)
+        return fold(self._float32_basis(), self.weight, self.products)
 
     def _float32_basis(self) -> Basis:
         return Basis(self.mean, self.basis.astype(np.float32), self.sigma)
@@ -95,7 +97,8 @@ class StreamCalibration:
         index = np.arange(self.width).reshape(shape)[layers, heads]
         part = cut_basis(self._float32_basis(), index.reshape(-1))
         weight = None if self.weight is None else np.ascontiguousarray(self.weight[layers, heads])
-        return stream_calibration(self.name, index.shape[1], self.dim, part, weight)
+        made = stream_calibration(self.name, index.shape[1], self.dim, part, weight)
+        return replace(made, products=self.products)
 
 
 def stream_calibration(
@@ -241,6 +244,11 @@ class GroupCalibration:
             source=self.source,
             tokens=self.tokens,
         )
+
+    def using(self, products: Products | None) -> "GroupCalibration":
+        """The same calibration, by id too, with its matrix products run elsewhere."""
+        streams = {name: replace(s, products=products) for name, s in self.streams.items()}
+        return replace(self, streams=streams)
 
     def to_blob(self) -> tuple[BlobKey, bytes]:
         """Container of kind calibration: "description" (JSON) and "tensors" (safetensors)."""

@@ -5,6 +5,7 @@ Rows are tokens. A row of ``x`` holds one token's values of one stream, ordered
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -153,7 +154,20 @@ def cut_basis(basis: Basis, rows: npt.NDArray[np.intp]) -> Basis:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class Products(Protocol):
+    """Where the two matrix products of a page run; numpy on the host where none is given.
+
+    An implementation gives the host's result to 1e-4 of the largest coefficient or value.
+    """
+
+    def project(self, x: FloatArray, by: "Fold", rank: int) -> FloatArray:
+        """See `project`."""
+
+    def reconstruct(self, augmented: FloatArray, by: "Fold", rows: slice) -> FloatArray:
+        """See `reconstruct`."""
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Fold:
     """Weight, basis and mean as one matrix each way; serves every step and rank.
 
@@ -166,14 +180,16 @@ class Fold:
         decode: (p, 1 + r) float32, the mean in its first column;
             ``x = [1, z] @ decode.T``. Rows can be sliced for some layers, leading
             columns for a smaller rank.
+        products: where its products run.
     """
 
     encode: FloatArray
     offset: FloatArray
     decode: FloatArray
+    products: Products | None = None
 
 
-def fold(basis: Basis, weight: FloatArray | None = None) -> Fold:
+def fold(basis: Basis, weight: FloatArray | None = None, products: Products | None = None) -> Fold:
     """Fold once per calibration. ``weight`` as in `eigenbasis`.
 
     Raises: CalibrationCorruptError: a weight that has no inverse.
@@ -184,7 +200,7 @@ def fold(basis: Basis, weight: FloatArray | None = None) -> Fold:
     decode[:, 0] = basis.mean
     decode[:, 1:] = basis.vectors
     if weight is None:
-        return Fold(decode[:, 1:], offset, decode)
+        return Fold(decode[:, 1:], offset, decode, products)
     blocks = weight_blocks(weight, width).astype(np.float64)
     try:
         inverse = np.linalg.inv(blocks).astype(np.float64)
@@ -195,7 +211,7 @@ def fold(basis: Basis, weight: FloatArray | None = None) -> Fold:
         decode = _apply_blocks(inverse, decode).astype(np.float32)
     if not (np.isfinite(encode).all() and np.isfinite(decode).all()):
         raise CalibrationCorruptError("weight", "a matrix is close to singular")
-    return Fold(encode, offset, decode)
+    return Fold(encode, offset, decode, products)
 
 
 def weight_blocks(weight: FloatArray, width: int) -> FloatArray:
@@ -220,6 +236,8 @@ def rank_at(sigma: FloatArray, step: float) -> int:
 
 def project(x: FloatArray, by: Fold, rank: int) -> FloatArray:
     """(tokens, p) float32 -> coefficients (tokens, rank) float32, in one matmul."""
+    if by.products is not None:
+        return by.products.project(x, by, rank)
     z: FloatArray = x @ by.encode[:, :rank]
     z -= by.offset[:rank]
     return z
@@ -233,6 +251,8 @@ def reconstruct(augmented: FloatArray, by: Fold, rows: slice = slice(None)) -> F
         rows: which of the p values of a token to compute (a cut reader's layers).
     Returns: (tokens, rows) float32.
     """
+    if by.products is not None:
+        return by.products.reconstruct(augmented, by, rows)
     out: FloatArray = augmented @ by.decode[rows, : augmented.shape[1]].T
     return out
 

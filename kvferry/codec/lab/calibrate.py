@@ -22,6 +22,7 @@ from kvferry.codec.lab.compare import compare
 from kvferry.codec.lab.fisher import CONTINUATION, Fisher
 from kvferry.codec.lab.forward import prefill
 from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx.device import device_products
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.mlx.shape import ModelShape, describe
@@ -141,7 +142,8 @@ class _Run:
         fitted = []
         for group in seen:
             weights = None if plan.ridge is None else fisher.weights(group.layers, plan.ridge)
-            fitted.append(fit_group(group, weights=weights, source=source))
+            made = fit_group(group, weights=weights, source=source)
+            fitted.append(made.using(device_products()))
             self._advance(_FIT_WORK * (group.layers[1] - group.layers[0]), "fitting")
         return fitted
 
