@@ -14,6 +14,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "calibrate",
     "coordinator",
     "evaluate",
+    "health",
     "inspect",
     "policy",
     "store",
