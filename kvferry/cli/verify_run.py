@@ -169,7 +169,7 @@ def print_tally(target: str, tally: Tally, console: Console | None = None) -> No
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     table.add_column("blobs")
     table.add_column("count", justify="right")
-    table.add_column("size", justify="right")
+    table.add_column("size" if tally.counts else "on disk", justify="right")
     for kind, (count, size) in sorted(tally.counts.items()):
         table.add_row(kind, f"{count:,}", mib(size))
     table.add_row("all", f"{tally.checked:,}", mib(tally.bytes), style="bold")

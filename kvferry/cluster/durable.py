@@ -8,7 +8,7 @@ from pathlib import Path
 from kvferry.errors import ConfigError
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
+def write_durably(path: Path, data: bytes | memoryview, mode: int = 0o600) -> None:
     """Write under a temporary name, fsync, rename, fsync the folder.
 
     Raises: OSError; the old file is then as it was.
