@@ -14,7 +14,7 @@ from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 
 MAX_GROUP_WIDTH = 4096
-DEFAULT_MAX_RANK = 1536
+DEFAULT_MAX_RANK = 2048
 
 
 def layer_groups(

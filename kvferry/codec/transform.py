@@ -15,9 +15,11 @@ from kvferry.errors import CalibrationCorruptError, UnsupportedTensorError
 
 Float64Array = npt.NDArray[np.float64]
 
-# Directions whose standard deviation is below this share of a step round to zero but
-# for a few in a thousand, and cost matrix time all the same.
-SURVIVING_SIGMA = 1 / 6
+# Directions whose calibrated deviation is below this share of a step are left out: the
+# few of their values that would not round to zero cost more bits than they are worth.
+# Measured at equal KL on other text than the calibration's: a third takes 7 % fewer
+# bytes and half the matrix time of a tenth; a half takes 5 % more bytes again.
+SURVIVING_SIGMA = 1 / 3
 _ROWS_PER_PRODUCT = 4096
 
 

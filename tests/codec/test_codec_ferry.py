@@ -26,6 +26,7 @@ from kvferry.codec.calibration import GroupAccumulator, GroupCalibration, fit_gr
 from kvferry.codec.entropy import pack_columns
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.rows import store_rows
+from kvferry.codec.transform import SURVIVING_SIGMA
 from kvferry.errors import CodecError, CorruptBlobError, UnsupportedTensorError
 from kvferry.proto import container
 from kvferry.proto.keys import SINK_TOKENS
@@ -64,7 +65,7 @@ def test_error_is_bounded_by_the_step(
     for name, stream in page.streams.items():
         exact, found = stream.float32(), back.streams[name].float32()
         sigma = known.streams[name].sigma
-        dropped = float((sigma[sigma < step / 6] ** 2).sum()) ** 0.5 * 4
+        dropped = float((sigma[sigma < step * SURVIVING_SIGMA] ** 2).sum()) ** 0.5 * 4
         # Rotation keeps lengths; a weight near identity changes them by less than two.
         bound = step / 2 * np.sqrt(len(sigma)) * (4 if weighted else 1) + dropped
         size = np.linalg.norm(exact.transpose(2, 0, 1, 3).reshape(tokens, -1), axis=1)
