@@ -47,12 +47,13 @@ def evaluate(
     from kvferry.codec.lab.text import first_tokens, read_text
     from kvferry.codec.mlx.load import load_model
     from kvferry.codec.mlx.weights import fingerprint
-    from kvferry.codec.registry import codec_names
+    from kvferry.codec.registry import make_codec
     from kvferry.proto.identity import model_id
 
-    if codec not in codec_names():
-        raise ConfigError("codec", codec, f"one of {', '.join(codec_names())}")
-    Setup(codec=codec, context=context, continuation=continuation)  # refused before loading
+    # Mistakes are refused before the model is loaded.
+    if codec not in CALIBRATED:
+        make_codec(codec, options)
+    Setup(codec=codec, context=context, continuation=continuation)
     content = read_text(text)[skip_chars:]
     loaded = load_model(model)
     identity = model_id(fingerprint(loaded))

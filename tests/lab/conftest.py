@@ -1,0 +1,113 @@
+"""A small random llama for what needs any model, and the command as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvferry.codec.lab.forward import prefill
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.openblas import model_environment
+from kvferry.codec.mlx.tokenizer import Message
+
+VOCABULARY = 97
+
+
+class Words:
+    """A tokenizer of one token per character."""
+
+    eos_token_ids = frozenset({0})
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(c) % VOCABULARY for c in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(chr(token) for token in tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        return self.encode("".join(message["content"] for message in messages))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> LoadedModel:
+    """Three layers, two KV heads of 16, random but sharp enough to have opinions."""
+    mx.random.seed(3)
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCABULARY,
+        "rope_theta": 1000.0,
+        "tie_word_embeddings": False,
+    }
+    model = llama.Model(llama.ModelArgs(**config))
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight = layer.self_attn.q_proj.weight * 4
+        layer.self_attn.k_proj.weight = layer.self_attn.k_proj.weight * 4
+    model.lm_head.weight = model.lm_head.weight * 6
+    mx.eval(model.parameters())
+    return LoadedModel("tiny", model, Words(), config, (), (), (0, 3))
+
+
+@pytest.fixture
+def tokens() -> list[int]:
+    """Text that repeats itself now and then, as text does."""
+    text = Path(__file__).read_text() * 4
+    return Words().encode(text)
+
+
+@pytest.fixture
+def filled(tiny: LoadedModel) -> Callable[[list[int]], list[Any]]:
+    def fill(tokens: list[int]) -> list[Any]:
+        cache = make_prompt_cache(tiny.model)
+        prefill(tiny.model, tokens, cache)
+        return list(cache)
+
+    return fill
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def kvferry() -> Command:
+    """Run the command; OpenBLAS included."""
+
+    def run(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, "-m", "kvferry", *map(str, arguments)],
+            env=dict(os.environ) | model_environment(),
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+
+    return run
+
+
+@pytest.fixture
+def ok(kvferry: Command) -> Callable[..., dict[str, Any]]:
+    """Run a command with ``--json -`` that must succeed; its object."""
+
+    def run(*arguments: str | Path) -> dict[str, Any]:
+        done = kvferry(*arguments, "--json", "-")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    return run

@@ -1,0 +1,156 @@
+"""Calibration of a small model: it fits, it is stored, its curve means something."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvferry.codec.calibration import CalibrationSet, GroupCalibration
+from kvferry.codec.lab.calibrate import Plan, calibrate, steps_for_bits
+from kvferry.codec.lab.evaluate import Evaluation, Setup, evaluate
+from kvferry.codec.lab.text import CalibrationText, calibration_tokens, first_tokens, read_text
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.errors import ConfigError, ModelError
+from kvferry.proto.keys import WINDOW_TOKENS
+
+MODEL_ID = bytes(range(32))
+PLAN = Plan(tokens=2048, sequence=512, held_context=512, held_continuation=128)
+Made = tuple[CalibrationSet, list[GroupCalibration]]
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    folder = Path(__file__).parent
+    source = "".join(read_text(file) for file in sorted(folder.glob("*.py")))
+    return [ord(c) % 97 for c in source]
+
+
+@pytest.fixture(scope="module")
+def made(tiny: LoadedModel, text: list[int]) -> Made:
+    reports: list[float] = []
+    given = text[: PLAN.fitted_tokens + PLAN.held_tokens]
+    found = calibrate(tiny, MODEL_ID, given, "tests", PLAN, lambda done, _: reports.append(done))
+    assert reports == sorted(reports)
+    assert reports[-1] == pytest.approx(PLAN.work(3), rel=0.02)
+    return found
+
+
+def test_it_covers_the_model_and_says_where_it_comes_from(made: Made) -> None:
+    found, groups = made
+    assert (found.model_layers, found.model_heads) == (3, 2)
+    assert [group.layers for group in groups] == [(0, 3)]
+    assert set(groups[0].streams) == {"k", "v"}
+    assert (found.text_source, found.tokens) == ("tests", 2048)
+    assert all(stream.weight is not None for stream in groups[0].streams.values())
+
+
+def test_finer_steps_cost_more_bits_and_less_kl(made: Made) -> None:
+    points = sorted(made[0].curve, key=lambda point: point.step)
+    assert len(points) == len(PLAN.curve_bits)
+    bits = [point.bits_per_value for point in points]
+    kl = [point.kl for point in points]
+    assert bits == sorted(bits, reverse=True)
+    assert kl[0] < kl[-1]
+    assert all(value > 0 for value in kl)
+
+
+def test_it_comes_back_from_a_folder(made: Made, tmp_path: Path) -> None:
+    found, groups = made
+    found.save(tmp_path, groups)
+    again, loaded = CalibrationSet.load(tmp_path)
+    assert again.id == found.id
+    assert [group.id for group in loaded] == [group.id for group in groups]
+
+
+def test_the_same_text_gives_the_same_calibration(
+    tiny: LoadedModel, text: list[int], made: Made
+) -> None:
+    given = text[: PLAN.fitted_tokens + PLAN.held_tokens]
+    again, _ = calibrate(tiny, MODEL_ID, given, "tests", PLAN, lambda *_: None)
+    assert again.groups == made[0].groups
+
+
+def run(tiny: LoadedModel, text: list[int], setup: Setup) -> Evaluation:
+    given = text[-setup.text_tokens :]
+    return evaluate(tiny, MODEL_ID, given, setup, lambda _: None)
+
+
+def test_weights_are_worth_their_passes(tiny: LoadedModel, text: list[int], made: Made) -> None:
+    plain = Plan(tokens=2048, sequence=512, ridge=None, curve_bits=())
+    given = text[: plain.fitted_tokens + plain.held_tokens]
+    _, groups = calibrate(tiny, MODEL_ID, given, "tests", plain, lambda *_: None)
+
+    def cost(groups: list[GroupCalibration]) -> tuple[float, float]:
+        (step,) = steps_for_bits(groups, [1.2])
+        setup = Setup(
+            codec="ferry",
+            options={"step": step},
+            context=512,
+            continuation=256,
+            groups=groups,
+        )
+        found = run(tiny, text, setup)
+        return found.pages.blob_bytes, found.found.kl_mean
+
+    weighted, identity = cost(made[1]), cost(groups)
+    assert weighted[0] < 1.1 * identity[0]
+    assert weighted[1] < identity[1]
+
+
+def test_exact_codecs_change_nothing_but_the_tail(tiny: LoadedModel, text: list[int]) -> None:
+    for codec in ("raw", "zstd"):
+        setup = Setup(codec=codec, context=300, continuation=64)
+        found = run(tiny, text, setup).to_json("tiny")
+        assert found["kl_mean"] == pytest.approx(0, abs=3e-3)  # the tail is 8-bit affine
+        assert found["context_tokens"] == 300
+        assert found["window_tokens"] == WINDOW_TOKENS
+        assert found["raw_bytes_fp16"] == 2 * 300 * 3 * 2 * 2 * 16
+        # float32 is stored as it is: about twice the bytes of float16
+        assert 0.4 < float(str(found["compression_ratio"])) < 0.8
+
+
+def test_every_byte_is_counted(tiny: LoadedModel, text: list[int]) -> None:
+    setup = Setup(codec="affine", options={"bits": 4}, context=512, continuation=64)
+    result = run(tiny, text, setup)
+    found = result.to_json("tiny")
+    values = 512 * 3 * 2 * 2 * 16
+    assert int(str(found["blob_bytes"])) > values * 4.5 / 8  # with headers and group scales
+    assert float(str(found["bits_per_value"])) == pytest.approx(
+        8 * result.pages.blob_bytes / values
+    )
+    both = result.pages.blob_bytes + result.tail.blob_bytes
+    whole = 2 * values * (512 + WINDOW_TOKENS) / 512
+    assert float(str(found["ratio_with_tail"])) == pytest.approx(whole / both)
+
+
+def test_steps_for_bits_fall_as_bits_rise(made: Made) -> None:
+    steps = steps_for_bits(made[1], [0.25, 1.0, 3.0])
+    assert steps == sorted(steps, reverse=True)
+    assert np.isfinite(steps).all()
+
+
+def test_too_little_text_is_one_line(tiny: LoadedModel, text: list[int]) -> None:
+    with pytest.raises(ModelError, match=r"my file gives 5 tokens where 9 are needed"):
+        first_tokens(tiny.tokenizer, "hello", 9, "my file")
+    with pytest.raises(ConfigError, match="text"):
+        calibrate(tiny, MODEL_ID, text[:600], "x", Plan(tokens=512), lambda *_: None)
+    with pytest.raises(ConfigError, match="at least 512"):
+        Plan(tokens=100)
+    with pytest.raises(ConfigError, match="context"):
+        Setup(codec="raw", context=0)
+
+
+def test_held_text_comes_from_elsewhere_when_there_is_enough(tiny: LoadedModel) -> None:
+    code = tiny.tokenizer.encode
+    apart = CalibrationText("a" * 50, "b" * 50, "x")
+    assert calibration_tokens(tiny.tokenizer, apart, 20, 5) == code("a" * 20 + "b" * 5)
+    short = CalibrationText("a" * 20 + "c" * 30, "b", "x")
+    assert calibration_tokens(tiny.tokenizer, short, 20, 5) == code("a" * 20 + "c" * 5)
+
+
+def test_unreadable_text_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_text(tmp_path / "missing")
+    odd = tmp_path / "odd"
+    odd.write_bytes(b"caf\xe9")
+    assert read_text(odd) == "caf\ufffd"

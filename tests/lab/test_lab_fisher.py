@@ -1,0 +1,101 @@
+"""The Fisher information predicts what an error in the cache costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kvferry.codec.lab.compare import compare
+from kvferry.codec.lab.fisher import Fisher
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.rope import rope_specs
+from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
+
+Fill = Callable[[list[int]], list[Any]]
+HELD, CONTINUED = 400, 64
+
+
+@pytest.fixture
+def fisher(tiny: LoadedModel, tokens: list[int], filled: Fill) -> Fisher:
+    found = Fisher({"k": rope_specs(tiny.model)})
+    for start in range(0, 8 * HELD, HELD):
+        part = tokens[start : start + HELD]
+        follows = tokens[start + HELD : start + HELD + CONTINUED]
+        found.add(tiny.model, filled(part), follows)
+    return found
+
+
+def nudged(cache: list[Any], name: str, layer: int, error: np.ndarray) -> list[Any]:
+    """Add ``error`` (heads, tokens, dim) behind the sinks and before the window."""
+    end = HELD - WINDOW_TOKENS
+    buffer = np.array(getattr(cache[layer], name))
+    buffer[0, :, SINK_TOKENS:end] += error
+    setattr(cache[layer], name, mx.array(buffer))
+    return cache
+
+
+@pytest.mark.parametrize("stream", ["k", "v"])
+def test_half_the_quadratic_form_is_the_kl(
+    tiny: LoadedModel, tokens: list[int], filled: Fill, fisher: Fisher, stream: str
+) -> None:
+    """White noise on one layer: its KL is the trace of F times the noise's variance."""
+    rng = np.random.default_rng(0)
+    held, then = tokens[:HELD], tokens[HELD : HELD + CONTINUED + 1]
+    count = HELD - WINDOW_TOKENS - SINK_TOKENS
+    for layer in range(3):
+        trace = np.trace(fisher.sums[stream][layer], axis1=-2, axis2=-1).sum() / fisher.passes
+        deviation = np.sqrt(1e-3 / trace)  # for a predicted KL of 1e-3
+        name = {"k": "keys", "v": "values"}[stream]
+        restored = [
+            nudged(filled(held), name, layer, deviation * rng.standard_normal((2, count, 16)))
+            for _ in range(6)
+        ]
+        found = compare(tiny.model, filled(held), restored, then)
+        measured = np.mean([comparison.kl_mean for comparison in found])
+        assert 0.3e-3 < measured < 3e-3
+
+
+def test_weights_turn_squared_error_into_the_form(fisher: Fisher) -> None:
+    error = np.random.default_rng(1).standard_normal(16)
+    weights = fisher.weights((1, 3), ridge=0.0)
+    for stream, total in fisher.sums.items():
+        assert weights[stream].shape == (2, 2, 16, 16)
+        for layer, head in ((1, 0), (2, 1)):
+            form = error @ (total[layer, head] / fisher.passes) @ error
+            weighted = weights[stream][layer - 1, head] @ error
+            assert weighted @ weighted == pytest.approx(form, rel=1e-3)
+
+
+def test_a_ridge_evens_out_directions(fisher: Fisher) -> None:
+    def condition(ridge: float) -> float:
+        return float(np.linalg.cond(fisher.weights((0, 3), ridge)["k"]).max())
+
+    assert condition(3.0) < condition(0.1) < condition(0.0)
+    assert condition(3.0) < 8
+
+
+def test_a_head_that_nothing_listens_to_still_has_an_inverse() -> None:
+    found = Fisher({}, {"v": np.zeros((1, 1, 4, 4))}, passes=1)
+    weight = found.weights((0, 1), 1.0)["v"]
+    assert np.isfinite(np.linalg.inv(weight)).all()
+
+
+def test_the_same_text_gives_the_same_weights(
+    tiny: LoadedModel, tokens: list[int], filled: Fill
+) -> None:
+    sums = []
+    for _ in range(2):
+        found = Fisher({"k": rope_specs(tiny.model)})
+        found.add(tiny.model, filled(tokens[:HELD]), tokens[HELD : HELD + 32])
+        sums.append(found.sums)
+    np.testing.assert_array_equal(sums[0]["k"], sums[1]["k"])
+
+
+def test_the_cache_is_left_as_it_was(tiny: LoadedModel, tokens: list[int], filled: Fill) -> None:
+    cache = filled(tokens[:HELD])
+    before = np.array(cache[0].keys)
+    Fisher({"k": rope_specs(tiny.model)}).add(tiny.model, cache, tokens[:16])
+    assert cache[0].offset == HELD
+    np.testing.assert_array_equal(np.array(cache[0].keys), before)
