@@ -89,6 +89,7 @@ def test_a_restored_cache_goes_on_growing() -> None:
     adapters.restore(fresh, paged(cache, 300, 128))
     for layer in (*cache, *fresh):
         assert layer.keys.shape[2] == 512
+        assert not np.array(layer.values[:, :, 300:]).any()
         layer.update_and_fetch(*(mx.ones((1, HEADS, 250, DIM)) for _ in range(2)))
     for old, new in zip(cache, fresh, strict=True):
         np.testing.assert_array_equal(held(old)[0], held(new)[0])

@@ -37,6 +37,18 @@ def test_one_weight_byte_changes_it(tiny_folder: Path, tmp_path: Path, at: int) 
     assert identity(tiny_folder, tmp_path / "cache") != before
 
 
+@pytest.mark.parametrize(("old", "new"), [(b'"U32"', b'"I32"'), (b"q_proj", b"x_proj")])
+def test_what_the_bytes_mean_changes_it(
+    tiny_folder: Path, tmp_path: Path, old: bytes, new: bytes
+) -> None:
+    loaded = load_model(str(tiny_folder))
+    before = fingerprint(loaded, cache_dir=tmp_path / "cache")
+    file = tiny_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(old, new))
+    after = fingerprint(loaded, cache_dir=tmp_path / "cache")
+    assert model_id(after) != model_id(before)
+
+
 def test_a_tokenizer_changes_it(tiny_folder: Path, tmp_path: Path) -> None:
     before = identity(tiny_folder, tmp_path / "cache")
     file = tiny_folder / "tokenizer.json"

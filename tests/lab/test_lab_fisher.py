@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from kvferry.codec.lab.compare import compare
-from kvferry.codec.lab.fisher import Fisher
+from kvferry.codec.lab.fisher import Fisher, outer_products
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
+from kvferry.codec.rope import RopeSpec, apply, positions_of
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 
 Fill = Callable[[list[int]], list[Any]]
@@ -55,6 +56,19 @@ def test_half_the_quadratic_form_is_the_kl(
         found = compare(tiny.model, filled(held), restored, then)
         measured = np.mean([comparison.kl_mean for comparison in found])
         assert 0.3e-3 < measured < 3e-3
+
+
+def test_keys_count_as_they_were_before_rotation() -> None:
+    """A gradient that is one vector, rotated along, sums to that vector's outer product."""
+    spec = RopeSpec(8, False, (1.0, 0.3, 0.1, 0.01), key_scale=1.5)
+    vector = np.arange(1, 9, dtype=np.float32)
+    plain = np.broadcast_to(vector, (1, HELD, 8))
+    rotated = apply(plain, spec, positions_of((0, HELD)))  # scaled by 1.5 as keys are
+    count = HELD - WINDOW_TOKENS - SINK_TOKENS
+    found = outer_products(mx.array(rotated[None]), spec)
+    np.testing.assert_allclose(found[0], count * 1.5**4 * np.outer(vector, vector), rtol=1e-4)
+    values = outer_products(mx.array(plain[None]), None)
+    np.testing.assert_allclose(values[0], count * np.outer(vector, vector), rtol=1e-4)
 
 
 def test_weights_turn_squared_error_into_the_form(fisher: Fisher) -> None:

@@ -54,21 +54,10 @@ class Fisher:
         gradients = dict(zip(("k", "v"), slope(keys, values), strict=True))
         mx.eval(gradients)
         for name, layers in gradients.items():
-            total = np.stack([self._outer(name, i, g) for i, g in enumerate(layers)])
+            specs = self.ropes.get(name, [None] * len(layers))
+            total = np.stack([outer_products(g, s) for g, s in zip(layers, specs, strict=True)])
             self.sums[name] = self.sums.get(name, 0.0) + total / (2 * len(next_tokens))
         self.passes += 1
-
-    def _outer(self, name: str, layer: int, gradient: mx.array) -> _Float64:
-        """(heads, dim, dim): sum over the tokens that are coded coarsely."""
-        g = np.array(gradient[0].astype(mx.float32))
-        if name in self.ropes:
-            spec = self.ropes[name][layer]
-            g = undo(g, spec, positions_of((0, g.shape[1])))
-            # The gradient goes through the transposed rotation, which scales as it does.
-            g[..., : spec.dims] *= spec.key_scale**2
-        coded = g[:, SINK_TOKENS : g.shape[1] - WINDOW_TOKENS].astype(np.float64)
-        product: _Float64 = coded.transpose(0, 2, 1) @ coded
-        return product
 
     def weights(self, layers: tuple[int, int], ridge: float) -> dict[str, FloatArray]:
         """Matrices A for `fit_group`, so that squared error in A x is predicted KL.
@@ -87,6 +76,24 @@ class Fisher:
             metric = fisher + (ridge * trace + floor) * np.eye(dim)
             made[name] = np.linalg.cholesky(metric).swapaxes(-1, -2).astype(np.float32)
         return made
+
+
+def outer_products(gradient: mx.array, spec: RopeSpec | None) -> _Float64:
+    """Sum of outer products over the tokens that are coded coarsely.
+
+    Args:
+        gradient: (1, heads, tokens, dim), with respect to what the cache holds.
+        spec: how the layer rotates; the sum is of gradients before rotation.
+    Returns: (heads, dim, dim).
+    """
+    g = np.array(gradient[0].astype(mx.float32))
+    if spec is not None:
+        g = undo(g, spec, positions_of((0, g.shape[1])))
+        # The gradient goes through the transposed rotation, which scales as it does.
+        g[..., : spec.dims] *= spec.key_scale**2
+    coded = g[:, SINK_TOKENS : g.shape[1] - WINDOW_TOKENS].astype(np.float64)
+    product: _Float64 = coded.transpose(0, 2, 1) @ coded
+    return product
 
 
 def _cache_of(keys: list[mx.array], values: list[mx.array]) -> list[Any]:
