@@ -4,11 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codec_samples import MODEL_ID, page_of, random_calibration, random_page, rope_spec
+from codec_samples import (
+    MODEL_ID,
+    Calibrations,
+    meta_for,
+    page_of,
+    random_calibration,
+    random_page,
+    rope_spec,
+    worst_error,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec import calibration_format as fmt
+from kvferry.codec.base import PageTensors
+from kvferry.codec.blob import decode_blob, encode_blob
 from kvferry.codec.calibration import (
     CalibrationSet,
     CurvePoint,
@@ -19,6 +30,7 @@ from kvferry.codec.calibration import (
     layer_groups,
 )
 from kvferry.codec.calibration_store import CalibrationStore
+from kvferry.codec.ferry import FerryCodec
 from kvferry.errors import (
     CalibrationCorruptError,
     CalibrationMissingError,
@@ -108,12 +120,39 @@ def test_cut_is_addressed_by_its_content_and_names_its_parent() -> None:
     assert known.cut((10, 16), (0, 4)) is known
     page = page_of(known, (300, 360))
     inner = page.cut_layers((12, 15)).cut_heads((1, 3))
-    from kvferry.codec.ferry import FerryCodec
-
     FerryCodec(0.1, part).encode(inner)
     for layers, heads in (((9, 12), (0, 4)), ((12, 17), (0, 4)), ((12, 15), (3, 5))):
         with pytest.raises(ConfigError):
             known.cut(layers, heads)
+
+
+def test_a_cut_keeps_each_layers_own_rope() -> None:
+    specs = tuple(rope_spec(32, dims=dims) for dims in (32, 16, 0, 8))
+    known = dataclasses.replace(random_calibration(layers=(4, 8)), ropes={"k": specs})
+    part = known.cut((5, 7), (0, 2))
+    assert part.ropes["k"] == specs[1:3]
+    assert set(part.layer_ropes) == {5, 6}
+    assert part.layer_ropes[6] == {specs[2].fingerprint()}
+    assert part.rope_fingerprint != known.rope_fingerprint
+    page = page_of(known, (256, 290))
+    whole = restored(known, page)
+    for layers in ((4, 5), (5, 7), (7, 8)):
+        inner = known.cut(layers, (0, 2))
+        back = restored(inner, page.cut_layers(layers))
+        assert worst_error(back, page.cut_layers(layers)) < 0.6
+    assert worst_error(whole, page) < 0.6
+
+
+def restored(known: GroupCalibration, page: PageTensors) -> PageTensors:
+    key, data = encode_blob(FerryCodec(0.1, known), page, meta_for())
+    return decode_blob(
+        data,
+        key=key,
+        model_id=MODEL_ID,
+        tokens=page.tokens,
+        cut=None,
+        calibrations=Calibrations(known),
+    )
 
 
 def test_a_stream_with_one_head_is_cut_by_layers_only() -> None:

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec
+from pcodec.wrapped import FileCompressor
 
 from kvferry.codec.entropy import pack_bits, pack_columns, unpack_bits, unpack_columns
 from kvferry.codec.packing import pack_levels, packed_size, unpack_levels
@@ -76,6 +78,35 @@ def test_damaged_columns_are_refused_and_shorter_ones_too() -> None:
         unpack_columns(packed, 4, 1.0, out, "k/q")
     with pytest.raises(CorruptBlobError):
         unpack_columns(packed, 8, 1.0, out, "k/q")
+
+
+def framed(block: bytes) -> bytes:
+    """One block as `pack_columns` would frame it."""
+    return FileCompressor().write_header() + len(block).to_bytes(4, "little") + block
+
+
+def test_blocks_that_ferry_does_not_write_are_refused() -> None:
+    q = (np.arange(1024) % 77 * 7).astype(np.int16)
+    out = np.empty((16, 64), np.float32)
+
+    def block(mode: ModeSpec, delta: DeltaSpec) -> bytes:
+        config = ChunkConfig(mode_spec=mode, delta_spec=delta)
+        chunk = FileCompressor().chunk_compressor(q, config)
+        return bytes(chunk.write_meta() + chunk.write_page(0))
+
+    plain = block(ModeSpec.classic(), DeltaSpec.no_op())
+    unpack_columns(framed(plain), 2, 1.0, out, "k/q")
+    np.testing.assert_array_equal(out.reshape(-1), q)
+    for bad in (
+        b"",
+        plain + b"\0",
+        block(ModeSpec.classic(), DeltaSpec.try_lookback()),
+        block(ModeSpec.classic(), DeltaSpec.try_consecutive(2)),
+        block(ModeSpec.try_int_mult(7), DeltaSpec.no_op()),
+        block(ModeSpec.try_dict(), DeltaSpec.no_op()),
+    ):
+        with pytest.raises(CorruptBlobError):
+            unpack_columns(framed(bad), 2, 1.0, out, "k/q")
 
 
 @settings(max_examples=30, deadline=None)
