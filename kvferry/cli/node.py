@@ -1,0 +1,82 @@
+"""``kvferry node``: the daemon on each machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(node)
+
+
+def node(
+    node_id: Annotated[str | None, typer.Option(help="Name of this machine.")] = None,
+    socket: Annotated[Path | None, typer.Option(help="Unix socket for hooks.")] = None,
+    listen: Annotated[str | None, typer.Option(help="HOST:PORT for peers.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(help="HOST:PORT for Prometheus, empty: none.")
+    ] = None,
+    store: Annotated[str | None, typer.Option(help="HOST:PORT of the store, empty: none.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the coordinator, empty: none.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of its state and blobs.")] = None,
+    memory_bytes: Annotated[int | None, typer.Option(help="Budget of the memory tier.")] = None,
+    disk_bytes: Annotated[int | None, typer.Option(help="Budget on disk, 0: none.")] = None,
+    disk_reserve_bytes: Annotated[int | None, typer.Option(help="Free disk left alone.")] = None,
+    upload_queue_bytes: Annotated[int | None, typer.Option(help="Bytes that may wait.")] = None,
+    upload_workers: Annotated[int | None, typer.Option(help="Uploads at a time.")] = None,
+    max_blob_bytes: Annotated[int | None, typer.Option(help="Largest blob taken.")] = None,
+    shutdown_timeout_s: Annotated[
+        float | None, typer.Option(help="For uploads still queued when it stops.")
+    ] = None,
+    allow_remote_plaintext: Annotated[
+        bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(help="JSON with the addresses, written when ready.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Run this machine's daemon: memory and disk tiers, peers, uploads to the store."""
+    import asyncio
+
+    from prometheus_client import CollectorRegistry
+
+    from kvferry.cluster.allocator import tune_allocator
+    from kvferry.cluster.service import run_service, setup_logging
+    from kvferry.node.daemon import start_node
+    from kvferry.settings import NodeSettings
+
+    setup_logging(log_level)
+    tune_allocator()
+    settings = NodeSettings.load(
+        node_id=node_id,
+        socket=socket,
+        listen=listen,
+        metrics_listen=metrics_listen,
+        store=store,
+        coordinator=coordinator,
+        data_dir=data_dir,
+        memory_bytes=memory_bytes,
+        disk_bytes=disk_bytes,
+        disk_reserve_bytes=disk_reserve_bytes,
+        upload_queue_bytes=upload_queue_bytes,
+        upload_workers=upload_workers,
+        max_blob_bytes=max_blob_bytes,
+        shutdown_timeout_s=shutdown_timeout_s,
+        allow_remote_plaintext=allow_remote_plaintext,
+    )
+    registry = CollectorRegistry()
+    asyncio.run(
+        run_service(
+            "node",
+            lambda: start_node(settings, registry),
+            registry=registry,
+            metrics_listen=settings.metrics_listen,
+            allow_remote_plaintext=settings.allow_remote_plaintext,
+            ready_file=ready_file,
+        )
+    )

@@ -1,0 +1,177 @@
+"""The gRPC service Node, for hooks on this machine, over the Unix socket only."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import grpc
+import psutil
+
+from kvferry import __version__
+from kvferry.cluster.handlers import stream, unary
+from kvferry.cluster.server import Service
+from kvferry.errors import FerryError
+from kvferry.node.events import EventHub
+from kvferry.node.pressure import IdleWatch
+from kvferry.node.repository import NodeRepository
+from kvferry.proto.v1 import coordinator_pb2 as pb
+from kvferry.proto.v1 import node_pb2
+
+SERVICE = "kvferry.v1.Node"
+MAX_FLUSH_S = 600.0
+MAX_REASONS = 64
+MAX_REASON_CHARS = 64
+
+
+@dataclass(slots=True)
+class NodeFacts:
+    """What the daemon knows about itself and its cluster right now."""
+
+    node_id: str
+    incarnation: int
+    max_blob_bytes: int
+    salt: bytes = b""
+    policy: pb.Policy = field(default_factory=pb.Policy)
+    shards: dict[str, pb.ShardInfo] = field(default_factory=dict)
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    coordinator_reachable: bool = False
+
+
+class HookServicer:
+    """One method for each call of the service."""
+
+    def __init__(
+        self,
+        facts: NodeFacts,
+        repository: NodeRepository,
+        hub: EventHub,
+        idle: IdleWatch,
+        on_restore: Callable[[pb.RestoreReport], Awaitable[None]],
+    ) -> None:
+        self._facts, self._repository, self._hub = facts, repository, hub
+        self._idle, self._on_restore = idle, on_restore
+
+    async def hello(self, request: node_pb2.HelloRequest) -> node_pb2.HelloReply:
+        """Hello."""
+        self._take_shard(request.client, request.shard)
+        facts = self._facts
+        return node_pb2.HelloReply(
+            node_id=facts.node_id,
+            namespace_salt=facts.salt,
+            policy=facts.policy,
+            max_blob_bytes=facts.max_blob_bytes,
+            version=__version__,
+        )
+
+    async def watch_events(
+        self, request: node_pb2.WatchEventsRequest
+    ) -> AsyncGenerator[node_pb2.NodeEvent, None]:
+        """WatchEvents: policy and salt first, then whatever happens."""
+        first = [node_pb2.NodeEvent(policy=self._facts.policy)]
+        if self._facts.salt:
+            first.append(node_pb2.NodeEvent(namespace_salt=self._facts.salt))
+        async for event in self._hub.watch(*first):
+            yield event
+
+    async def report(self, request: node_pb2.HookReport) -> node_pb2.HookReportReply:
+        """Report."""
+        self._idle.touch()
+        self._take_shard(request.client, request.shard)
+        counters = self._repository.counters
+        for prefix, counts in (("hook_miss", request.misses), ("hook_drop", request.drops)):
+            for reason, count in _sane(counts):
+                counters[f"{prefix}_{reason}"] += count
+        if request.prefill_tokens_per_s > 0:
+            self._facts.prefill_tokens_per_s = request.prefill_tokens_per_s
+        if request.decode_tokens_per_s > 0:
+            self._facts.decode_tokens_per_s = request.decode_tokens_per_s
+        if request.HasField("restore"):
+            counters["hook_restores" if request.restore.tokens else "hook_misses"] += 1
+            counters["hook_restored_tokens"] += request.restore.tokens
+            await self._on_restore(request.restore)
+        return node_pb2.HookReportReply()
+
+    async def flush(self, request: node_pb2.FlushRequest) -> node_pb2.FlushReply:
+        """Flush."""
+        self._idle.touch()
+        uploads = self._repository.uploads
+        done = await uploads.flush(min(request.timeout_ms / 1000, MAX_FLUSH_S))
+        return node_pb2.FlushReply(done=done, pending=uploads.count)
+
+    async def status(self, request: node_pb2.NodeStatusRequest) -> node_pb2.NodeStatus:
+        """Status."""
+        facts, repository = self._facts, self._repository
+        store = repository.store
+        return node_pb2.NodeStatus(
+            node_id=facts.node_id,
+            incarnation=facts.incarnation,
+            version=__version__,
+            tiers=await self._tiers(),
+            uploads_pending=repository.uploads.count,
+            uploads_pending_bytes=repository.uploads.held_bytes,
+            store_reachable=store is not None and await _answers(repository),
+            coordinator_reachable=facts.coordinator_reachable,
+            policy_version=facts.policy.version,
+            policy_name=facts.policy.name,
+            peers=[pb.NodeAddress(node_id=p.name, address=p.address) for p in repository.peers.all],
+            resident_bytes=psutil.Process().memory_info().rss,
+            counters=repository.counters,
+        )
+
+    async def _tiers(self) -> list[node_pb2.TierStatus]:
+        memory, disk = self._repository.tiers.memory, self._repository.tiers.disk
+        tiers = [
+            node_pb2.TierStatus(
+                name="memory",
+                blobs=len(memory),
+                bytes=memory.held_bytes,
+                budget_bytes=memory.budget_bytes,
+            )
+        ]
+        if disk is not None:
+            stat = await disk.stat()
+            tiers.append(
+                node_pb2.TierStatus(
+                    name="disk",
+                    blobs=stat.blobs,
+                    bytes=stat.bytes,
+                    budget_bytes=stat.budget_bytes,
+                )
+            )
+        return tiers
+
+    def _take_shard(self, client: str, shard: pb.ShardInfo) -> None:
+        if shard.model_id:
+            self._facts.shards[client[:MAX_REASON_CHARS]] = shard
+            while len(self._facts.shards) > MAX_REASONS:
+                del self._facts.shards[next(iter(self._facts.shards))]
+
+    def service(self, on_failure: Callable[[str], None]) -> Service:
+        """To be given to `kvferry.cluster.server.start_server`."""
+        handlers = {
+            "Hello": unary(self.hello, node_pb2.HelloRequest, on_failure),
+            "WatchEvents": stream(self.watch_events, node_pb2.WatchEventsRequest, on_failure),
+            "Report": unary(self.report, node_pb2.HookReport, on_failure),
+            "Flush": unary(self.flush, node_pb2.FlushRequest, on_failure),
+            "Status": unary(self.status, node_pb2.NodeStatusRequest, on_failure),
+        }
+        generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
+
+
+async def _answers(repository: NodeRepository) -> bool:
+    if repository.store is None:
+        return False
+    try:
+        async with repository.store.asking():
+            await repository.store.client.stat(timeout_s=1.0)
+    except FerryError:
+        return False
+    return True
+
+
+def _sane(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """At most so many reasons of at most so many characters: they become metric labels."""
+    for reason, count in list(counts.items())[:MAX_REASONS]:
+        if len(reason) <= MAX_REASON_CHARS and reason.isidentifier():
+            yield reason, min(count, 1 << 32)

@@ -1,0 +1,126 @@
+"""A put from a hook: verified, durable on this node, then in the queue to the store."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable
+from typing import Self
+
+from kvferry.cluster.repository import PutSession, PutSpec
+from kvferry.errors import CorruptBlobError, FerryError, StoreFullError
+from kvferry.node.journal import Pending
+from kvferry.node.memory_tier import Reservation
+from kvferry.node.tiers import Tiers
+from kvferry.node.upload_queue import UploadQueue
+
+LEASE_S = 86_400
+
+
+class NodePut:
+    """One put under way. The answer to `finish` is the promise that nothing is lost."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        uploads: UploadQueue,
+        spec: PutSpec,
+        counters: Counter[str],
+        room: Reservation | None,
+        disk: PutSession | None,
+    ) -> None:
+        """Use `open`."""
+        self._tiers, self._uploads, self._spec = tiers, uploads, spec
+        self._counters, self._room, self._disk = counters, room, disk
+        self._parts = bytearray()
+
+    @classmethod
+    async def open(
+        cls, tiers: Tiers, uploads: UploadQueue, spec: PutSpec, counters: Counter[str]
+    ) -> Self:
+        """Take room in queue, memory and disk. Raises: QueueFullError, StoreFullError."""
+        try:
+            uploads.reserve(spec.size)
+        except FerryError as exc:
+            counters[f"drop_{exc.reason}"] += 1
+            raise
+        room = tiers.memory.reserve(spec.size)
+        try:
+            if tiers.disk is None and room is None:
+                raise StoreFullError("the memory tier", spec.size, 0)
+            local = PutSpec(key=spec.key, size=spec.size, ttl_s=spec.ttl_s)
+            disk = await tiers.disk.open_put(local) if tiers.disk is not None else None
+        except FerryError as exc:
+            counters[f"drop_{exc.reason}"] += 1
+            uploads.release(spec.size)
+            if room is not None:
+                room.release()
+            raise
+        return cls(tiers, uploads, spec, counters, room, disk)
+
+    async def write(self, chunk: bytes | memoryview) -> None:
+        """Raises: StoreFullError, CorruptBlobError (more bytes than announced)."""
+        if self._room is not None:
+            if len(self._parts) + len(chunk) > self._spec.size:
+                raise CorruptBlobError("size", f"more than the {self._spec.size:,} announced")
+            self._parts += chunk
+        if self._disk is not None:
+            await self._disk.write(chunk)
+
+    async def finish(self) -> bool:
+        """Verified and durable here, and in the journal of uploads.
+
+        Raises: CorruptBlobError, IdentityMismatchError, StoreFullError.
+        """
+        spec = self._spec
+        if self._room is not None and len(self._parts) != spec.size:
+            await self.abort()
+            raise CorruptBlobError("size", f"{len(self._parts):,} of {spec.size:,} bytes came")
+        lease = ""
+        if self._disk is not None:
+            await self._guard(self._disk.finish())
+            self._disk = None
+        if self._tiers.disk is not None:
+            lease, _ = await self._tiers.disk.pin([spec.key], LEASE_S)
+        if self._room is not None:
+            pinned = self._tiers.disk is None
+            keep = self._tiers.keep(
+                self._room, spec.key, bytes(self._parts), spec.ttl_s, pinned=pinned
+            )
+            await self._guard(keep)
+        self._parts = bytearray()
+        expires = time.time() + spec.ttl_s if spec.ttl_s else 0.0
+        item = Pending(
+            key=spec.key,
+            size=spec.size,
+            expires_unix_s=expires,
+            replaces=spec.replaces,
+            lease=lease,
+        )
+        await self._guard(self._uploads.add(item))
+        self._uploads.release(spec.size)
+        if spec.replaces is not None:
+            await self._tiers.delete([spec.replaces])
+        self._counters["puts_accepted"] += 1
+        return True
+
+    async def _guard(self, step: Awaitable[object]) -> None:
+        try:
+            await step
+        except FerryError as exc:
+            self._counters[f"drop_{exc.reason}"] += 1
+            await self.abort()
+            raise
+        except asyncio.CancelledError:
+            await self.abort()
+            raise
+
+    async def abort(self) -> None:
+        """Forget all that was written; never raises."""
+        disk, self._disk = self._disk, None
+        if disk is not None:
+            await disk.abort()
+        if self._room is not None:
+            self._room.release()
+            self._room = None
+        self._parts = bytearray()
+        self._uploads.release(self._spec.size)
