@@ -45,7 +45,12 @@ class NodeDaemon:
     """All parts of a running node, and how they are wired."""
 
     def __init__(
-        self, settings: NodeSettings, state: NodeState, journal: Journal, disk: LocalStore | None
+        self,
+        settings: NodeSettings,
+        state: NodeState,
+        journal: Journal,
+        disk: LocalStore | None,
+        facts: NodeFacts,
     ) -> None:
         """Use `start_node`."""
         self.settings, self.state, self.journal = settings, state, journal
@@ -67,13 +72,7 @@ class NodeDaemon:
             self.tiers, self.uploads, self.peers, self.store, self.counters, timeout
         )
         self.hub, self.idle, self.pressure = EventHub(), IdleWatch(), PressureWatch()
-        self.facts = NodeFacts(
-            node_id=settings.node_id,
-            incarnation=state.next_incarnation(),
-            max_blob_bytes=limit,
-            salt=state.salt() if settings.coordinator else state.own_salt(),
-            policy=state.policy() or _first_policy(),
-        )
+        self.facts = facts
         self.link: CoordinatorLink | None = None
 
     # -- uploads ------------------------------------------------------------------
@@ -206,7 +205,8 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
         disk = await _open_disk(settings)
         if disk is not None:
             undo.push_async_callback(disk.aclose)
-        node = await asyncio.to_thread(NodeDaemon, settings, state, journal, disk)
+        facts = await asyncio.to_thread(_facts, settings, state)
+        node = NodeDaemon(settings, state, journal, disk, facts)
         failures = FailureCounts()
         hooks = HookServicer(node.facts, node.repository, node.hub, node.idle, node.on_restore)
         limit = settings.max_blob_bytes
@@ -296,6 +296,17 @@ def _add_metrics(node: NodeDaemon, failures: FailureCounts, registry: CollectorR
         ("hooks", "Hooks that watch for events", lambda: node.hub.watchers),
     ):
         Gauge(f"kvferry_node_{name}", text, registry=registry).set_function(value)
+
+
+def _facts(settings: NodeSettings, state: NodeState) -> NodeFacts:
+    """What an earlier run left behind. Blocks."""
+    return NodeFacts(
+        node_id=settings.node_id,
+        incarnation=state.next_incarnation(),
+        max_blob_bytes=settings.max_blob_bytes,
+        salt=state.salt() if settings.coordinator else state.own_salt(),
+        policy=state.policy() or _first_policy(),
+    )
 
 
 def _first_policy() -> pb.Policy:
