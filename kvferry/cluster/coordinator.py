@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 GONE_AFTER_AWAYS = 60  # 10 minutes where away is 10 seconds
 FORGET_AFTER_S = 86_400.0
+_WILDCARDS = ("0.0.0.0", "[::]", "[::0]")  # noqa: S104 - compared with, not bound
 
 
 class Coordinator:
@@ -67,6 +68,13 @@ class Coordinator:
         """A node joins. Raises: FencedError, QueueFullError."""
         self._state = states.apply(self._state, states.Registered(request, self._clock()))
         log.info("node %r registered from %s", request.node_id, request.address or "no address")
+        if request.address and not _tells(request.address):
+            log.warning(
+                "node %r listens on all interfaces (%s), which tells its peers nothing: set its "
+                "`listen` to an address or name of its machine",
+                request.node_id,
+                request.address,
+            )
         self.metrics.registrations.inc()
         await self.policies.outgrow(request.policy_version)
         return pb.RegisterReply(
@@ -89,7 +97,7 @@ class Coordinator:
         return [
             pb.NodeAddress(node_id=name, address=member.address)
             for name, member in sorted(self._state.members.items())
-            if name != node_id and member.address and self._presence(member) == "ready"
+            if name != node_id and _tells(member.address) and self._presence(member) == "ready"
         ]
 
     def _presence(self, member: states.MemberState) -> states.Presence:
@@ -122,6 +130,11 @@ class Coordinator:
         if self._lock_handle >= 0:
             os.close(self._lock_handle)
             self._lock_handle = -1
+
+
+def _tells(address: str) -> bool:
+    """Whether others can use an address: there is one, and it is not "all interfaces"."""
+    return bool(address) and address.rpartition(":")[0] not in _WILDCARDS
 
 
 def _open_files(data_dir: Path) -> tuple[int, bytes, Intent | None]:

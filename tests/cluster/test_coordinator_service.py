@@ -91,6 +91,17 @@ async def test_a_node_gets_salt_interval_and_the_peers_that_are_ready(
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600
 
 
+async def test_an_address_of_all_interfaces_is_told_to_nobody(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serve() as (_, client):
+        await client.register(_register("a", address="0.0.0.0:7801"))
+        await client.register(_register("b"))
+        reply = await client.register(_register("c", address="127.0.0.1:12"))
+        assert not reply.peers
+        assert sum("all interfaces" in record.message for record in caplog.records) == 1
+
+
 async def test_members_go_away_come_back_and_are_gone(serve: Serve, clock: Clock) -> None:
     async with serve() as (coordinator, client):
         shard = pb.ShardInfo(model_id=MODEL, layer_start=0, layer_end=30)
