@@ -118,6 +118,11 @@ class Calibrations:
             self._fetch(calibration_id)
         return self._store.get(calibration_id)
 
+    def warm(self, calibration_id: bytes) -> None:
+        """Have it and its folded matrices in memory. Raises: as `get`."""
+        for stream in self.get(calibration_id).streams.values():
+            _ = stream.fold
+
     def _fetch(self, calibration_id: bytes) -> None:
         if self._client is None:
             raise CalibrationMissingError(calibration_id.hex())

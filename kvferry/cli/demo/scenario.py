@@ -49,7 +49,7 @@ class _Stage:
         return [(a * self.layers // 30, b * self.layers // 30) for a, b in split]
 
     def logits(self, name: str) -> Path:
-        return self.folder / f"logits-{name}.npy"
+        return self.folder / f"logits-{name.replace('/', '+')}.npy"
 
 
 def run_demo(plan: DemoPlan) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class PrefixCache:
         self._policy = default_policy()
         self._salt = b""
         self._model_id: bytes | None = None
+        self._warming: threading.Thread | None = None
         self._fingerprint: ModelFingerprint | None = None
         self._fingerprint_error: str = ""
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
@@ -134,12 +135,30 @@ class PrefixCache:
             self._identify()
         except ModelError as exc:
             log.warning("neither hits nor stores: %s", exc)
+        if self._warming is not None:
+            self._warming.join(timeout_s)
         return self._model_id is not None and bool(self._salt)
 
     def _identify(self) -> None:
         """Exchange digests until the model id is known. Every rank enters it alike."""
-        if self._model_id is None:
-            self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
+        if self._model_id is not None:
+            return
+        self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
+        if self._model_id is not None:
+            self._warming = threading.Thread(target=self._warm_up, daemon=True)
+            self._warming.start()
+
+    def _warm_up(self) -> None:
+        """Read the calibrations of this shard, so that no request waits for it."""
+        try:
+            coding = self._coding()
+            for coded in coding.pages if coding is not None else ():
+                if coded.codec.calibration_id:
+                    self._calibrations.warm(coded.codec.calibration_id)
+        except FerryError as exc:
+            log.info("no warm start: %s", exc)
+        except Exception:
+            log.exception("no warm start")
 
     @property
     def policy(self) -> pb.Policy:
