@@ -143,7 +143,9 @@ class LocalPut:
             await asyncio.wait([self._job])
             if not self._job.cancelled():
                 self._job.exception()
-        await self._submit(self._work.discard)
+        # Not in the store's pool: it may be shut down already.
+        await asyncio.to_thread(self._work.discard)
+        self._core.counters["puts_aborted"] += 1
 
     def _taken(self) -> list[Chunk]:
         taken, self._waiting = self._waiting, []

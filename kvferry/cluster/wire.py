@@ -119,7 +119,8 @@ def channel_options(max_receive_bytes: int) -> list[tuple[str, int]]:
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # Also how long one attempt to connect may take.
+        ("grpc.min_reconnect_backoff_ms", 3000),
         ("grpc.max_reconnect_backoff_ms", 2000),
         ("grpc.max_metadata_size", 16 * 1024),
     ]
