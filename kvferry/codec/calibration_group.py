@@ -168,7 +168,6 @@ class GroupCalibration:
                 return f"rope of stream {name!r} does not fit"
         return ""
 
-    @cached_property
     def _framed(self) -> fmt.Framed:
         tensors: dict[str, npt.NDArray[np.floating]] = {}
         for name, stream in self.streams.items():
@@ -200,10 +199,10 @@ class GroupCalibration:
             "tokens": self.tokens,
         }
 
-    @property
+    @cached_property
     def id(self) -> bytes:
         """32 bytes: BLAKE3 of description and tensors, as `to_blob` writes them."""
-        return self._framed.id
+        return self._framed().id
 
     @cached_property
     def rope_fingerprint(self) -> bytes:
@@ -252,8 +251,9 @@ class GroupCalibration:
 
     def to_blob(self) -> tuple[BlobKey, bytes]:
         """Container of kind calibration: "description" (JSON) and "tensors" (safetensors)."""
-        data = fmt.to_blob(self._framed, fmt.GROUP_NAME, self.model_id, self.layers, self.heads)
-        return fmt.key_for(self.id), data
+        framed = self._framed()
+        data = fmt.to_blob(framed, fmt.GROUP_NAME, self.model_id, self.layers, self.heads)
+        return fmt.key_for(framed.id), data
 
     @classmethod
     def from_blob(
