@@ -1,6 +1,7 @@
 """The ``kvferry`` command. Commands live in modules of this folder, imported when run."""
 
 import importlib
+import os
 import sys
 
 import typer
@@ -20,6 +21,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "node",
     "policy",
     "store",
+    "up",
     "verify",
 )
 
@@ -40,6 +42,8 @@ def version() -> None:
 
 def main() -> None:
     """Entry point: one line for each of our errors; exit code 2 for usage, 1 for failure."""
+    # What gRPC's core would print comes to us as errors, said in one line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for name in COMMAND_MODULES:
         importlib.import_module(f"kvferry.cli.{name}").register(app)
     try:

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from kvferry.cluster.backends.base import BlobBackend
 from kvferry.cluster.blob_name import blob_name
@@ -16,7 +17,7 @@ from kvferry.cluster.space import Space, StoreLimits
 from kvferry.errors import StoreFullError
 from kvferry.proto.keys import BlobKey
 
-_MAX_PENDING_USES = 4096
+_USES_BATCH = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,12 @@ class Room:
         self._backend, self._limits, self._clock = backend, limits, clock
         self._counters = counters
         self._uses: dict[int, int] = {}
+        self._uses_lock = threading.Lock()
         self._writing: list[BlobInfo] = []
 
     def _recount(self, index: Index) -> None:
-        self._uses.clear()
+        with self._uses_lock:
+            self._uses.clear()
         self.space.committed = index.totals().charged
         self.space.staged = sum(s.record.charged for s in self.staged.values())
         aside = [self._backend.charge(e.size) for e in self._backend.entries("quarantine")]
@@ -158,29 +161,22 @@ class Room:
                 self.space.quarantined -= self._backend.charge(entry.size)
 
     def note_use(self, units: Sequence[tuple[int, int]]) -> None:
-        """Uses of (unit id, first token), written to the index now and then."""
+        """Uses of (unit id, first token). Readers wait for nothing here: see `flush_uses`."""
         now = self._clock()
-        with self.lock:
+        with self._uses_lock:
             for unit_id, token_start in units:
                 self._uses[unit_id] = self.index.stamp(now, token_start)
-            full = len(self._uses) > _MAX_PENDING_USES
-        if full:
-            self.flush_uses()
 
     def flush_uses(self) -> None:
-        """Write noted uses to the index."""
-        with self.lock:
-            uses, self._uses = self._uses, {}
-        if uses:
-
-            def touch(index: Index) -> None:
-                index.touch(uses)
-
-            self.index.ask(touch)
+        """Write noted uses to the index, some at a time."""
+        with self._uses_lock:
+            uses, self._uses = list(self._uses.items()), {}
+        for at in range(0, len(uses), _USES_BATCH):
+            self.index.ask(partial(Index.touch, used_ns=dict(uses[at : at + _USES_BATCH])))
 
     def maintain(self) -> None:
         """What is due: expired and abandoned blobs, noted uses, the index's size."""
+        self.flush_uses()
         with self.lock:
-            self.flush_uses()
             self.drop_ended()
             self.index.ask(lambda index: index.tidy())

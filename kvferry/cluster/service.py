@@ -64,7 +64,7 @@ def metrics_endpoint(
     host, _, port = listen.rpartition(":")
     try:
         server, thread = start_http_server(int(port), host.strip("[]"), registry)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, OverflowError) as exc:
         raise ConfigError("metrics_listen", listen, "HOST:PORT that is free here") from exc
     try:
         yield f"{host}:{server.server_port}"

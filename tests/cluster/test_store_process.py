@@ -176,6 +176,15 @@ async def test_kill_9_during_puts_loses_nothing_accepted_and_shows_nothing_parti
             await check(client)
 
 
+def test_an_address_in_use_is_one_line(tmp_path: Path) -> None:
+    with running(tmp_path / "root") as store:
+        command = [sys.executable, "-m", "kvferry", "store", "--listen", store.address]
+        command += ["--metrics-listen", "", "--backend", "memory://"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "free" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -142,13 +142,14 @@ async def test_leased_blobs_stay_until_the_lease_ends(small: LocalStore, clock: 
     assert await put(small, *blob(digest("y"), size=BLOB))
 
 
-async def test_leases_cannot_pile_up() -> None:
+async def test_leases_cannot_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvferry.cluster.index.MAX_LEASES", 50)
     async with local_store(MemoryBackend()) as store:
         key, data = blob()
         await put(store, key, data)
 
         async def pin_many() -> None:
-            for _ in range(20_000):
+            for _ in range(51):
                 await store.pin([key], 1000)
 
         with pytest.raises(QueueFullError):
