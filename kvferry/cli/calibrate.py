@@ -66,6 +66,7 @@ def calibrate(
         made, groups = run(loaded, identity, given, content.source, plan, bar.update)
     folder = out or calibration_folder(user_dir("cache"), identity)
     made.save(folder, groups)
+    _remove_stale(folder, {group.id.hex() for group in groups})
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     if json is not None:
@@ -91,6 +92,13 @@ def calibrate(
                 f"  {16 / point.bits_per_value:6.1f}x  KL {point.kl:.4f}  step {point.step:.4g}"
             )
         typer.echo(f"{folder}: {size / 1e6:.0f} MB, {seconds:.0f} s")
+
+
+def _remove_stale(folder: Path, kept: set[str]) -> None:
+    """Groups of the calibration that was here before; its blobs name copies in the store."""
+    for file in folder.glob("*.kvferry"):
+        if file.stem not in kept:
+            file.unlink(missing_ok=True)
 
 
 def _existing(model: str, out: Path | None) -> Path | None:
