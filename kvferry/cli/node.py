@@ -29,6 +29,10 @@ def node(
     upload_queue_bytes: Annotated[int | None, typer.Option(help="Bytes that may wait.")] = None,
     upload_workers: Annotated[int | None, typer.Option(help="Uploads at a time.")] = None,
     max_blob_bytes: Annotated[int | None, typer.Option(help="Largest blob taken.")] = None,
+    request_timeout_s: Annotated[
+        float | None, typer.Option(help="For one transfer altogether.")
+    ] = None,
+    peer_timeout_s: Annotated[float | None, typer.Option(help="For a peer's answer.")] = None,
     shutdown_timeout_s: Annotated[
         float | None, typer.Option(help="For uploads still queued when it stops.")
     ] = None,
@@ -66,6 +70,8 @@ def node(
         upload_queue_bytes=upload_queue_bytes,
         upload_workers=upload_workers,
         max_blob_bytes=max_blob_bytes,
+        request_timeout_s=request_timeout_s,
+        peer_timeout_s=peer_timeout_s,
         shutdown_timeout_s=shutdown_timeout_s,
         allow_remote_plaintext=allow_remote_plaintext,
     )

@@ -5,12 +5,15 @@ import contextlib
 import logging
 import shutil
 import signal
+import time
 from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from kvferry.cluster.allocator import release_memory
 from kvferry.cluster.backends import open_backend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
 from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
@@ -25,6 +28,7 @@ from kvferry.node.hook_service import HookServicer, NodeFacts
 from kvferry.node.journal import Journal, Pending
 from kvferry.node.memory_tier import MemoryTier
 from kvferry.node.pressure import IdleWatch, PressureWatch, memory_used_share
+from kvferry.node.put_session import LEASE_S
 from kvferry.node.remotes import Peers, Remote
 from kvferry.node.repository import NodeRepository, PeerView
 from kvferry.node.spool import Spool
@@ -39,6 +43,8 @@ from kvferry.settings import NodeSettings
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 0.5
+# Hooks that offload before the end put again within this time.
+QUIET_S = 0.5
 
 
 class NodeDaemon:
@@ -68,10 +74,17 @@ class NodeDaemon:
             self._uploaded,
             self.counters,
         )
+        self.idle = IdleWatch()
         self.repository = NodeRepository(
-            self.tiers, self.uploads, self.peers, self.store, self.counters, timeout
+            self.tiers,
+            self.uploads,
+            self.peers,
+            self.store,
+            self.counters,
+            timeout,
+            self.idle.touch,
         )
-        self.hub, self.idle, self.pressure = EventHub(), IdleWatch(), PressureWatch()
+        self.hub, self.pressure = EventHub(), PressureWatch()
         self.facts = facts
         self.link: CoordinatorLink | None = None
 
@@ -91,15 +104,39 @@ class NodeDaemon:
         """Go on with what an earlier run accepted."""
         items = await asyncio.to_thread(self.journal.load)
         await asyncio.to_thread(self.spool.keep_only, [item.key for item in items])
+        if not self.uploads.active:
+            return
+        items = [await self._held(item) for item in items]
         await self.uploads.requeue(items)
         if items:
             log.info("%d blobs of an earlier run wait for their upload", len(items))
 
+    async def _held(self, item: Pending) -> Pending:
+        """With a lease of this run: those of the last are gone if the index was."""
+        disk = self.tiers.disk
+        if disk is None:
+            return item
+        lease, _ = await disk.pin([item.key], LEASE_S)
+        held = replace(item, lease=lease)
+        await asyncio.to_thread(self.journal.add, [held])
+        if item.lease:
+            await disk.unpin(item.lease)
+        return held
+
     async def hand_over(self) -> None:
-        """Upload what can be uploaded in time; what lives in memory only goes to disk."""
+        """Upload what can be uploaded in time; what lives in memory only goes to disk.
+
+        Hooks get a moment to offload first. Where the store does not answer, it is not
+        waited for: the journal has everything.
+        """
+        end = time.monotonic() + self.settings.shutdown_timeout_s
+        if self.hub.watchers:
+            self._trigger(pb.TRIGGER_BEFORE_SLEEP)
+            await self.uploads.quiet(QUIET_S, self.settings.shutdown_timeout_s / 2)
         self.uploads.close()
-        if self.store is not None and self.store.breaker.healthy:
-            await self.uploads.flush(self.settings.shutdown_timeout_s)
+        while self.store is not None and self.store.breaker.healthy:
+            if await self.uploads.flush(0.1) or time.monotonic() > end:
+                break
         if self.tiers.disk is None:
             for item in self.uploads.left():
                 held = self.tiers.memory.get(item.key)
@@ -180,6 +217,7 @@ class NodeDaemon:
                 self._trigger(pb.TRIGGER_MEMORY_PRESSURE)
             if self.idle.update(policy.idle_s):
                 self._trigger(pb.TRIGGER_IDLE)
+                await asyncio.to_thread(release_memory)
             await asyncio.sleep(WATCH_INTERVAL_S)
 
     def before_sleep(self) -> None:

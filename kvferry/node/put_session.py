@@ -13,7 +13,8 @@ from kvferry.node.memory_tier import Reservation
 from kvferry.node.tiers import Tiers
 from kvferry.node.upload_queue import UploadQueue
 
-LEASE_S = 86_400
+# Longer than a store is ever down; ended as soon as the upload is.
+LEASE_S = 30 * 86_400
 
 
 class NodePut:
@@ -32,6 +33,7 @@ class NodePut:
         self._tiers, self._uploads, self._spec = tiers, uploads, spec
         self._counters, self._room, self._disk = counters, room, disk
         self._parts = bytearray()
+        self._reserved = True
 
     @classmethod
     async def open(
@@ -49,8 +51,9 @@ class NodePut:
                 raise StoreFullError("the memory tier", spec.size, 0)
             local = PutSpec(key=spec.key, size=spec.size, ttl_s=spec.ttl_s)
             disk = await tiers.disk.open_put(local) if tiers.disk is not None else None
-        except FerryError as exc:
-            counters[f"drop_{exc.reason}"] += 1
+        except BaseException as exc:
+            if isinstance(exc, FerryError):
+                counters[f"drop_{exc.reason}"] += 1
             uploads.release(spec.size)
             if room is not None:
                 room.release()
@@ -61,10 +64,11 @@ class NodePut:
         """Raises: StoreFullError, CorruptBlobError (more bytes than announced)."""
         if self._room is not None:
             if len(self._parts) + len(chunk) > self._spec.size:
+                self._counters["drop_corrupt"] += 1
                 raise CorruptBlobError("size", f"more than the {self._spec.size:,} announced")
             self._parts += chunk
         if self._disk is not None:
-            await self._disk.write(chunk)
+            await self._guard(self._disk.write(chunk))
 
     async def finish(self) -> bool:
         """Verified and durable here, and in the journal of uploads.
@@ -73,16 +77,17 @@ class NodePut:
         """
         spec = self._spec
         if self._room is not None and len(self._parts) != spec.size:
+            self._counters["drop_corrupt"] += 1
             await self.abort()
             raise CorruptBlobError("size", f"{len(self._parts):,} of {spec.size:,} bytes came")
         lease = ""
         if self._disk is not None:
             await self._guard(self._disk.finish())
             self._disk = None
-        if self._tiers.disk is not None:
+        if self._tiers.disk is not None and self._uploads.active:
             lease, _ = await self._tiers.disk.pin([spec.key], LEASE_S)
         if self._room is not None:
-            pinned = self._tiers.disk is None
+            pinned = self._tiers.disk is None and self._uploads.active
             keep = self._tiers.keep(
                 self._room, spec.key, bytes(self._parts), spec.ttl_s, pinned=pinned
             )
@@ -96,9 +101,11 @@ class NodePut:
             replaces=spec.replaces,
             lease=lease,
         )
-        await self._guard(self._uploads.add(item))
-        self._uploads.release(spec.size)
-        if spec.replaces is not None:
+        if self._uploads.active:
+            await self._guard(self._uploads.add(item))
+        self._give_room_back()
+        if spec.replaces is not None and spec.replaces != spec.key:
+            await self._uploads.cancel(spec.replaces)
             await self._tiers.delete([spec.replaces])
         self._counters["puts_accepted"] += 1
         return True
@@ -123,4 +130,9 @@ class NodePut:
             self._room.release()
             self._room = None
         self._parts = bytearray()
-        self._uploads.release(self._spec.size)
+        self._give_room_back()
+
+    def _give_room_back(self) -> None:
+        if self._reserved:
+            self._reserved = False
+            self._uploads.release(self._spec.size)

@@ -29,14 +29,16 @@ class Remote:
     def __init__(self, name: str, address: str, timeout_s: float, max_blob_bytes: int) -> None:
         self.name, self.address = name, address
         self.client = BlobStoreClient(address, timeout_s=timeout_s, max_blob_bytes=max_blob_bytes)
-        self.breaker = Breaker()
+        self.breaker = Breaker(most_s=5.0)
         self.bytes_per_s = 0.0
         self.latency_s = 0.0
 
     @contextlib.asynccontextmanager
-    async def asking(self) -> AsyncIterator[None]:
-        """Count what happens inside for the breaker. Raises: StoreUnavailableError at once
-        where the remote has not answered lately."""
+    async def asking(self, short: bool = True) -> AsyncIterator[None]:
+        """Count what happens inside for the breaker. ``short``: measure latency by it.
+
+        Raises: StoreUnavailableError at once where the remote has not answered lately.
+        """
         if not self.breaker.allow():
             raise StoreUnavailableError(self.name, "it has not answered lately")
         started = time.monotonic()
@@ -49,7 +51,8 @@ class Remote:
             self.breaker.succeeded()  # a refusal is an answer
             raise
         self.breaker.succeeded()
-        self.latency_s = _smooth(self.latency_s, time.monotonic() - started)
+        if short:
+            self.latency_s = _smooth(self.latency_s, time.monotonic() - started)
 
     def measured(self, size: int, seconds: float) -> None:
         """Take in a transfer; small ones say nothing about bandwidth."""
@@ -59,7 +62,7 @@ class Remote:
     async def get(self, key: BlobKey, *, local_only: bool, timeout_s: float) -> memoryview:
         """A whole blob, its digest verified. Raises: as `BlobStoreClient.get`."""
         started = time.monotonic()
-        async with self.asking():
+        async with self.asking(short=False):
             data = await self.client.get(key, local_only=local_only, timeout_s=timeout_s)
         self.measured(len(data), time.monotonic() - started)
         return data

@@ -4,7 +4,7 @@ import asyncio
 import builtins
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from kvferry.cluster.repository import (
     BlobInfo,
@@ -36,6 +36,8 @@ from kvferry.proto.keys import BlobKey
 log = logging.getLogger(__name__)
 
 LOOKUP_TIMEOUT_S = 2.0
+# A peer that stops in the middle must leave time for the store.
+PEER_GET_S = 5.0
 PARALLEL_FETCHES = 8
 
 
@@ -45,6 +47,7 @@ class NodeRepository:
     Args:
         store: None: there is no store, blobs stay on this node and its peers.
         timeout_s: of one transfer.
+        on_activity: called whenever a hook asks for something.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class NodeRepository:
         store: Remote | None,
         counters: Counter[str],
         timeout_s: float,
+        on_activity: Callable[[], None] = lambda: None,
     ) -> None:
+        self._active = on_activity
         self.tiers, self.uploads, self.peers, self.store = tiers, uploads, peers, store
         self.counters, self._timeout_s = counters, timeout_s
         self._fetches: dict[BlobKey, asyncio.Task[tuple[Data, str]]] = {}
@@ -66,6 +71,7 @@ class NodeRepository:
 
     async def has(self, keys: Sequence[BlobKey]) -> list[bool]:
         """Which need not be put: on their way to the store, or there; without it: here."""
+        self._active()
         if self.store is not None:
             try:
                 async with self.store.asking():
@@ -83,6 +89,8 @@ class NodeRepository:
         Raises: BlobNotFoundError, StoreUnavailableError, CorruptBlobError (nobody has it
             undamaged), ProtocolError (offset beyond the end).
         """
+        if not local_only:
+            self._active()
         data, source = await self.fetch(key, local_only)
         if offset > len(data):
             raise ProtocolError(f"offset {offset:,} is beyond the blob's {len(data):,} bytes")
@@ -115,7 +123,8 @@ class NodeRepository:
                 is_store = remote is self.store
                 kind = "store" if is_store else "peer"
                 try:
-                    data = await remote.get(key, local_only=not is_store, timeout_s=self._timeout_s)
+                    limit_s = self._timeout_s if is_store else min(self._timeout_s, PEER_GET_S)
+                    data = await remote.get(key, local_only=not is_store, timeout_s=limit_s)
                     await asyncio.to_thread(checked_info, key, data)
                 except FerryError as exc:
                     self.counters[f"{kind}_{exc.reason}"] += 1
@@ -138,16 +147,26 @@ class NodeRepository:
 
     async def lookup(self, query: LookupQuery) -> LookupResult:
         """From the store; ``partial`` from this node and its peers where it is gone."""
+        self._active()
         if self.store is not None and not query.local_only:
             try:
                 async with self.store.asking():
-                    return await self.store.client.lookup(query, timeout_s=LOOKUP_TIMEOUT_S)
+                    result = await self.store.client.lookup(query, timeout_s=LOOKUP_TIMEOUT_S)
+                return await self._with_pending(query, result)
             except FerryError as exc:
                 self.counters[f"lookup_{exc.reason}"] += 1
         local = await look_up_locally(self.tiers, query)
         if query.local_only:
             return local
         return merge_local([local, *await self._ask_peers(query)], query)
+
+    async def _with_pending(self, query: LookupQuery, found: LookupResult) -> LookupResult:
+        """Pages that are all here, but not all in the store yet, count as well."""
+        if not self.uploads.count:
+            return found
+        own = await self.tiers.complete_run(query)
+        longer = (own.complete_pages, len(own.tails)) > (found.complete_pages, len(found.tails))
+        return own if longer else found
 
     async def _ask_peers(self, query: LookupQuery) -> list[LookupResult]:
         asked = LookupQuery(
@@ -172,8 +191,10 @@ class NodeRepository:
         """What the store holds; what this node holds where the store is gone."""
         if self.store is not None:
             try:
-                async with self.store.asking():
-                    batches = [b async for b in self.store.client.list(query)]
+                timeout_s = LOOKUP_TIMEOUT_S if query.kind == "calibration" else None
+                async with self.store.asking(short=False):
+                    answer = self.store.client.list(query, timeout_s=timeout_s)
+                    batches = [batch async for batch in answer]
             except FerryError as exc:
                 self.counters[f"list_{exc.reason}"] += 1
             else:
@@ -186,6 +207,7 @@ class NodeRepository:
 
     async def open_put(self, spec: PutSpec) -> PutSession | None:
         """Accept a blob for upload. Raises: QueueFullError, StoreFullError."""
+        self._active()
         if spec.key in self.uploads:
             return None
         if spec.stage:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvferry.cluster.convert import info_from_header
-from kvferry.cluster.repository import BlobInfo, ListQuery, PutSpec
+from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult, PutSpec
 from kvferry.cluster.store import LocalStore
 from kvferry.errors import (
     BlobNotFoundError,
@@ -120,6 +120,12 @@ class Tiers:
             async for batch in self.disk.list(ListQuery(page_key=page_key)):
                 found.update({info.key: info for info in batch})
         return list(found.values())
+
+    async def complete_run(self, query: LookupQuery) -> LookupResult:
+        """The longest run of pages held on disk with all layers and heads of the model."""
+        if self.disk is None:
+            return LookupResult(pages=[])
+        return await self.disk.lookup(query)
 
     async def list(self, query: ListQuery) -> list[BlobInfo]:
         """What is held and fits ``query``."""

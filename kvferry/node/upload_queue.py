@@ -25,7 +25,7 @@ class UploadQueue:
     """Blobs on their way to the store. Belongs to the event loop.
 
     Args:
-        store: None: nothing is uploaded, all stays in the journal.
+        store: None: nothing is uploaded, so nothing is to be queued.
         read: a pending blob's bytes from this node's tiers. Raises: FerryError.
         done: called when a blob needs no upload any more.
     """
@@ -46,6 +46,11 @@ class UploadQueue:
         self._held = self._reserved = 0
         self._changed = asyncio.Condition()
         self._closed = False
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a store to upload to."""
+        return self._store is not None
 
     @property
     def count(self) -> int:
@@ -130,7 +135,7 @@ class UploadQueue:
             return True
         started = time.monotonic()
         try:
-            async with self._store.asking():
+            async with self._store.asking(short=False):
                 await self._store.client.put(item.key, data, ttl_s=ttl_s, replaces=item.replaces)
         except StoreUnavailableError as exc:
             log.debug("upload of %s: %s", item.key, exc)
@@ -144,11 +149,22 @@ class UploadQueue:
         self._counters["uploads_bytes"] += len(data)
         return True
 
+    async def cancel(self, key: BlobKey) -> None:
+        """Forget a blob that is not wanted any more: its tail was replaced."""
+        item = self._pending.get(key)
+        if item is not None:
+            await self._finish(item)
+
     async def _finish(self, item: Pending) -> None:
-        await asyncio.to_thread(self._journal.remove, [item.key])
-        await self._done(item)
+        try:
+            await asyncio.to_thread(self._journal.remove, [item.key])
+            await self._done(item)
+        except FerryError as exc:
+            # At worst it is uploaded once more after the next start.
+            log.warning("%s: %s", item.key, exc)
         async with self._changed:
-            if self._pending.pop(item.key, None) is not None:
+            if self._pending.get(item.key) is item:
+                del self._pending[item.key]
                 self._held -= item.size
             self._changed.notify_all()
 
@@ -161,6 +177,14 @@ class UploadQueue:
         except TimeoutError:
             return False
         return True
+
+    async def quiet(self, quiet_s: float, timeout_s: float) -> None:
+        """Until nothing was put for ``quiet_s``, ``timeout_s`` at most."""
+        end, since = time.monotonic() + timeout_s, time.monotonic()
+        while time.monotonic() < min(since + quiet_s, end):
+            if self._reserved:
+                since = time.monotonic()
+            await asyncio.sleep(0.02)
 
     def close(self) -> None:
         """Accept nothing more."""
