@@ -12,8 +12,9 @@ from kvferry.codec.calibration_fit import (
     fit_group,
     layer_groups,
 )
-from kvferry.codec.calibration_group import GroupCalibration, StreamCalibration
+from kvferry.codec.calibration_group import GroupCalibration
 from kvferry.codec.calibration_set import CalibrationSet, CurvePoint, GroupEntry, step_on_curve
+from kvferry.codec.calibration_stream import StreamCalibration
 
 __all__ = [
     "DEFAULT_MAX_RANK",

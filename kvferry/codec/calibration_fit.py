@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
-from kvferry.codec.calibration_group import GroupCalibration, stream_calibration
+from kvferry.codec.calibration_group import GroupCalibration
+from kvferry.codec.calibration_stream import stream_calibration
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows
 from kvferry.codec.transform import CovarianceAccumulator, eigenbasis
