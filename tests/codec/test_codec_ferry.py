@@ -45,7 +45,7 @@ def restore(codec: FerryCodec, page: PageTensors) -> PageTensors:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     heads=st.integers(1, 8),
     dim=st.sampled_from([32, 64, 128]),
