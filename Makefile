@@ -18,8 +18,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests that run the model in their own process need OpenBLAS from its start.
+PRELOAD = $(shell $(BIN)/python -c 'from kvferry.codec.mlx.openblas import model_environment as e; \
+	print(*(f"{k}={v}" for k, v in e().items()))')
+
 unit: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	env $(PRELOAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks
