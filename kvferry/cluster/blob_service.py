@@ -17,6 +17,8 @@ from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import store_pb2
 
 LIST_BATCH = 1000
+# Pages from which on an answer is put together off the event loop.
+LONG_RUN = 200
 
 
 class BlobStoreServicer:
@@ -47,7 +49,10 @@ class BlobStoreServicer:
     async def lookup(self, request: store_pb2.LookupRequest) -> store_pb2.LookupReply:
         """Lookup."""
         query = convert.query_from_proto(request)
-        return convert.result_to_proto(query, await self._repository.lookup(query))
+        result = await self._repository.lookup(query)
+        if len(result.pages) < LONG_RUN:
+            return convert.result_to_proto(query, result)
+        return await asyncio.to_thread(convert.result_to_proto, query, result)
 
     async def pin(self, request: store_pb2.PinRequest) -> store_pb2.PinReply:
         """Pin: leases of 1 second to a day."""

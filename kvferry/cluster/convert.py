@@ -26,7 +26,8 @@ from kvferry.proto.v1 import blob_pb2, store_pb2
 MAX_KEYS = 4096
 MAX_PAGE_KEYS = 65_536
 MAX_CODECS = 256
-MAX_LISTED = 131_072
+MAX_LISTING_BYTES = 48 << 20
+_ENTRY_BYTES = 400
 MAX_TTL_S = 10 * 365 * 86_400
 MAX_LEASE_S = 86_400
 
@@ -190,17 +191,24 @@ def query_from_proto(request: store_pb2.LookupRequest) -> LookupQuery:
 def result_to_proto(query: LookupQuery, result: LookupResult) -> store_pb2.LookupReply:
     """The run is cut where its listing would exceed what one message carries."""
     reply = store_pb2.LookupReply(partial=result.partial)
-    listed = 0
+    left = MAX_LISTING_BYTES
     for page_key, blobs in zip(query.page_keys, result.pages, strict=False):
-        listed += len(blobs)
-        if listed > MAX_LISTED:
+        left -= _listing_bytes(blobs)
+        if left < 0:
             return reply
         reply.pages.add(page_key=page_key, blobs=[info_to_proto(b) for b in blobs])
         reply.complete_pages += 1
     for tail in result.tails:
+        left -= _listing_bytes(tail.blobs)
+        if left < 0:
+            return reply
         entries = [info_to_proto(b) for b in tail.blobs]
         reply.tails.add(tail_key=tail.tail_key, tokens=tail.tokens, blobs=entries)
     return reply
+
+
+def _listing_bytes(blobs: Sequence[BlobInfo]) -> int:
+    return sum(_ENTRY_BYTES + len(info.codec.params_json) for info in blobs)
 
 
 def result_from_proto(query: LookupQuery, reply: store_pb2.LookupReply) -> LookupResult:

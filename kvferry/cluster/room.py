@@ -88,7 +88,8 @@ class Room:
         """First what has ended, then damaged blobs, then the least recently used."""
         if self.space.shortfall(charged) <= 0:
             return
-        self.drop_ended()
+        while self.drop_ended() and self.space.shortfall(charged) > 0:
+            pass
         self._trim_quarantine(charged)
         short = self.space.shortfall(charged)
         if short <= 0:
@@ -120,13 +121,14 @@ class Room:
             self.space.committed -= blob.charged
             self._backend.delete(blob.name)
 
-    def drop_ended(self) -> None:
-        """Expired blobs, and staged ones that nobody committed in time."""
+    def drop_ended(self) -> int:
+        """Some expired blobs, and staged ones that nobody committed in time; how many."""
         now = self._clock()
+        self._drop_abandoned(now)
         ended = self.index.ask(lambda index: index.take_expired(now))
         self.forget_files(ended)
         self._counters["expired"] += len(ended)
-        self._drop_abandoned(now)
+        return len(ended)
 
     def _drop_abandoned(self, now: float) -> None:
         for key, staged in list(self.staged.items()):  # oldest first

@@ -167,14 +167,15 @@ async def served(
 
 def disk_bytes(root: Path) -> int:
     """What a root takes on disk: allocated blocks of all files and folders."""
-    total = 0
+    blocks: dict[int, int] = {}  # by inode, as files may move while this looks
     for folder, _, files in os.walk(root):
         for path in (folder, *(os.path.join(folder, f) for f in files)):  # noqa: PTH118
             try:
-                total += os.lstat(path).st_blocks * 512
+                found = os.lstat(path)
             except FileNotFoundError:
                 continue
-    return total
+            blocks[found.st_ino] = found.st_blocks
+    return sum(blocks.values()) * 512
 
 
 class Direct:

@@ -211,17 +211,22 @@ async def test_disk_never_exceeds_the_budget_with_many_writers(tmp_path: Path) -
     most = 0
     running = True
 
-    async def watch() -> None:
+    def look(store: LocalStore) -> int:
+        # Nothing is evicted meanwhile: what goes and what comes must not both be counted.
+        with store._core.room.lock:
+            return disk_bytes(root)
+
+    async def watch(store: LocalStore) -> None:
         nonlocal most
         while running:
-            most = max(most, await asyncio.to_thread(disk_bytes, root))
+            most = max(most, await asyncio.to_thread(look, store))
             await asyncio.sleep(0)
 
     async with (
         local_store(FileBackend(root), budget_bytes=budget) as store,
         served(store) as client,
     ):
-        watcher = asyncio.create_task(watch())
+        watcher = asyncio.create_task(watch(store))
 
         async def write(worker: int) -> int:
             refused = 0

@@ -3,6 +3,7 @@
 import asyncio
 import stat
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,14 @@ from kvferry.cluster import convert, wire
 from kvferry.cluster.backends import MemoryBackend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
 from kvferry.cluster.client import BlobStoreClient
-from kvferry.cluster.repository import GetSession, PutSpec
+from kvferry.cluster.repository import (
+    BlobInfo,
+    CodecInfo,
+    GetSession,
+    LookupResult,
+    PutSpec,
+    TailFound,
+)
 from kvferry.cluster.server import start_server
 from kvferry.errors import (
     BlobTooLargeError,
@@ -28,6 +36,8 @@ from kvferry.errors import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
+from kvferry.proto import container
+from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import blob_pb2, store_pb2
 
 KEY, DATA = blob()
@@ -334,3 +344,21 @@ async def test_bad_key_in_an_answer_is_an_error_of_ours() -> None:
     reply = store_pb2.LookupReply(complete_pages=3)
     with pytest.raises(ProtocolError):
         convert.result_from_proto(query([ROOT]), reply)
+
+
+def test_an_answer_too_long_for_a_message_is_a_shorter_run() -> None:
+    keys = [digest(i) for i in range(4000)]
+    codec = CodecInfo(name="raw", version=1, params_json="x" * 16_000)
+    info = replace(_info_of(*blob()), codec=codec)
+    result = LookupResult(
+        pages=[[info]] * len(keys), tails=[TailFound(tail_key=ROOT, tokens=1, blobs=[info])]
+    )
+    reply = convert.result_to_proto(query(keys), result)
+    assert 1000 < reply.complete_pages < 4000
+    assert not reply.tails
+    assert reply.ByteSize() < wire.MAX_REPLY_BYTES
+    assert convert.result_from_proto(query(keys), reply).complete_pages == reply.complete_pages
+
+
+def _info_of(key: BlobKey, data: bytes) -> BlobInfo:
+    return convert.info_from_header(container.read_header(data), key, len(data))
