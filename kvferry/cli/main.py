@@ -20,6 +20,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "inspect",
     "node",
     "policy",
+    "status",
     "store",
     "up",
     "verify",

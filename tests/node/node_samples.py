@@ -9,12 +9,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from blake3 import blake3
 
+from kvferry.errors import FerryError
 from kvferry.node.client import NodeClient
 from kvferry.proto import container
 from kvferry.proto.keys import BlobKey
@@ -86,12 +87,14 @@ def free_port() -> int:
 
 
 def wait_for(what: Callable[[], object], seconds: float = 40.0) -> Any:
-    """Until ``what`` is true; fails the test when it never is."""
+    """Until ``what`` is true and raises none of our errors; fails when it never is."""
     end = time.monotonic() + seconds
-    while not (found := what()):
+    while True:
+        with suppress(FerryError):
+            if found := what():
+                return found
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.03)
-    return found
 
 
 class Service:
