@@ -12,10 +12,9 @@ COMMAND = "kvferry demo --json -"
 
 def main() -> None:
     """Run it and keep what it prints."""
+    command = [sys.executable, "-m", "kvferry", "demo", "--json", "-"]
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "kvferry", "demo", "--json", "-"], stdout=subprocess.PIPE, check=True
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     figures = json.loads(done.stdout)
     figures["whole_run_seconds"] = time.monotonic() - started
     print(write_result("demo", COMMAND, figures))
