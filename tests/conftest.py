@@ -39,6 +39,6 @@ def calibrated(_own_folders: None) -> Path:
         [*command, "--tokens", "4096", "--if-missing"],
         env=dict(os.environ) | model_environment(),
         check=True,
-        timeout=280,
+        timeout=560,
     )
     return user_dir("cache")
