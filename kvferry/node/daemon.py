@@ -106,21 +106,20 @@ class NodeDaemon:
         await asyncio.to_thread(self.spool.keep_only, [item.key for item in items])
         if not self.uploads.active:
             return
-        items = [await self._held(item) for item in items]
-        await self.uploads.requeue(items)
+        await self.uploads.requeue(await self._held(items))
         if items:
             log.info("%d blobs of an earlier run wait for their upload", len(items))
 
-    async def _held(self, item: Pending) -> Pending:
-        """With a lease of this run: those of the last are gone if the index was."""
+    async def _held(self, items: list[Pending]) -> list[Pending]:
+        """With leases of this run: those of the last are gone if the index was."""
         disk = self.tiers.disk
         if disk is None:
-            return item
-        lease, _ = await disk.pin([item.key], LEASE_S)
-        held = replace(item, lease=lease)
-        await asyncio.to_thread(self.journal.add, [held])
-        if item.lease:
-            await disk.unpin(item.lease)
+            return items
+        held = [replace(item, lease=(await disk.pin([item.key], LEASE_S))[0]) for item in items]
+        await asyncio.to_thread(self.journal.add, held)
+        for item in items:
+            if item.lease:
+                await disk.unpin(item.lease)
         return held
 
     async def hand_over(self) -> None:

@@ -70,16 +70,22 @@ class NodeRepository:
     # -- reads --------------------------------------------------------------------
 
     async def has(self, keys: Sequence[BlobKey]) -> list[bool]:
-        """Which need not be put: on their way to the store, or there; without it: here."""
+        """Which need not be put: in the store, on their way to it, or refused by it lately.
+
+        Where the store cannot be asked: which are here.
+        """
         self._active()
         if self.store is not None:
             try:
                 async with self.store.asking():
                     held = await self.store.client.has(keys, timeout_s=LOOKUP_TIMEOUT_S)
-                return [key in self.uploads or there for key, there in zip(keys, held, strict=True)]
+                return [there or self._no_use(key) for key, there in zip(keys, held, strict=True)]
             except FerryError as exc:
                 self.counters[f"store_{exc.reason}"] += 1
         return await self.tiers.has(keys)
+
+    def _no_use(self, key: BlobKey) -> bool:
+        return key in self.uploads or self.uploads.refused_lately(key)
 
     async def open_get(
         self, key: BlobKey, offset: int = 0, length: int = 0, local_only: bool = False

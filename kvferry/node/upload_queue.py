@@ -19,6 +19,8 @@ from kvferry.proto.keys import BlobKey
 log = logging.getLogger(__name__)
 
 MAX_ITEMS = 4096
+# So long a refused blob is not asked for again, and not encoded again in vain.
+REFUSED_S = 60.0
 
 
 class UploadQueue:
@@ -43,6 +45,7 @@ class UploadQueue:
         self._read, self._done, self._counters = read, done, counters
         self._pending: OrderedDict[BlobKey, Pending] = OrderedDict()
         self._under_way: set[BlobKey] = set()
+        self._refused: OrderedDict[BlobKey, float] = OrderedDict()
         self._held = self._reserved = 0
         self._changed = asyncio.Condition()
         self._closed = False
@@ -64,6 +67,10 @@ class UploadQueue:
 
     def __contains__(self, key: BlobKey) -> bool:
         return key in self._pending
+
+    def refused_lately(self, key: BlobKey) -> bool:
+        """Whether the store would not have it a moment ago."""
+        return self._refused.get(key, 0.0) > time.monotonic()
 
     def reserve(self, size: int) -> None:
         """Room for one more, to be given back by `release`.
@@ -143,6 +150,9 @@ class UploadQueue:
         except FerryError as exc:
             self._counters[f"upload_refused_{exc.reason}"] += 1
             log.warning("the store refused %s: %s", item.key, exc)
+            self._refused[item.key] = time.monotonic() + REFUSED_S
+            while len(self._refused) > MAX_ITEMS:
+                self._refused.popitem(last=False)
             return True
         self._store.measured(len(data), time.monotonic() - started)
         self._counters["uploads_done"] += 1

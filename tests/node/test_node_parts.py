@@ -2,6 +2,7 @@
 
 import asyncio
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_incarnation_grows_also_after_the_folder_was_emptied(tmp_path: Path) -> 
         state = NodeState(tmp_path / name)
         numbers += [state.next_incarnation(), state.next_incarnation()]
         state.close()
+        time.sleep(0.01)
     assert numbers == sorted(set(numbers))
 
 

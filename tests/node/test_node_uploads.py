@@ -127,8 +127,11 @@ def test_store_that_refuses_has_the_last_word(machines: Machines) -> None:
     store = machines.store("--budget-bytes", "600000")
     node = machines.node(store=store.address)
     client = machines.client()
-    assert client.put(*blob("too large for it", size=700_000))
+    key, data = blob("too large for it", size=700_000)
+    assert client.put(key, data)
     assert client.flush(20.0)
+    # It is not offered again at once.
+    assert client.has([key, blob("another")[0]]) == [True, False]
     assert event(node, "upload_refused_full") == 1
     assert client.put(*blob("small"))
     assert client.flush(20.0)
