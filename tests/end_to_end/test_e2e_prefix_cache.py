@@ -165,7 +165,7 @@ def test_turn_end_only_policy_stores_nothing_after_prefill(
         text = cluster.policy_file.read_text()
         assert "after_prefill" in text
         cluster.policy_file.write_text(
-            text.replace('"after_prefill"', '"turn_end"', 1).replace('"exact"', '"late"', 1)
+            text.replace('"after_prefill", ', "", 1).replace('"exact"', '"late"', 1)
         )
         wait_policy(prefix, "late")
         cache, _ = prefix.restore(PROMPT)
