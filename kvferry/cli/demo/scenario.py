@@ -1,5 +1,6 @@
 """The acts of the demo, and the numbers that come out of them."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 from kvferry.cli.demo.cluster import Cluster
 from kvferry.cli.demo.prompt import build_prompt
 from kvferry.cli.output import Bar, progress
+from kvferry.codec.mlx.openblas import model_environment
 from kvferry.errors import FerryError
 from kvferry.node.hooks.pipeline.launch import Ranks
 from kvferry.settings import user_dir
@@ -94,11 +96,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 
 def ensure_calibration(model: str) -> None:
     """Calibrate once; kept in the user's cache folder. Shows its own progress."""
-    from kvferry.codec.mlx.openblas import model_environment
-
     command = [sys.executable, "-m", "kvferry", "calibrate", "--model", model, "--if-missing"]
-    import os
-
     done = subprocess.run(command, env=dict(os.environ) | model_environment(), stdout=sys.stderr)
     if done.returncode:
         raise FerryError("calibration failed, see above; try `kvferry calibrate --model smollm2`")

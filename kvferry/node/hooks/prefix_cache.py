@@ -31,6 +31,7 @@ from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.offers import Coding, Offer, Offers, wanted_later, wanted_now
 from kvferry.proto.identity import ModelFingerprint
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class PrefixCache:
             committed = self._group.all_min([committed])[0]
         if committed < agreed:
             cache, agreed = self._make_cache(), 0
-        self._remember(cache, agreed, min(loaded.pages, agreed // self._page_tokens))
+        self._remember(cache, agreed, min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS))
         self._finish(tokens, agreed, loaded, time.monotonic() - started)
         return cache, tokens[agreed:]
 
@@ -361,10 +362,6 @@ class PrefixCache:
         )
 
     # -- what the daemon and the weights say ----------------------------------------
-
-    @property
-    def _page_tokens(self) -> int:
-        return self._shard(bytes(32)).page_tokens
 
     def _shard(self, model_id: bytes) -> Shard:
         return Shard(

@@ -1,7 +1,6 @@
 """One rank of a pipeline: some consecutive layers of a llama-like mlx-lm model."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +12,6 @@ from mlx_lm.models.cache import KVCache
 from kvferry.errors import ModelError
 
 PREFILL_CHUNK = 256
-
-
-def split_layers(layers: int, ranks: int) -> list[tuple[int, int]]:
-    """Equal runs of consecutive layers, half-open, the longer ones first."""
-    base, extra = divmod(layers, ranks)
-    bounds = [0]
-    for rank in range(ranks):
-        bounds.append(bounds[-1] + base + (rank < extra))
-    return list(itertools.pairwise(bounds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +96,6 @@ class Stage:
         tokens: Sequence[int],
         cache: list[Any],
         chunk: int = PREFILL_CHUNK,
-        after_chunk: Callable[[int], None] | None = None,
     ) -> mx.array | None:
         """All of ``tokens``, ``chunk`` at a time.
 
@@ -116,7 +105,5 @@ class Stage:
             part = tokens[start : start + chunk]
             hidden = self._run(part, cache)
             mx.eval([c.keys for c in cache], [c.values for c in cache])
-            if after_chunk is not None:
-                after_chunk(start + len(part))
         # The head is a fifth of this model's work: only the last position needs it.
         return self._logits(hidden[:, -1:]) if self.last else None

@@ -76,7 +76,7 @@ class Worker:
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:
         """Run one command. Every rank runs the same ones in the same order."""
         name = command.pop("cmd")
-        if name not in ("generate", "offer", "flush", "policy", "warm", "counters"):
+        if name not in ("generate", "offer", "flush", "policy", "warm"):
             raise FerryError(f"no command {name!r}")
         answer: dict[str, Any] = getattr(self, f"do_{name}")(**command)
         return answer
@@ -138,10 +138,6 @@ class Worker:
         """Wait until what was offered is in the store."""
         done = self.prefix.flush(timeout_s) if self.prefix is not None else True
         return {"done": done, "counters": dict(self.prefix.counters) if self.prefix else {}}
-
-    def do_counters(self) -> dict[str, Any]:
-        """Counters of the hook."""
-        return {"counters": dict(self.prefix.counters) if self.prefix else {}}
 
     def do_policy(self, name: str, timeout_s: float = 20.0) -> dict[str, Any]:
         """Wait until the policy ``name`` is in force on this rank's node."""
