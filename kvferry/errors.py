@@ -249,6 +249,18 @@ class ModelError(FerryError):
     reason = "model"
 
 
+class IdentityPendingError(ModelError):
+    """The model's digest is not known yet: it neither hits nor stores until then."""
+
+    reason = "identity_pending"
+
+
+class NamespaceUnknownError(ModelError):
+    """No namespace salt has come from the coordinator yet: keys cannot be made."""
+
+    reason = "no_namespace"
+
+
 class FencedError(FerryError):
     """A later start of the same node id has registered: this one must not speak for it."""
 

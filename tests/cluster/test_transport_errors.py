@@ -25,6 +25,8 @@ SAMPLES: list[FerryError] = [
     errors.StoreFullError("here", 10, 3),
     errors.QueueFullError("uploads", 7),
     errors.ModelError("no model"),
+    errors.IdentityPendingError("digest not ready yet"),
+    errors.NamespaceUnknownError("no salt yet"),
     errors.FencedError("node-1 started again"),
     errors.ProtocolError("what?"),
 ]

@@ -20,7 +20,7 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.mlx.shape import describe
 from kvferry.codec.mlx.weights import fingerprint
-from kvferry.errors import FerryError, ModelError
+from kvferry.errors import FerryError, IdentityPendingError, ModelError, NamespaceUnknownError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
 from kvferry.node.coding import CodedRange, Shard, page_coding, tail_codec
@@ -222,9 +222,9 @@ class PrefixCache:
         if not self._salt:
             self._greet()
         if self._model_id is None:
-            raise _IdentityPendingError(self._fingerprint_error or "digest not ready yet")
+            raise IdentityPendingError(self._fingerprint_error or "digest not ready yet")
         if not self._salt:
-            raise _NamespaceUnknownError("the node daemon has no namespace salt yet")
+            raise NamespaceUnknownError("the node daemon has no namespace salt yet")
         shard = self._shard(self._model_id)
         return Loader(
             client=self._client,
@@ -411,14 +411,6 @@ class _Restored:
     tokens: int
     pages: int
     at: float
-
-
-class _IdentityPendingError(ModelError):
-    reason = "identity_pending"
-
-
-class _NamespaceUnknownError(ModelError):
-    reason = "no_namespace"
 
 
 def _prompt_cache_maker(model: Any) -> Callable[[], list[Any]]:
