@@ -1,7 +1,7 @@
 """How far a restored cache leads the model astray, teacher-forced on the text itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,39 @@ class _Tally:
     loss: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What the model says of a stretch of text with the exact cache.
+
+    Attributes:
+        fed: tokens given to it, `CHUNK` of them or fewer.
+        wanted: (tokens,) those that follow each.
+        scores: (tokens, vocabulary) log-probabilities, float32.
+        loss: summed over ``wanted``, in nats.
+    """
+
+    fed: Sequence[int]
+    wanted: mx.array
+    scores: mx.array
+    loss: float
+
+
+def references(model: Any, exact: list[Any], tokens: Sequence[int]) -> Iterator[Reference]:
+    """Feed ``tokens`` after the exact cache, stretch by stretch, as they are asked for.
+
+    Args:
+        exact: the caches as prefill left them; filled further.
+        tokens: the continuation and one more, whose prediction is the last measured.
+    """
+    fed, targets = tokens[:-1], tokens[1:]
+    for start in range(0, len(fed), CHUNK):
+        part = slice(start, start + CHUNK)
+        wanted = mx.array(list(targets[part]))
+        scores = _log_softmax(logits(model, fed[part], exact))
+        loss = _loss(scores, wanted)
+        yield Reference(fed[part], wanted, scores, loss)
+
+
 def compare(
     model: Any,
     exact: list[Any],
@@ -49,32 +82,38 @@ def compare(
     tokens: Sequence[int],
     done: Done | None = None,
 ) -> list[Comparison]:
-    """Feed ``tokens`` after each cache, which are filled further by it.
+    """`compare_with` what `references` gives, which is not kept."""
+    return compare_with(model, references(model, exact, tokens), restored, done)
+
+
+def compare_with(
+    model: Any,
+    reference: Iterable[Reference],
+    restored: Sequence[list[Any]],
+    done: Done | None = None,
+) -> list[Comparison]:
+    """Feed the same tokens after restored caches, which are filled further by it.
 
     Args:
-        exact: the caches as prefill left them.
-        restored: any number of restored ones, each with as many tokens.
-        tokens: the continuation and one more, whose prediction is the last measured.
+        reference: all of `references`, in order.
+        restored: any number of caches, each with as many tokens as the exact one had.
     Returns: one comparison per restored cache.
     """
-    fed, targets = tokens[:-1], tokens[1:]
     tallies = [_Tally([]) for _ in restored]
-    loss_exact = 0.0
-    for start in range(0, len(fed), CHUNK):
-        part = slice(start, start + CHUNK)
-        wanted = mx.array(list(targets[part]))
-        reference = _log_softmax(logits(model, fed[part], exact))
-        loss_exact += _loss(reference, wanted)
-        best = mx.argmax(reference, axis=-1)
+    loss_exact, count = 0.0, 0
+    for part in reference:
+        loss_exact += part.loss
+        count += len(part.fed)
+        best = mx.argmax(part.scores, axis=-1)
         for tally, cache in zip(tallies, restored, strict=True):
-            found = _log_softmax(logits(model, fed[part], cache))
-            kl = (mx.exp(reference) * (reference - found)).sum(axis=-1)
+            found = _log_softmax(logits(model, part.fed, cache))
+            kl = (mx.exp(part.scores) * (part.scores - found)).sum(axis=-1)
             tally.kl.append(np.array(kl, dtype=np.float64))
             tally.same += int(np.array(mx.argmax(found, axis=-1) == best).sum())
-            tally.loss += _loss(found, wanted)
+            tally.loss += _loss(found, part.wanted)
         if done is not None:
-            done(len(fed[part]))
-    return [_result(tally, loss_exact, len(fed)) for tally in tallies]
+            done(len(part.fed))
+    return [_result(tally, loss_exact, count) for tally in tallies]
 
 
 def _log_softmax(scores: mx.array) -> mx.array:

@@ -6,13 +6,15 @@ from typing import Any
 
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvferry.codec.base import Codec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration, layer_groups
-from kvferry.codec.lab.coding import Coded, Coder, GroupSource, group_codecs
-from kvferry.codec.lab.compare import Comparison, compare
+from kvferry.codec.lab.coding import Coded, Coder, GroupSource, LayerRange, group_codecs
+from kvferry.codec.lab.compare import Comparison, Reference, compare_with, references
 from kvferry.codec.lab.forward import Done, prefill
 from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.shape import ModelShape, describe
 from kvferry.errors import ConfigError
 from kvferry.proto.keys import WINDOW_TOKENS
 
@@ -85,10 +87,86 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """One text, read once: all that any number of settings are measured against.
+
+    Attributes:
+        context, continuation: tokens, as in `Setup`.
+        snapshot: the exact cache of context and window.
+        tail: the window as it would be stored; no setting changes it.
+        reference: see `references`; float32 for each token of the continuation and
+            entry of the vocabulary, 100 MB for 512 tokens of 49,152.
+    """
+
+    model: Any
+    model_id: bytes
+    shape: ModelShape
+    context: int
+    continuation: int
+    snapshot: CacheSnapshot
+    tail: Coded
+    reference: Sequence[Reference]
+
+
+def prepare(
+    loaded: LoadedModel,
+    model_id: bytes,
+    tokens: Sequence[int],
+    context: int,
+    continuation: int,
+    done: Done,
+) -> Prepared:
+    """Prefill, and what the model goes on to say with the exact cache.
+
+    Args:
+        tokens: context, window, continuation and one more.
+        done: called with numbers of tokens run: each of ``tokens`` but the last once.
+    Raises: ModelError, ConfigError.
+    """
+    held = context + WINDOW_TOKENS
+    wanted = Setup(codec="", context=context, continuation=continuation).text_tokens
+    if len(tokens) != wanted:
+        raise ConfigError("text", f"{len(tokens)} tokens", f"{wanted} tokens")
+    model: Any = loaded.model
+    shape = describe(model, loaded.config)
+    exact = make_prompt_cache(model)
+    prefill(model, tokens[:held], exact, done)
+    snapshot = adapters.snapshot(exact, held)
+    tail_codecs = group_codecs(*TAIL_CODEC, [(0, shape.layers)])
+    coder = Coder(model_id, tail_codecs, GroupSource(), shape.kv_heads, kind="tail")
+    tail = coder.run(snapshot, (context, held))
+    reference = []
+    for part in references(model, exact, tokens[held:]):
+        reference.append(part)
+        done(len(part.fed))
+    return Prepared(model, model_id, shape, context, continuation, snapshot, tail, reference)
+
+
+def measure(prepared: Prepared, setup: Setup, done: Done) -> Evaluation:
+    """Code, restore, compare.
+
+    Args:
+        done: called with numbers of tokens run: the continuation once.
+    Raises: ModelError, CodecError, ConfigError.
+    """
+    if (setup.context, setup.continuation) != (prepared.context, prepared.continuation):
+        raise ConfigError("context", setup.context, f"{prepared.context}, as it was prepared")
+    codecs = _codecs(setup, prepared.shape)
+    _warm(setup.groups)
+    source = GroupSource(setup.groups)
+    coder = Coder(prepared.model_id, codecs, source, prepared.shape.kv_heads)
+    pages = coder.run(prepared.snapshot, (0, setup.context))
+    restored = make_prompt_cache(prepared.model)
+    adapters.restore(restored, [*pages.pages, *prepared.tail.pages])
+    found = compare_with(prepared.model, prepared.reference, [restored], done)
+    return Evaluation(setup, pages, prepared.tail, found[0])
+
+
 def evaluate(
     loaded: LoadedModel, model_id: bytes, tokens: Sequence[int], setup: Setup, done: Done
 ) -> Evaluation:
-    """Prefill, code, restore, compare.
+    """`prepare` and `measure`, for one setting on one text.
 
     Args:
         tokens: ``setup.text_tokens`` of them.
@@ -96,31 +174,16 @@ def evaluate(
             continuation once more.
     Raises: ModelError, CodecError, ConfigError.
     """
-    if len(tokens) != setup.text_tokens:
-        raise ConfigError("text", f"{len(tokens)} tokens", f"{setup.text_tokens} tokens")
-    model: Any = loaded.model
-    shape = describe(model, loaded.config)
-    whole = (0, shape.layers)
+    _codecs(setup, describe(loaded.model, loaded.config))  # refused before the model runs
+    prepared = prepare(loaded, model_id, tokens, setup.context, setup.continuation, done)
+    return measure(prepared, setup, done)
+
+
+def _codecs(setup: Setup, shape: ModelShape) -> Mapping[LayerRange, Codec]:
     ranges = [group.layers for group in setup.groups] or layer_groups(
         shape.layers, shape.kv_heads, shape.head_dim
     )
-    codecs = group_codecs(setup.codec, setup.options, ranges, setup.groups, setup.curve)
-    _warm(setup.groups)
-    source = GroupSource(setup.groups)
-    page_coder = Coder(model_id, codecs, source, shape.kv_heads)
-    tail_codecs = group_codecs(*TAIL_CODEC, [whole])
-    tail_coder = Coder(model_id, tail_codecs, source, shape.kv_heads, kind="tail")
-
-    held = setup.context + WINDOW_TOKENS
-    exact = make_prompt_cache(model)
-    prefill(model, tokens[:held], exact, done)
-    snapshot = adapters.snapshot(exact, held)
-    pages = page_coder.run(snapshot, (0, setup.context))
-    tail = tail_coder.run(snapshot, (setup.context, held))
-    restored = make_prompt_cache(model)
-    adapters.restore(restored, [*pages.pages, *tail.pages])
-    found = compare(model, exact, [restored], tokens[held:], lambda n: done(2 * n))
-    return Evaluation(setup, pages, tail, found[0])
+    return group_codecs(setup.codec, setup.options, ranges, setup.groups, setup.curve)
 
 
 def _warm(groups: Sequence[GroupCalibration]) -> None:
