@@ -5,6 +5,14 @@ id. A `CalibrationSet` lists the groups of a model with the measured rate-distor
 curve. Both are stored as containers of kind calibration, addressed by their content.
 """
 
+from kvferry.codec.calibration_curve import (
+    CurvePoint,
+    Prediction,
+    RateDistortion,
+    StreamCurve,
+    TextCurve,
+    step_on_curve,
+)
 from kvferry.codec.calibration_fit import (
     DEFAULT_MAX_RANK,
     MAX_GROUP_WIDTH,
@@ -13,7 +21,7 @@ from kvferry.codec.calibration_fit import (
     layer_groups,
 )
 from kvferry.codec.calibration_group import GroupCalibration
-from kvferry.codec.calibration_set import CalibrationSet, CurvePoint, GroupEntry, step_on_curve
+from kvferry.codec.calibration_set import CalibrationSet, GroupEntry
 from kvferry.codec.calibration_stream import StreamCalibration
 
 __all__ = [
@@ -24,7 +32,11 @@ __all__ = [
     "GroupAccumulator",
     "GroupCalibration",
     "GroupEntry",
+    "Prediction",
+    "RateDistortion",
     "StreamCalibration",
+    "StreamCurve",
+    "TextCurve",
     "fit_group",
     "layer_groups",
     "step_on_curve",

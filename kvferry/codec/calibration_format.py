@@ -107,9 +107,7 @@ def open_blob(data: bytes | memoryview, name: str, limits: Limits) -> Opened:
     if _digest(text, raw) != blob.header.page_key:
         raise CalibrationCorruptError(where, "its content does not hash to its id")
     fields = Fields.parse(where, text)
-    version = fields.integer("version")
-    if version != DESCRIPTION_VERSION:
-        raise UnsupportedVersionError("calibration", version, DESCRIPTION_VERSION)
+    fields.version(DESCRIPTION_VERSION, "calibration")
     return Opened(blob.header, fields, _tensors(where, raw))
 
 
@@ -196,6 +194,20 @@ class Fields:
         if not np.isfinite(number):
             raise self.fail(name)
         return number
+
+    def numbers(self, name: str, most: int) -> tuple[float, ...]:
+        """An array of at most so many finite numbers."""
+        values = self.items(name)
+        if len(values) > most:
+            raise self.fail(name)
+        single = [Fields(self.where, {name: value}) for value in values]
+        return tuple(field.number(name) for field in single)
+
+    def version(self, known: int, what: str) -> None:
+        """Raises: UnsupportedVersionError for another ``version`` than ``known``."""
+        found = self.integer("version")
+        if found != known:
+            raise UnsupportedVersionError(what, found, known)
 
     def text(self, name: str) -> str:
         """A string."""

@@ -1,6 +1,5 @@
 """All calibrations of one model, with what they were measured to cost."""
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -9,6 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from kvferry.codec import calibration_format as fmt
+from kvferry.codec.calibration_curve import (
+    MAX_CURVE_POINTS,
+    CurvePoint,
+    RateDistortion,
+    StreamCurve,
+    step_on_curve,
+)
 from kvferry.codec.calibration_group import GroupCalibration
 from kvferry.codec.files import read_capped, write_atomically
 from kvferry.errors import CalibrationCorruptError, ConfigError
@@ -16,16 +22,6 @@ from kvferry.proto.container import DEFAULT_LIMITS, Limits
 from kvferry.proto.keys import DIGEST_BYTES, MAX_HEADS, MAX_LAYERS, BlobKey
 
 SET_FILE = "calibration.json"
-MAX_CURVE_POINTS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """One measured point: step, stored bits per value, mean KL in nats."""
-
-    step: float
-    bits_per_value: float
-    kl: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +39,11 @@ class CalibrationSet:
 
     Attributes:
         groups: in layer order, covering all layers and heads.
-        curve: measured points; may be empty. Kept by falling step.
+        curve: points to choose a step from; may be empty. Kept by falling step. With
+            ``rates`` their KL is one that a high share of the measured texts stay
+            within (`RateDistortion.safe_curve`).
+        rates: curves per layer group and stream, and how well they predict; None in
+            calibrations made before there were any.
         text_source: where the calibration text came from.
         tokens: tokens of calibration text.
     """
@@ -55,6 +55,7 @@ class CalibrationSet:
     curve: tuple[CurvePoint, ...] = ()
     text_source: str = ""
     tokens: int = 0
+    rates: RateDistortion | None = None
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -81,7 +82,8 @@ class CalibrationSet:
             numbers = (point.step, point.bits_per_value, point.kl)
             if not all(math.isfinite(n) and n >= 0 for n in numbers) or not point.step:
                 return "its curve holds a number that cannot be"
-        return ""
+        layers = [group.layers for group in self.groups]
+        return "" if self.rates is None else self.rates.problem(layers)
 
     @cached_property
     def _framed(self) -> fmt.Framed:
@@ -103,7 +105,11 @@ class CalibrationSet:
             ],
             "text_source": self.text_source,
             "tokens": self.tokens,
-        }
+        } | ({} if self.rates is None else {"rate_distortion": self.rates.to_json()})
+
+    def group_curves(self, layers: tuple[int, int]) -> dict[str, StreamCurve]:
+        """Stream name -> predicted curve of one layer group; empty where there is none."""
+        return {} if self.rates is None else self.rates.of_group(layers)
 
     @property
     def id(self) -> bytes:
@@ -200,27 +206,12 @@ def _from_fields(fields: fmt.Fields) -> CalibrationSet:
         ),
         text_source=fields.text("text_source"),
         tokens=fields.integer("tokens"),
+        rates=_rates(fields),
     )
 
 
-def step_on_curve(curve: Sequence[CurvePoint], target_kl: float) -> float:
-    """Coarsest step whose predicted mean KL is at most ``target_kl`` nats.
-
-    Interpolated between measured points, both axes logarithmic. A target above all
-    points gives the coarsest step measured. One below all of them scales the finest
-    down by the square root: small errors cost KL in proportion to their square.
-
-    Raises: ConfigError: no curve, or a target that is no number above 0.
-    """
-    if not (math.isfinite(target_kl) and target_kl > 0):
-        raise ConfigError("target_kl", target_kl, "a number of nats above 0")
-    points = sorted((p for p in curve if p.kl > 0), key=lambda p: p.step)
-    if not points:
-        raise ConfigError("target_kl", target_kl, "left out: this calibration has no curve")
-    if target_kl <= points[0].kl:
-        return points[0].step * math.sqrt(target_kl / points[0].kl)
-    for low, high in itertools.pairwise(points):
-        if low.kl <= target_kl < high.kl:
-            share = math.log(target_kl / low.kl) / math.log(high.kl / low.kl)
-            return float(low.step * (high.step / low.step) ** share)
-    return max(points, key=lambda p: p.step if p.kl <= target_kl else 0.0).step
+def _rates(fields: fmt.Fields) -> RateDistortion | None:
+    stored = fields.values.get("rate_distortion")
+    return (
+        None if stored is None else RateDistortion.from_fields(fmt.Fields.of(fields.where, stored))
+    )
