@@ -4,6 +4,7 @@ Every call has a deadline. What the other side raised is raised here again; what
 transport does wrong becomes `StoreUnavailableError` or `StoreTimeoutError`.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -24,7 +25,7 @@ from kvferry.cluster.repository import (
 )
 from kvferry.cluster.status import error_from_rpc
 from kvferry.cluster.transfer import Receiver, data_of
-from kvferry.errors import ProtocolError
+from kvferry.errors import ProtocolError, StoreUnavailableError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import store_pb2
@@ -43,6 +44,13 @@ def rpc_errors(where: str) -> Iterator[None]:
         yield
     except grpc.RpcError as exc:
         raise error_from_rpc(where, exc) from exc
+    except asyncio.CancelledError as exc:
+        # grpc cancels a call of its own accord where its channel is closed, and where
+        # the connection breaks between two chunks of a stream that is being sent.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise StoreUnavailableError(where, "the connection was lost or closed") from exc
 
 
 class BlobStoreClient:

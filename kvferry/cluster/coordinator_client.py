@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 import grpc.aio
 
-from kvferry.cluster.status import error_from_rpc
+from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.wire import MAX_REQUEST_BYTES, channel_options
 from kvferry.errors import StoreTimeoutError, StoreUnavailableError
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -120,13 +120,5 @@ class CoordinatorClient:
         return policy
 
     async def _answer(self, call: Awaitable[_Reply]) -> _Reply:
-        try:
+        with rpc_errors(self._where):
             return await call
-        except grpc.RpcError as exc:
-            raise error_from_rpc(self._where, exc) from exc
-        except asyncio.CancelledError as exc:
-            # grpc cancels the calls of a channel that is closed under them.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise StoreUnavailableError(self._where, "the client was closed") from exc

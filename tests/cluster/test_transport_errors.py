@@ -1,10 +1,13 @@
 """What a repository raises, a caller on another machine raises."""
 
+import asyncio
+
 import grpc
 import pytest
 from store_samples import blob, served
 
 from kvferry import errors
+from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.status import error_from_status, error_metadata, status_code
 from kvferry.errors import FerryError
 
@@ -108,3 +111,20 @@ async def test_a_bug_is_an_internal_error_without_details(caplog: pytest.LogCapt
             await client.has([blob()[0]])
     assert "secret" not in str(found.value)
     assert "Has" in caplog.text
+
+
+async def test_a_call_that_grpc_cancels_is_an_unreachable_store() -> None:
+    with pytest.raises(errors.StoreUnavailableError), rpc_errors("store:1"):
+        raise asyncio.CancelledError
+
+
+async def test_a_caller_that_is_cancelled_stays_cancelled() -> None:
+    async def call() -> None:
+        with rpc_errors("store:1"):
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(call())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
