@@ -15,6 +15,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "calibrate",
     "coordinator",
     "demo",
+    "dump",
     "evaluate",
     "health",
     "inspect",
@@ -22,6 +23,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "policy",
     "status",
     "store",
+    "tune",
     "up",
     "verify",
 )
