@@ -1,13 +1,23 @@
 """``kvferry calibrate``: learn what the default codec needs to know about a model."""
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvferry.cli.output import JsonOption, progress, write_json
 
+if TYPE_CHECKING:
+    from kvferry.codec.calibration import CalibrationSet, GroupCalibration
+    from kvferry.codec.lab.checkpoint import Checkpoint
+    from kvferry.codec.lab.plan import HeldText, Plan
+    from kvferry.codec.mlx.load import LoadedModel
+
 DEFAULT_TOKENS = 8192
+INTERRUPTED = 130
 
 
 def register(app: typer.Typer) -> None:
@@ -31,18 +41,29 @@ def calibrate(
     if_missing: Annotated[
         bool, typer.Option("--if-missing", help="Do nothing where there is one already.")
     ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Do not go on from an interrupted run.")
+    ] = False,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(metavar="GIB", help="May take so much more memory. Default: what is free."),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Calibrate a model for the ferry codec: a minute or two, once per model."""
+    """Calibrate a model for the ferry codec: a minute or two, once per model.
+
+    Ctrl-C stops it within seconds; the same command goes on from there.
+    """
     from kvferry.codec.mlx.openblas import ensure_openblas
 
     ensure_openblas()
     import time
 
-    from kvferry.codec.lab.calibrate import Plan
-    from kvferry.codec.lab.calibrate import calibrate as run
-    from kvferry.codec.lab.text import calibration_text, calibration_tokens
+    from kvferry.codec.lab.checkpoint import Checkpoint, checkpoint_key
+    from kvferry.codec.lab.memory import GIB, free_memory, memory_need, peak_memory
+    from kvferry.codec.lab.plan import Plan
     from kvferry.codec.mlx.load import load_model
+    from kvferry.codec.mlx.shape import describe
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.errors import ConfigError
     from kvferry.node.calibrations import calibration_folder
@@ -51,6 +72,8 @@ def calibrate(
 
     if weights not in ("fisher", "identity"):
         raise ConfigError("weights", weights, "fisher or identity")
+    if memory_limit is not None and not memory_limit > 0:
+        raise ConfigError("memory-limit", memory_limit, "a number of GiB above 0")
     plan = Plan(tokens=tokens) if weights == "fisher" else Plan(tokens=tokens, ridge=None)
     if if_missing and (found := _existing(model, out)) is not None:
         typer.echo(f"calibration of {model} is there already: {found}", err=True)
@@ -58,40 +81,147 @@ def calibrate(
             write_json({"model": model, "folder": str(found), "made": False}, json)
         return
     started = time.monotonic()
-    content = calibration_text(text or [])
     loaded = load_model(model)
-    given = calibration_tokens(loaded.tokenizer, content, plan.fitted_tokens, plan.held_tokens)
+    given, held, source = _texts(loaded, text or [], plan)
+    need = memory_need(loaded, describe(loaded.model, loaded.config), plan)
+    typer.echo(need.line(), err=True)
+    free = free_memory() if memory_limit is None else int(memory_limit * GIB)
+    need.check(free)
     identity = model_id(fingerprint(loaded))
-    with progress(f"calibrating {model}", plan.work(len(loaded.model.layers))) as bar:
-        made, groups = run(loaded, identity, given, content.source, plan, bar.update)
     folder = out or calibration_folder(user_dir("cache"), identity)
+    unfinished = calibration_folder(user_dir("cache"), identity).with_suffix(".unfinished")
+    kept = Checkpoint(unfinished, checkpoint_key(identity, given, held, plan))
+    if restart:
+        kept.clear()
+    seconds: dict[str, float] = {}
+    made, groups = _run(loaded, identity, given, held, source, plan, kept, seconds)
     made.save(folder, groups)
     _remove_stale(folder, {group.id.hex() for group in groups})
-    seconds = time.monotonic() - started
+    kept.clear()
+    seconds["whole"] = time.monotonic() - started
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     if json is not None:
-        write_json(
-            {
-                "model": model,
-                "model_id": identity.hex(),
-                "calibration_id": made.id.hex(),
-                "folder": str(folder),
-                "made": True,
-                "tokens": tokens,
-                "text_source": content.source,
-                "groups": [list(group.layers) for group in groups],
-                "bytes": size,
-                "seconds": seconds,
-                "curve": made.to_json()["curve"],
-            },
-            json,
-        )
+        about = {"model": model, "folder": str(folder), "bytes": size, "tokens": tokens}
+        memory = {**need.to_json(), "free_bytes": free, "peak_bytes": peak_memory()}
+        write_json(about | _report(made, seconds, memory), json)
     if json != "-":
-        for point in made.curve:
-            typer.echo(
-                f"  {16 / point.bits_per_value:6.1f}x  KL {point.kl:.4f}  step {point.step:.4g}"
+        _print(made)
+        typer.echo(f"{folder}: {size / 1e6:.0f} MB, {seconds['whole']:.0f} s")
+
+
+def _texts(
+    loaded: "LoadedModel", files: list[Path], plan: "Plan"
+) -> "tuple[list[int], list[HeldText], str]":
+    """Tokens to fit on, texts to measure on, and where the former come from."""
+    from kvferry.codec.lab.held import held_texts
+    from kvferry.codec.lab.text import calibration_text, first_tokens, held_text
+
+    content = calibration_text(files)
+    what = f"the text to calibrate on ({content.source})"
+    count = plan.fitted_tokens + (plan.held_tokens if files else 0)
+    tokens = first_tokens(loaded.tokenizer, content.fitted, count, what)
+    rest = tokens[plan.fitted_tokens :]
+    held = held_texts(loaded.tokenizer, plan.held_tokens, content.held or held_text(), rest)
+    return tokens[: plan.fitted_tokens], held, content.source
+
+
+def _run(
+    loaded: "LoadedModel",
+    identity: bytes,
+    tokens: list[int],
+    held: "list[HeldText]",
+    source: str,
+    plan: "Plan",
+    kept: "Checkpoint",
+    seconds: dict[str, float],
+) -> "tuple[CalibrationSet, list[GroupCalibration]]":
+    from kvferry.codec.lab.calibrate import calibrate as run
+    from kvferry.codec.lab.plan import Stopped
+
+    work = plan.work(len(loaded.model.layers), len(held))
+    with progress(f"calibrating {loaded.name}", work) as bar, stop_signals() as stopping:
+
+        def report(done: float, note: str) -> None:
+            bar.update(done, note)
+            if stopping():
+                raise Stopped
+
+        try:
+            return run(
+                loaded,
+                identity,
+                tokens,
+                source,
+                plan,
+                report,
+                held=held,
+                checkpoint=kept,
+                seconds=seconds,
             )
-        typer.echo(f"{folder}: {size / 1e6:.0f} MB, {seconds:.0f} s")
+        except (Stopped, KeyboardInterrupt):
+            pass
+    typer.echo(
+        f"kvferry: interrupted; the same command goes on from here ({kept.folder}), "
+        "with --restart it starts afresh",
+        err=True,
+    )
+    raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask to stop at the next good moment; a second one stops at once.
+
+    Yields: whether one has come.
+    """
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report(
+    made: "CalibrationSet", seconds: dict[str, float], memory: dict[str, int]
+) -> dict[str, object]:
+    """What ``--json`` says of a calibration that was made."""
+    stored = made.to_json()
+    after = {name: spent for name, spent in seconds.items() if name not in ("whole", "capture")}
+    return {
+        "model_id": made.model_id.hex(),
+        "calibration_id": made.id.hex(),
+        "made": True,
+        "text_source": made.text_source,
+        "groups": [list(group.layers) for group in made.groups],
+        "seconds": seconds["whole"],
+        "step_seconds": seconds,
+        "seconds_after_capture": sum(after.values()),
+        "seconds_after_passes": sum(after.values()) - after.get("gradients", 0.0),
+        "memory": memory,
+        "curve": stored["curve"],
+        "rate_distortion": stored.get("rate_distortion"),
+    }
+
+
+def _print(made: "CalibrationSet") -> None:
+    for point in made.curve:
+        ratio = 16 / point.bits_per_value
+        typer.echo(f"  {ratio:6.1f}x  KL {point.kl:.4f}  step {point.step:.4g}")
+    if made.rates is not None and (held := made.rates.prediction) is not None:
+        texts = ", ".join(text.name for text in made.rates.texts)
+        typer.echo(
+            f"  KL: the highest of {texts}; measured / predicted: "
+            f"{held.median:.2f} (median), {held.worst:.2f} (worst)"
+        )
 
 
 def _remove_stale(folder: Path, kept: set[str]) -> None:

@@ -1,8 +1,9 @@
 """Text through the live model, and out comes what `ferry` needs to know about it."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,71 +11,25 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from kvferry.codec.calibration import (
     CalibrationSet,
-    CurvePoint,
-    GroupAccumulator,
     GroupCalibration,
     GroupEntry,
+    RateDistortion,
     fit_group,
-    layer_groups,
 )
-from kvferry.codec.lab.coding import Coder, GroupSource, group_codecs
-from kvferry.codec.lab.compare import compare
-from kvferry.codec.lab.fisher import CONTINUATION, Fisher
+from kvferry.codec.lab.checkpoint import Checkpoint
+from kvferry.codec.lab.curve import measure_text, rate_distortion
+from kvferry.codec.lab.fisher import CONTINUATION
 from kvferry.codec.lab.forward import prefill
+from kvferry.codec.lab.gathered import Gathered
+from kvferry.codec.lab.plan import FIT_WORK, PASS_WORK, HeldText, Plan, Report, Stopped
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.device import device_products
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.mlx.shape import ModelShape, describe
 from kvferry.errors import ConfigError
-from kvferry.proto.keys import WINDOW_TOKENS
 
-MIN_TOKENS = 512
-Report = Callable[[float, str], None]
-# One token of prefill is one unit of work; the rest was measured in it.
-_PASS_WORK, _FIT_WORK, _POINT_WORK = 3.2 * CONTINUATION, 50.0, 120.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What to measure, and on how much text. Sizes in tokens.
-
-    Attributes:
-        tokens: of text that the bases are fitted on.
-        sequence: such many at a time; each sequence ends with one backward pass.
-        ridge: see `Fisher.weights`; None: identity weights, no backward passes.
-        held_context, held_continuation: of text after the rest, for the curve.
-        curve_bits: where the curve is measured, as estimated bits per value.
-    """
-
-    tokens: int = 8192
-    sequence: int = 1024
-    ridge: float | None = 1.0
-    held_context: int = 1024
-    held_continuation: int = 384
-    curve_bits: tuple[float, ...] = (1.6, 0.9, 0.6, 0.4, 0.25)
-
-    def __post_init__(self) -> None:
-        if self.tokens < MIN_TOKENS:
-            raise ConfigError("tokens", self.tokens, f"at least {MIN_TOKENS}")
-
-    @property
-    def fitted_tokens(self) -> int:
-        """Tokens of text to fit on, with those that follow the last sequence."""
-        return self.tokens + CONTINUATION
-
-    @property
-    def held_tokens(self) -> int:
-        """Tokens of text to measure the curve on."""
-        return self.held_context + WINDOW_TOKENS + self.held_continuation + 1
-
-    def work(self, layers: int) -> float:
-        """The whole for a model of so many layers, in prefilled tokens."""
-        passes = 0 if self.ridge is None else -(-self.tokens // self.sequence)
-        points = len(self.curve_bits)
-        compared = (1 + points) * (self.held_continuation * 1.2 + _POINT_WORK)
-        held = self.held_context + WINDOW_TOKENS + compared if points else 0
-        return self.tokens + passes * _PASS_WORK + layers * _FIT_WORK + held
+__all__ = ["HeldText", "Plan", "Report", "Stopped", "calibrate", "steps_for_bits"]
 
 
 def calibrate(
@@ -84,117 +39,173 @@ def calibrate(
     source: str,
     plan: Plan,
     report: Report,
+    *,
+    held: Sequence[HeldText] = (),
+    checkpoint: Checkpoint | None = None,
+    seconds: dict[str, float] | None = None,
 ) -> tuple[CalibrationSet, list[GroupCalibration]]:
     """Fit all layer groups and measure their rate against KL.
 
     Args:
-        tokens: ``plan.fitted_tokens``, then ``plan.held_tokens`` of them.
+        tokens: ``plan.fitted_tokens``; without ``held`` then ``plan.held_tokens`` of them.
         source: where the text came from, for people.
-        report: called with work done so far, of ``plan.work``, and a note.
-    Raises: ModelError: a cache that is not supported; ConfigError: too little text.
+        report: called with work done so far, of ``plan.work``, and a note, between
+            steps that belong together; may raise `Stopped`.
+        held: texts to measure on, ``plan.held_tokens`` of each.
+        checkpoint: where the state is kept, and taken from if it is there.
+        seconds: gets the time of each step: capture (the text forward), gradients,
+            covariances, fitting, curve.
+    Raises: ModelError: a cache that is not supported; ConfigError: too little text;
+        whatever ``report`` raises.
     """
-    wanted = plan.fitted_tokens + plan.held_tokens
+    wanted = plan.fitted_tokens + (0 if held else plan.held_tokens)
     if len(tokens) != wanted:
         raise ConfigError("text", f"{len(tokens)} tokens", f"{wanted} tokens")
+    texts = list(held) or [HeldText("held", tokens[plan.fitted_tokens :])]
     shape = describe(loaded.model, loaded.config)
-    run = _Run(loaded.model, model_id, shape, plan, report)
-    groups = run.fit(tokens, source)
-    curve = run.curve(tokens[plan.fitted_tokens :], groups) if plan.curve_bits else ()
+    run = _Run(loaded.model, model_id, shape, plan, report, checkpoint, seconds)
+    groups = run.fit(tokens[: plan.fitted_tokens], source)
+    rates = run.curve(texts, groups) if plan.curve_bits else None
     found = CalibrationSet(
         model_id=model_id,
         model_layers=shape.layers,
         model_heads=shape.kv_heads,
         groups=tuple(GroupEntry(g.id, g.layers, g.heads) for g in groups),
-        curve=tuple(curve),
+        curve=() if rates is None else rates.safe_curve(),
         text_source=source,
         tokens=plan.tokens,
+        rates=rates,
     )
     return found, groups
 
 
 class _Run:
     def __init__(
-        self, model: Any, model_id: bytes, shape: ModelShape, plan: Plan, report: Report
+        self,
+        model: Any,
+        model_id: bytes,
+        shape: ModelShape,
+        plan: Plan,
+        report: Report,
+        checkpoint: Checkpoint | None,
+        seconds: dict[str, float] | None,
     ) -> None:
         self._model, self._model_id, self._shape, self._plan = model, model_id, shape, plan
-        self._report = report
+        self._report, self._checkpoint = report, checkpoint
+        self._seconds: dict[str, float] = {} if seconds is None else seconds
         self._done = 0.0
-        self._ropes = {name: rope_specs(model) for name, s in shape.streams.items() if s.rotated}
+        ropes = {name: rope_specs(model) for name, s in shape.streams.items() if s.rotated}
+        self._gathered = Gathered(model_id, shape, ropes)
 
     def _advance(self, work: float, note: str) -> None:
         self._done += work
         self._report(self._done, note)
 
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self._seconds[step] = self._seconds.get(step, 0.0) + spent
+
     def fit(self, tokens: Sequence[int], source: str) -> list[GroupCalibration]:
-        """Gather, then fit group by group."""
-        shape, plan = self._shape, self._plan
-        heads = (0, shape.kv_heads)
-        seen = [
-            GroupAccumulator(
-                model_id=self._model_id,
-                layers=(a, b),
-                heads=heads,
-                ropes={name: specs[a:b] for name, specs in self._ropes.items()},
-            )
-            for a, b in layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
-        ]
-        fisher = self._gather(tokens, seen)
+        """Gather, then fit group by group; each group's covariances go once it is fitted."""
+        self._gather(tokens)
         fitted = []
-        for group in seen:
-            weights = None if plan.ridge is None else fisher.weights(group.layers, plan.ridge)
-            made = fit_group(group, weights=weights, source=source)
+        while self._gathered.groups:
+            with self._timed("fitting"):
+                made = self._fit_first(source)
+            del self._gathered.groups[0]
             fitted.append(made.using(device_products()))
-            self._advance(_FIT_WORK * (group.layers[1] - group.layers[0]), "fitting")
+            self._advance(FIT_WORK * (made.layers[1] - made.layers[0]), "fitting")
         return fitted
 
-    def _gather(self, tokens: Sequence[int], seen: Sequence[GroupAccumulator]) -> Fisher:
+    def _fit_first(self, source: str) -> GroupCalibration:
+        seen, ridge = self._gathered.groups[0], self._plan.ridge
+        if self._checkpoint is not None:
+            kept = self._checkpoint.load_group(self._model_id, seen.layers)
+            if kept is not None:
+                return kept
+        weights = None if ridge is None else self._gathered.weights(seen.layers, ridge)
+        made = fit_group(seen, weights=weights, source=source)
+        if self._checkpoint is not None:
+            self._checkpoint.save_group(made)
+        return made
+
+    def _gather(self, tokens: Sequence[int]) -> None:
+        """Sequence after sequence from where a kept state ends."""
+        gathered, plan, checkpoint = self._gathered, self._plan, self._checkpoint
+        kept = None if checkpoint is None else checkpoint.load(gathered.layout())
+        if kept is not None:
+            gathered.load(kept)
+            passed = sum(start < gathered.covered for start in plan.weighed)
+            self._advance(gathered.covered + passed * PASS_WORK, "resumed")
+        saved = gathered.covered
+        try:
+            for start in plan.starts:
+                if start < gathered.covered:
+                    continue
+                self._sequence(tokens, start)
+                if checkpoint is not None and checkpoint.due:
+                    checkpoint.save(gathered.tensors())
+                    saved = gathered.covered
+        except Stopped:
+            # Raised between two changes of the sums, so they are whole.
+            self._keep(saved)
+            raise
+        self._keep(saved)
+
+    def _keep(self, saved: int) -> None:
+        if self._checkpoint is not None and self._gathered.covered > saved:
+            self._checkpoint.save(self._gathered.tensors())
+
+    def _sequence(self, tokens: Sequence[int], start: int) -> None:
         plan = self._plan
-        fisher = Fisher(self._ropes)
-        for start in range(0, plan.tokens, plan.sequence):
-            part = tokens[start : min(start + plan.sequence, plan.tokens)]
-            cache = make_prompt_cache(self._model)
+        end = min(start + plan.sequence, plan.tokens)
+        cache = make_prompt_cache(self._model)
+        with self._timed("capture"):
+            part = tokens[start:end]
             prefill(self._model, part, cache, lambda n: self._advance(n, "reading"))
             snapshot = adapters.snapshot(cache, len(part))
-            for group in seen:
-                group.add(snapshot.page(group.layers, (0, len(part))))
-            if plan.ridge is not None:
-                follows = tokens[start + len(part) : start + len(part) + CONTINUATION]
-                fisher.add(self._model, cache, follows)
-                self._advance(_PASS_WORK, "weighing")
-        return fisher
+        found = None
+        if start in plan.weighed:
+            with self._timed("gradients"):
+                follows = tokens[end : end + CONTINUATION]
+                found = self._gathered.fisher.measure(self._model, cache, follows)
+        with self._timed("covariances"):
+            whole = (0, len(part))
+            pages = [snapshot.page(group.layers, whole) for group in self._gathered.groups]
+            self._gathered.add(pages, found, end)
+        if found is not None:
+            self._advance(PASS_WORK, "weighing")
 
-    def curve(self, tokens: Sequence[int], groups: Sequence[GroupCalibration]) -> list[CurvePoint]:
-        """Measure some steps on text that the bases have not seen."""
-        plan = self._plan
-        held = plan.held_context + WINDOW_TOKENS
-        exact = make_prompt_cache(self._model)
-        prefill(self._model, tokens[:held], exact, lambda n: self._advance(n, "measuring"))
-        snapshot = adapters.snapshot(exact, held)
-        window = snapshot.page((0, self._shape.layers), (plan.held_context, held))
-        points, restored = [], []
-        for step in steps_for_bits(groups, plan.curve_bits):
-            ranges = [group.layers for group in groups]
-            codecs = group_codecs("ferry", {"step": step}, ranges, groups)
-            coder = Coder(self._model_id, codecs, GroupSource(groups), self._shape.kv_heads)
-            coded = coder.run(snapshot, (0, plan.held_context))
-            cache = make_prompt_cache(self._model)
-            adapters.restore(cache, [*coded.pages, window])
-            restored.append(cache)
-            points.append((step, 8 * coded.blob_bytes / coded.values))
-            self._advance(_POINT_WORK, "measuring")
-        end = held + plan.held_continuation + 1
-        per_token = 1.2 * (1 + len(points))
-        found = compare(
-            self._model,
-            exact,
-            restored,
-            tokens[held:end],
-            lambda n: self._advance(n * per_token, "measuring"),
-        )
-        return [
-            CurvePoint(step, bits, max(0.0, result.kl_mean))
-            for (step, bits), result in zip(points, found, strict=True)
-        ]
+    def curve(
+        self, texts: Sequence[HeldText], groups: Sequence[GroupCalibration]
+    ) -> RateDistortion:
+        """Measure some steps on texts that the bases have not seen."""
+        steps = steps_for_bits(groups, sorted(self._plan.curve_bits))
+        metrics = [self._gathered.fisher.metric(group.layers) for group in groups]
+        found = []
+        with self._timed("curve"):
+            for text in texts:
+                found.append(
+                    measure_text(
+                        self._model,
+                        text,
+                        groups,
+                        steps,
+                        metrics,
+                        self._plan,
+                        lambda work: self._advance(work, "measuring"),
+                    )
+                )
+        made = rate_distortion(steps, found)
+        if any(metrics) or made.prediction is None:
+            return made
+        # Identity weights: squared error is in no unit, so it takes that of the KL measured.
+        return rate_distortion(steps, found, scale=made.prediction.median)
 
 
 def steps_for_bits(groups: Sequence[GroupCalibration], bits: Sequence[float]) -> list[float]:

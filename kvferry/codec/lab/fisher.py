@@ -39,11 +39,18 @@ class Fisher:
     passes: int = 0
 
     def add(self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]) -> None:
+        """`measure` one pass and `take` it in."""
+        self.take(self.measure(model, cache, next_tokens))
+
+    def measure(
+        self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]
+    ) -> dict[str, _Float64]:
         """One backward pass: what ``next_tokens`` after ``cache`` would lose.
 
         Args:
             cache: plain k/v caches of all layers, filled; left as they are.
             next_tokens: what the text goes on with; a hundred or so.
+        Returns: stream -> (layers, heads, dim, dim), for `take`.
         """
         held = cache[0].offset
         keys = [layer.keys[:, :, :held] for layer in cache]
@@ -53,11 +60,27 @@ class Fisher:
         slope = mx.grad(_log_likelihood(model, next_tokens, noise), argnums=(0, 1))
         gradients = dict(zip(("k", "v"), slope(keys, values), strict=True))
         mx.eval(gradients)
+        found = {}
         for name, layers in gradients.items():
             specs = self.ropes.get(name, [None] * len(layers))
             total = np.stack([outer_products(g, s) for g, s in zip(layers, specs, strict=True)])
-            self.sums[name] = self.sums.get(name, 0.0) + total / (2 * len(next_tokens))
+            found[name] = total / (2 * len(next_tokens))
+        return found
+
+    def take(self, found: Mapping[str, _Float64]) -> None:
+        """Take in what `measure` found."""
+        for name, total in found.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
         self.passes += 1
+
+    def metric(self, layers: tuple[int, int]) -> dict[str, _Float64]:
+        """F itself: e' F e is the predicted mean KL of an error e in every coded token.
+
+        Returns: stream -> (layers, heads, dim, dim); empty where nothing was measured.
+        """
+        if not self.passes:
+            return {}
+        return {name: s[layers[0] : layers[1]] / self.passes for name, s in self.sums.items()}
 
     def weights(self, layers: tuple[int, int], ridge: float) -> dict[str, FloatArray]:
         """Matrices A for `fit_group`, so that squared error in A x is predicted KL.
@@ -68,8 +91,7 @@ class Fisher:
         Returns: stream -> (layers, heads, dim, dim) float32, upper triangular.
         """
         made = {}
-        for name, total in self.sums.items():
-            fisher = total[layers[0] : layers[1]] / max(self.passes, 1)
+        for name, fisher in self.metric(layers).items():
             dim = fisher.shape[-1]
             trace = np.trace(fisher, axis1=-2, axis2=-1)[..., None, None] / dim
             floor = np.finfo(np.float32).tiny ** 0.5  # a head that nothing listens to

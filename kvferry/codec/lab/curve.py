@@ -1,0 +1,240 @@
+"""Rate against KL on texts that the bases have not seen: predicted and measured."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvferry.codec.base import Codec, PageTensors
+from kvferry.codec.blob import BlobMeta, StoredBlob, decode_blobs, encode_blob
+from kvferry.codec.calibration import (
+    GroupCalibration,
+    RateDistortion,
+    StreamCurve,
+    TextCurve,
+)
+from kvferry.codec.calibration_curve import mean_curves, total_prediction
+from kvferry.codec.lab.coding import GroupSource, group_codecs, join_layers
+from kvferry.codec.lab.compare import compare
+from kvferry.codec.lab.forward import prefill
+from kvferry.codec.lab.plan import COMPARE_WORK, POINT_WORK, HeldText, Plan
+from kvferry.codec.mlx import adapters
+from kvferry.codec.rope import positions_of, undo
+from kvferry.errors import CodecError
+from kvferry.proto import container
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, SINK_TOKENS, WINDOW_TOKENS, root_key, tail_key
+
+# Stream -> (layers, heads, dim, dim): nats per token and squared error; see `Fisher.metric`.
+Metric = Mapping[str, npt.NDArray[np.float64]]
+_SALT = bytes(16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedGroup:
+    """One layer group at one step: what it cost, and what it came back as."""
+
+    pages: Sequence[PageTensors]
+    bits: Mapping[str, float]
+    error: Mapping[str, float]
+
+
+def code_group(
+    exact: Sequence[PageTensors], codec: Codec, group: GroupCalibration, metric: Metric
+) -> CodedGroup:
+    """Encode and decode pages of one layer group, as the hook would.
+
+    Args:
+        metric: of the group's layers; a stream that is missing counts as identity.
+    Returns: with stored bits per value and the mean over tokens of e' F e, by stream.
+    Raises: CodecError.
+    """
+    root = root_key(_SALT, group.model_id)
+    stored, sizes = [], dict.fromkeys(exact[0].streams, 0.0)
+    for index, page in enumerate(exact):
+        meta = BlobMeta(
+            kind="page",
+            model_id=group.model_id,
+            page_key=tail_key(root, [index]),
+            previous_key=root,
+            model_layers=group.layers[1],
+            model_heads=group.heads[1],
+        )
+        key, data = encode_blob(codec, page, meta)
+        stored.append(StoredBlob(data, key, page.tokens))
+        _share_size(data, page, sizes)
+    decoded = decode_blobs(
+        stored, model_id=group.model_id, cut=None, calibrations=GroupSource([group])
+    )
+    errors = dict.fromkeys(sizes, 0.0)
+    pages, tokens = [], 0
+    for page, found in zip(exact, decoded, strict=True):
+        if isinstance(found, CodecError):
+            raise found
+        pages.append(found)
+        tokens += page.tokens[1] - page.tokens[0]
+        for name in errors:
+            errors[name] += weighted_error(page, found, name, group, metric.get(name))
+    coded = max(1, tokens - max(0, SINK_TOKENS - exact[0].tokens[0]))
+    values = {name: sum(page.streams[name].data.size for page in exact) for name in sizes}
+    return CodedGroup(
+        pages,
+        {name: 8 * size / values[name] for name, size in sizes.items()},
+        {name: error / coded for name, error in errors.items()},
+    )
+
+
+def _share_size(data: bytes, page: PageTensors, sizes: dict[str, float]) -> None:
+    """Add a blob's bytes to its streams'; what belongs to none is shared by values."""
+    total = sum(stream.data.size for stream in page.streams.values())
+    left = float(len(data))
+    for name, section in container.parse(data).sections.items():
+        owner = name.partition("/")[0]
+        if owner in sizes:
+            sizes[owner] += len(section.data)
+            left -= len(section.data)
+    for name, stream in page.streams.items():
+        sizes[name] += left * stream.data.size / total
+
+
+def weighted_error(
+    exact: PageTensors,
+    found: PageTensors,
+    name: str,
+    group: GroupCalibration,
+    metric: npt.NDArray[np.float64] | None,
+) -> float:
+    """Sum over a page's tokens of e' F e, keys with RoPE undone."""
+    error = found.streams[name].float32() - exact.streams[name].float32()
+    ropes, total = group.ropes.get(name), 0.0
+    for layer in range(error.shape[0]):
+        part = error[layer]
+        if ropes is not None:
+            part = undo(part, ropes[layer], positions_of(exact.tokens))
+        if metric is None:
+            total += float(np.square(part, dtype=np.float64).sum())
+            continue
+        weighted = np.matmul(part, metric[layer].astype(np.float32))
+        total += float((weighted * part).sum(dtype=np.float64))
+    return total
+
+
+def measure_text(
+    model: Any,
+    text: HeldText,
+    groups: Sequence[GroupCalibration],
+    steps: Sequence[float],
+    metrics: Sequence[Metric],
+    plan: Plan,
+    advance: Callable[[float], None],
+) -> tuple[TextCurve, list[StreamCurve]]:
+    """One text through the model, coded at each step, and what that cost.
+
+    Args:
+        text: ``plan.held_tokens`` of it.
+        metrics: per group.
+        advance: called with work done, in units of `Plan.work`.
+    """
+    layers = (0, groups[-1].layers[1])
+    held = plan.held_context + WINDOW_TOKENS
+    exact = make_prompt_cache(model)
+    prefill(model, text.tokens[:held], exact, advance)
+    snapshot = adapters.snapshot(exact, held)
+    window = snapshot.page(layers, (plan.held_context, held))
+    edges = [*range(0, plan.held_context, DEFAULT_PAGE_TOKENS), plan.held_context]
+    spans = list(itertools.pairwise(edges))
+    pages = [[snapshot.page(group.layers, span) for span in spans] for group in groups]
+    restored: list[list[Any]] = []
+    coded_at: list[list[CodedGroup]] = []
+    for step in steps:
+        codecs = group_codecs("ferry", {"step": step}, [g.layers for g in groups], groups)
+        coded = [
+            code_group(exact_pages, codecs[group.layers], group, metric)
+            for exact_pages, group, metric in zip(pages, groups, metrics, strict=True)
+        ]
+        joined = [join_layers([c.pages[i] for c in coded]) for i in range(len(spans))]
+        cache = make_prompt_cache(model)
+        adapters.restore(cache, [*joined, window])
+        restored.append(cache)
+        coded_at.append([CodedGroup([], c.bits, c.error) for c in coded])
+        advance(POINT_WORK)
+    del pages
+    per_token = COMPARE_WORK * (1 + len(steps))
+    follows = text.tokens[held : plan.held_tokens]
+    found = compare(model, exact, restored, follows, lambda n: advance(n * per_token))
+    streams = stream_curves(groups, coded_at)
+    return (
+        TextCurve(
+            name=text.name,
+            tokens=plan.held_continuation,
+            bits=total_bits(streams),
+            kl=tuple(max(0.0, result.kl_mean) for result in found),
+            predicted=total_prediction(streams),
+        ),
+        streams,
+    )
+
+
+def stream_curves(
+    groups: Sequence[GroupCalibration], coded_at: Sequence[Sequence[CodedGroup]]
+) -> list[StreamCurve]:
+    """What `code_group` found at each step, by group and stream."""
+    return [
+        StreamCurve(
+            layers=group.layers,
+            stream=name,
+            width=(group.layers[1] - group.layers[0]) * stream.heads * stream.dim,
+            bits=tuple(coded[index].bits[name] for coded in coded_at),
+            kl=tuple(coded[index].error[name] for coded in coded_at),
+        )
+        for index, group in enumerate(groups)
+        for name, stream in sorted(group.streams.items())
+    ]
+
+
+def total_bits(streams: Sequence[StreamCurve]) -> tuple[float, ...]:
+    """Bits per value of the whole model at each step."""
+    width = sum(stream.width for stream in streams)
+    rows = [[stream.width * b / width for b in stream.bits] for stream in streams]
+    return tuple(sum(column) for column in zip(*rows, strict=True))
+
+
+def rate_distortion(
+    steps: Sequence[float],
+    found: Sequence[tuple[TextCurve, Sequence[StreamCurve]]],
+    *,
+    scale: float = 1.0,
+) -> RateDistortion:
+    """The curves of several texts as one.
+
+    Args:
+        steps: falling.
+        scale: of the predictions; identity weights predict in no unit of their own.
+    """
+    streams = mean_curves([curves for _, curves in found])
+    return RateDistortion(
+        steps=tuple(steps),
+        streams=tuple(
+            StreamCurve(
+                layers=s.layers,
+                stream=s.stream,
+                width=s.width,
+                bits=s.bits,
+                kl=tuple(scale * kl for kl in s.kl),
+            )
+            for s in streams
+        ),
+        texts=tuple(
+            TextCurve(
+                name=t.name,
+                tokens=t.tokens,
+                bits=t.bits,
+                kl=t.kl,
+                predicted=tuple(scale * kl for kl in t.predicted),
+            )
+            for t, _ in found
+        ),
+    )

@@ -1,0 +1,158 @@
+"""What calibration has seen of a text so far: small, of fixed size, kept and loaded."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvferry.codec.base import FloatArray, PageTensors
+from kvferry.codec.calibration import GroupAccumulator, layer_groups
+from kvferry.codec.lab.fisher import Fisher
+from kvferry.codec.mlx.shape import ModelShape
+from kvferry.codec.rope import RopeSpec
+from kvferry.codec.transform import CovarianceAccumulator
+from kvferry.errors import CalibrationCorruptError
+
+Layout = dict[str, tuple[tuple[int, ...], str]]
+StateTensors = Mapping[str, npt.NDArray[Any]]
+_COVERED = "covered"
+
+
+class _Covariance(CovarianceAccumulator):
+    """A covariance whose sums can be taken out and put back bit for bit."""
+
+    @staticmethod
+    def layout(width: int) -> Layout:
+        """Part -> (shape, dtype)."""
+        return {
+            "count": ((1,), "<i8"),
+            "shift": ((width,), "<f4"),
+            "sum": ((width,), "<f8"),
+            "products": ((width, width), "<f8"),
+        }
+
+    @staticmethod
+    def parts(of: CovarianceAccumulator) -> StateTensors:
+        """Views of what ``of`` holds."""
+        count = np.array([of._count], dtype="<i8")
+        return {"count": count, "shift": of._shift, "sum": of._sum, "products": of._products}
+
+    @classmethod
+    def of(cls, parts: StateTensors) -> "_Covariance":
+        """The inverse of `parts`; takes the arrays over."""
+        made = cls(1)
+        made._width = len(parts["shift"])
+        made._count = int(parts["count"][0])
+        made._shift, made._sum, made._products = parts["shift"], parts["sum"], parts["products"]
+        return made
+
+
+class SeenGroup(GroupAccumulator):
+    """A layer group's accumulator whose state can be kept."""
+
+    def layout(self, shape: ModelShape) -> Layout:
+        """Names, shapes and dtypes of `tensors` once something was added."""
+        found: Layout = {}
+        for name, stream in shape.streams.items():
+            width = (self.layers[1] - self.layers[0]) * stream.heads * stream.dim
+            for part, kind in _Covariance.layout(width).items():
+                found[self._name(name, part)] = kind
+        return found
+
+    def tensors(self) -> StateTensors:
+        """Views of the state; empty before anything was added."""
+        return {
+            self._name(name, part): value
+            for name, covariance in self._streams.items()
+            for part, value in _Covariance.parts(covariance).items()
+        }
+
+    def load(self, tensors: StateTensors, shape: ModelShape) -> None:
+        """Take over what `tensors` gave. Raises: KeyError."""
+        for name, stream in shape.streams.items():
+            parts = {part: tensors[self._name(name, part)] for part in _Covariance.layout(1)}
+            self._streams[name] = _Covariance.of(parts)
+            self._shapes[name] = (stream.heads, stream.dim)
+
+    def _name(self, stream: str, part: str) -> str:
+        return f"layers {self.layers[0]}-{self.layers[1]}/{stream}/{part}"
+
+
+class Gathered:
+    """Covariances of all layer groups and Fisher sums; the text itself is not kept.
+
+    Attributes:
+        covered: tokens of the text that are in it.
+        groups: one accumulator per layer group.
+        fisher: sums over backward passes.
+    """
+
+    def __init__(
+        self,
+        model_id: bytes,
+        shape: ModelShape,
+        ropes: Mapping[str, Sequence[RopeSpec]],
+        layers: tuple[int, int] | None = None,
+    ) -> None:
+        """``layers``: only groups that lie wholly within; all groups if None."""
+        self.shape = shape
+        self.covered = 0
+        self.fisher = Fisher(ropes)
+        first, last = layers or (0, shape.layers)
+        self.groups = [
+            SeenGroup(
+                model_id=model_id,
+                layers=(a, b),
+                heads=(0, shape.kv_heads),
+                ropes={name: tuple(specs[a:b]) for name, specs in ropes.items()},
+            )
+            for a, b in layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
+            if first <= a and b <= last
+        ]
+
+    def add(self, pages: Sequence[PageTensors], found: Mapping[str, Any] | None, to: int) -> None:
+        """Take in a sequence's pages (one per group) and its backward pass."""
+        for group, page in zip(self.groups, pages, strict=True):
+            group.add(page)
+        if found is not None:
+            self.fisher.take(found)
+        self.covered = to
+
+    def weights(self, layers: tuple[int, int], ridge: float) -> dict[str, FloatArray] | None:
+        """See `Fisher.weights`; None where no pass was taken in."""
+        return self.fisher.weights(layers, ridge) if self.fisher.passes else None
+
+    def layout(self) -> Layout:
+        """Names, shapes and dtypes of all tensors that a kept state may have."""
+        found: Layout = {_COVERED: ((2,), "<i8")}
+        for group in self.groups:
+            found |= group.layout(self.shape)
+        for name, stream in self.shape.streams.items():
+            square = (self.shape.layers, stream.heads, stream.dim, stream.dim)
+            found[f"fisher/{name}"] = (square, "<f8")
+        return found
+
+    def tensors(self) -> StateTensors:
+        """Views of the whole state."""
+        found: dict[str, npt.NDArray[Any]] = {
+            _COVERED: np.array([self.covered, self.fisher.passes], dtype="<i8")
+        }
+        for group in self.groups:
+            found |= group.tensors()
+        return found | {f"fisher/{name}": value for name, value in self.fisher.sums.items()}
+
+    def load(self, tensors: StateTensors) -> None:
+        """Take over a kept state whose layout was checked.
+
+        Raises: CalibrationCorruptError: tensors are missing.
+        """
+        try:
+            for group in self.groups:
+                group.load(tensors, self.shape)
+            covered, passes = (int(n) for n in tensors[_COVERED])
+            if passes:
+                self.fisher.sums = {n: tensors[f"fisher/{n}"] for n in self.shape.streams}
+        except KeyError as exc:
+            raise CalibrationCorruptError("checkpoint", f"tensor {exc} is missing") from exc
+        self.covered, self.fisher.passes = covered, passes

@@ -1,0 +1,153 @@
+"""What a calibration will need of a machine's memory, said before it starts.
+
+Sums of sizes that are known beforehand; none grows with the number of tokens. Only what
+the backward pass and the eigenvectors need on the way is an estimate.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import psutil
+from mlx.utils import tree_flatten
+
+from kvferry.codec.calibration import DEFAULT_MAX_RANK, layer_groups
+from kvferry.codec.lab.fisher import CONTINUATION
+from kvferry.codec.lab.plan import Plan
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.shape import ModelShape
+from kvferry.errors import ModelError
+from kvferry.proto.keys import WINDOW_TOKENS
+
+_FLOAT, _DOUBLE, _HALF = 4, 8, 2
+# Matrices of p x p float64 alive at once in a fit: the covariance, two of it weighted,
+# and what the eigensolver works in.
+_FIT_MATRICES = 7
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeed:
+    """Bytes. ``resident`` is what the process holds already, the model included.
+
+    Attributes:
+        model: weights, a part of ``resident``.
+        covariances, fisher: sums that live through the whole text.
+        passing: one sequence forward and backward.
+        fitting: eigenvectors of the widest stream of a layer group.
+        measuring: folded matrices and caches for the curve.
+    """
+
+    resident: int
+    model: int
+    covariances: int
+    fisher: int
+    passing: int
+    fitting: int
+    measuring: int
+
+    @property
+    def additional(self) -> int:
+        """The most that will be held at once, beyond ``resident``."""
+        gathering = self.covariances + max(self.passing, self.fitting)
+        return self.fisher + max(gathering, self.measuring)
+
+    @property
+    def total(self) -> int:
+        """The peak of the whole process."""
+        return self.resident + self.additional
+
+    def check(self, free: int) -> None:
+        """Raises: ModelError where this does not fit into ``free`` bytes."""
+        if self.additional > free:
+            raise ModelError(
+                f"calibration needs {self.additional / GIB:.1f} GiB more than is held now, and "
+                f"{free / GIB:.1f} GiB are free: close other programs or take a larger machine "
+                "(--memory-limit GIB goes ahead all the same)"
+            )
+
+    def line(self) -> str:
+        """One line for people."""
+        return (
+            f"memory: {self.total / GIB:.2f} GiB at most (model {self.model / GIB:.2f}, "
+            f"covariances {self.covariances / GIB:.2f}, Fisher sums {self.fisher / GIB:.2f}, "
+            f"a pass {self.passing / GIB:.2f}, a fit {self.fitting / GIB:.2f}, "
+            f"the curve {self.measuring / GIB:.2f}), whatever the number of tokens"
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """All parts in bytes."""
+        parts: dict[str, int] = {f"{name}_bytes": value for name, value in asdict(self).items()}
+        return parts | {"additional_bytes": self.additional, "total_bytes": self.total}
+
+
+def free_memory() -> int:
+    """Bytes that programs can still take without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_need(loaded: LoadedModel, shape: ModelShape, plan: Plan) -> MemoryNeed:
+    """What `calibrate` is going to need with this plan."""
+    widths = [
+        (b - a) * stream.heads * stream.dim
+        for a, b in layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
+        for stream in shape.streams.values()
+    ]
+    widest = max(widths)
+    per_token = sum(widths)
+    weights = _weights(loaded.model)
+    item = max((value.itemsize for value in weights if value.size), default=_FLOAT)
+    cached = plan.sequence * per_token
+    fisher = sum(shape.layers * s.heads * s.dim**2 for s in shape.streams.values()) * _DOUBLE
+    kept = sum(width * min(width, DEFAULT_MAX_RANK) for width in widths)
+    held = plan.held_context + WINDOW_TOKENS + plan.held_continuation
+    caches = (3 + len(plan.curve_bits)) * held * per_token * max(item, _FLOAT)
+    adding = 3 * plan.sequence * widest * _FLOAT + widest**2 * (_FLOAT + _DOUBLE)
+    gradients = 0
+    if plan.ridge is not None:
+        gradients = 2 * cached * _FLOAT + _activations(loaded.config, shape, plan.sequence, item)
+    return MemoryNeed(
+        resident=resident_memory(),
+        model=sum(value.nbytes for value in weights),
+        covariances=sum(width**2 for width in widths) * _DOUBLE,
+        fisher=2 * fisher,
+        passing=cached * (item + _FLOAT) + max(adding, gradients),
+        fitting=_FIT_MATRICES * widest**2 * _DOUBLE + kept * _HALF,
+        measuring=kept * (_HALF + 2 * _FLOAT) + caches if plan.curve_bits else 0,
+    )
+
+
+def _weights(model: Any) -> list[mx.array]:
+    flat: Any = tree_flatten(model.parameters())
+    return [value for _, value in flat]
+
+
+def _activations(config: Mapping[str, Any], shape: ModelShape, held: int, item: int) -> int:
+    """About what a backward pass over `CONTINUATION` tokens keeps of its forward pass."""
+    text = {**config, **(config.get("text_config") or {})}
+    hidden = int(text.get("hidden_size") or shape.kv_heads * shape.head_dim)
+    inner = int(text.get("intermediate_size") or 4 * hidden)
+    heads = int(text.get("num_attention_heads") or shape.kv_heads)
+    vocabulary = int(text.get("vocab_size") or 0)
+    per_layer = 12 * hidden + 5 * inner + 4 * heads * (held + CONTINUATION)
+    return CONTINUATION * (shape.layers * per_layer * max(item, _HALF) + 6 * vocabulary * _FLOAT)
+
+
+def peak_memory() -> int:
+    """The most that this process has held, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024) + _device_peak()
+
+
+def _device_peak() -> int:
+    """Where the device's memory is apart from the process's; 0 elsewhere."""
+    return int(mx.get_peak_memory()) if mx.default_device().type == mx.gpu else 0
