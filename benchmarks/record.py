@@ -1,25 +1,15 @@
 """Results with what is needed to read them: machine, versions, commit, command."""
 
 import json
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from kvferry import __version__
+from kvferry.codec.lab.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:
@@ -34,12 +24,7 @@ def write_result(name: str, command: str, figures: Mapping[str, object]) -> Path
         "name": name,
         "command": command,
         "figures": dict(figures),
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "system": f"{platform.system()} {platform.release()}",
-            "python": platform.python_version(),
-        },
+        "machine": machine(),
         "kvferry": __version__,
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),

@@ -1,10 +1,12 @@
 """``kvferry bench``: what this machine does, in figures."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvferry.cli.output import JsonOption
+from kvferry.errors import ConfigError
 
 bench_app = typer.Typer(help="Measure parts of kvferry on this machine.", no_args_is_help=True)
 
@@ -37,3 +39,75 @@ def transport(
         for name in ("put", "get", "put_verified", "get_verified"):
             rate = result[f"{name}_bytes_per_s"]
             typer.echo(f"{name:13} {rate / 1e9:6.2f} GB/s  {result[f'{name}_ratio']:.2f} of raw")  # type: ignore[operator]
+
+
+@bench_app.command()
+def codec(
+    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")] = "smollm2",
+    target_kl: Annotated[
+        float, typer.Option(metavar="NATS", help="Where on the calibration's curve.")
+    ] = 0.005,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float16, bfloat16 or float32. Default: that of the model's cache."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text of 2048 tokens. Default: Python's argparse."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What `kvferry calibrate` wrote. Default: user's cache."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, max=1000, help="Repetitions; medians.")] = 15,
+    prefills: Annotated[int, typer.Option(min=1, max=100, help="Prefills of 2048 tokens.")] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """A page of all layers against its matrix products alone, and prefill.
+
+    Pages are the model's own, coded with its calibration. Each encode and
+    decode is timed next to its products alone; the ratios are medians.
+    """
+    from kvferry.codec.mlx.openblas import ensure_openblas
+
+    ensure_openblas()
+    import argparse
+
+    from kvferry.cli import lab_input as given
+    from kvferry.cli.output import progress, write_json
+    from kvferry.codec.base import DType
+    from kvferry.codec.lab.bench_codec import RUN_TOKENS, Bench
+    from kvferry.codec.lab.text import first_tokens, read_text
+
+    kinds = [kind.value for kind in DType]
+    if dtype is not None and dtype not in kinds:
+        raise ConfigError("--dtype", dtype, f"one of {', '.join(kinds)}")
+    given.check_json(json_file)
+    source = text or Path(argparse.__file__)
+    content = read_text(source)
+    loaded, identity = given.open_model(model)
+    known = given.calibration_of("ferry", calibration, identity)
+    tokens = first_tokens(loaded.tokenizer, content, RUN_TOKENS, str(source))
+    bench = Bench(
+        loaded=loaded,
+        model_id=identity,
+        groups=known.groups,
+        curve=known.curve,
+        options={"target_kl": target_kl},
+        dtype=None if dtype is None else DType(dtype),
+        rounds=rounds,
+        prefills=prefills,
+    )
+    with progress("bench codec", bench.work) as bar:
+        result = {"calibration_id": known.id.hex(), **bench.run(tokens, bar.update)}
+    if json_file is not None:
+        write_json(result, json_file)
+    if json_file != "-":
+        for name in ("encode", "decode", "decode_run"):
+            typer.echo(f"{name:12} {result[f'{name}_vs_gemm']:5.2f} x its matrix products")
+        typer.echo(
+            f"decoded {result['decode_tokens_per_second']:,.0f} tokens/s "
+            f"({float(str(result['decode_fp16_bytes_per_second'])) / 1e6:,.0f} MB/s of fp16), "
+            f"prefilled {result['prefill_tokens_per_second']:,.0f} tokens/s: "
+            f"{result['decode_vs_prefill']:.0f} x"
+        )

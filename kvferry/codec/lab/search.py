@@ -65,7 +65,7 @@ def _next(good: Found | None, bad: Found | None, aim: float, power: float) -> fl
     if known is None:
         raise ValueError("nothing was measured")
     if math.isfinite(known.error) and known.error > 0:
-        factor = (aim / known.error) ** (1 / power)
+        factor = math.exp(math.log(aim / known.error) / power)
     else:
         factor = reach
     return known.value * min(max(factor, 1 / _FACTOR), _FACTOR)
