@@ -1,4 +1,4 @@
-"""``kvferry calibrate``: learn what the default codec needs to know about a model."""
+"""``kvferry calibrate``: learn what a codec needs to know about a model."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.calibrate_kvtc import calibrate_kvtc
 from kvferry.cli.output import JsonOption, progress, write_json
 
 if TYPE_CHECKING:
@@ -34,9 +35,14 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to. Default: the user's cache.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of text to fit on.")] = DEFAULT_TOKENS,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of text to fit on. Default: 8192; for kvtc 16384.")
+    ] = None,
+    codec: Annotated[
+        str, typer.Option(help="ferry, or kvtc: the published codec, to compare with.")
+    ] = "ferry",
     weights: Annotated[
-        str, typer.Option(help="fisher, or identity (faster, larger blobs).")
+        str, typer.Option(help="fisher, or identity (faster, larger blobs). For ferry only.")
     ] = "fisher",
     if_missing: Annotated[
         bool, typer.Option("--if-missing", help="Do nothing where there is one already.")
@@ -50,7 +56,7 @@ def calibrate(
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Calibrate a model for the ferry codec: a minute or two, once per model.
+    """Calibrate a model for a codec: a minute or two, once per model.
 
     Ctrl-C stops it within seconds; the same command goes on from there.
     """
@@ -70,6 +76,12 @@ def calibrate(
     from kvferry.proto.identity import model_id
     from kvferry.settings import user_dir
 
+    if codec not in ("ferry", "kvtc"):
+        raise ConfigError("codec", codec, "ferry or kvtc; others need no calibration")
+    if codec == "kvtc":
+        calibrate_kvtc(model, text or [], out, tokens, if_missing, json)
+        return
+    tokens = DEFAULT_TOKENS if tokens is None else tokens
     if weights not in ("fisher", "identity"):
         raise ConfigError("weights", weights, "fisher or identity")
     if memory_limit is not None and not memory_limit > 0:

@@ -1,18 +1,20 @@
 """``kvferry eval``: any codec on any model and text, measured the same way."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvferry.cli.output import JsonOption, progress, write_json
-from kvferry.errors import ConfigError, IdentityMismatchError
+from kvferry.errors import CalibrationMissingError, ConfigError, IdentityMismatchError
 
 if TYPE_CHECKING:
     from kvferry.codec.calibration import CalibrationSet, GroupCalibration
 
-CALIBRATED = frozenset({"ferry"})
-DEFAULT_OPTIONS = {"ferry": {"target_kl": "0.005"}}
+CALIBRATED = frozenset({"ferry", "kvtc"})
+DEFAULT_OPTIONS = {"ferry": {"target_kl": "0.005"}, "kvtc": {"ratio": "8"}}
 
 
 def register(app: typer.Typer) -> None:
@@ -23,10 +25,14 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
-    codec: Annotated[str, typer.Option(help="raw, zstd, affine or ferry.")] = "ferry",
+    codec: Annotated[str, typer.Option(help="raw, zstd, affine, ferry or kvtc.")] = "ferry",
     opt: Annotated[
         list[str] | None,
-        typer.Option(metavar="K=V", help="Option of the codec (ferry: target_kl or step)."),
+        typer.Option(
+            metavar="K=V",
+            help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
+            "affine: bits).",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -51,7 +57,7 @@ def evaluate(
     from kvferry.proto.identity import model_id
 
     # Mistakes are refused before the model is loaded.
-    if codec not in CALIBRATED:
+    with suppress(CalibrationMissingError):
         make_codec(codec, options)
     Setup(codec=codec, context=context, continuation=continuation)
     content = read_text(text)[skip_chars:]
@@ -103,14 +109,22 @@ def parse_options(given: list[str]) -> dict[str, object]:
 def _calibration(
     codec: str, folder: Path | None, identity: bytes
 ) -> "tuple[CalibrationSet | None, list[GroupCalibration]]":
+    from kvferry.cli.calibrate_kvtc import kvtc_folder
     from kvferry.codec.calibration import CalibrationSet
+    from kvferry.codec.kvtc_calibration import KvtcCalibration
     from kvferry.codec.mlx.device import device_products
     from kvferry.node.calibrations import calibration_folder
     from kvferry.settings import user_dir
 
     if codec not in CALIBRATED:
         return None, []
-    found, groups = CalibrationSet.load(folder or calibration_folder(user_dir("cache"), identity))
+    groups: Sequence[GroupCalibration]
+    if codec == "kvtc":
+        found, whole = KvtcCalibration.load(folder or kvtc_folder(identity))
+        groups = [whole]
+    else:
+        folder = folder or calibration_folder(user_dir("cache"), identity)
+        found, groups = CalibrationSet.load(folder)
     if found.model_id != identity:
         raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
     return found, [group.using(device_products()) for group in groups]

@@ -6,16 +6,20 @@ from kvferry.codec.affine import AffineCodec
 from kvferry.codec.base import Codec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.ferry import FerryCodec
+from kvferry.codec.kvtc import KvtcCodec
 from kvferry.codec.raw import RawCodec, ZstdCodec
 from kvferry.errors import ConfigError, UnknownCodecError, UnsupportedVersionError
 
-CodecClass = type[RawCodec] | type[ZstdCodec] | type[AffineCodec] | type[FerryCodec]
+CodecClass = (
+    type[RawCodec] | type[ZstdCodec] | type[AffineCodec] | type[FerryCodec] | type[KvtcCodec]
+)
 
 CODECS: Mapping[str, CodecClass] = {
     "raw": RawCodec,
     "zstd": ZstdCodec,
     "affine": AffineCodec,
     "ferry": FerryCodec,
+    "kvtc": KvtcCodec,
 }
 
 
@@ -29,7 +33,7 @@ def make_codec(
 
     Options may be text, as they come from a command line or a policy: ``step`` or
     ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine), ``level``
-    (zstd).
+    (zstd), ``ratio`` and ``entropy`` (kvtc).
 
     Raises: ConfigError (one line that lists what exists);
         CalibrationMissingError for a codec that needs one.

@@ -1,0 +1,247 @@
+"""KVTC as published (arXiv 2511.01815): the reference that `ferry` is measured against.
+
+K and V apart, RoPE undone on K; one mean-centred PCA over all layers and heads of the
+model; coefficients in groups whose sizes and widths a dynamic program chose for a ratio
+(`kvferry.codec.kvtc_plan`); all of a page's levels, shifts and scales through DEFLATE.
+Where the paper leaves a choice, the one that gave the smaller file was taken: shifts and
+scales as byte planes, levels of a component side by side.
+
+Sections per stream: ``<stream>/q`` (coded tokens) and ``<stream>/sinks`` (the first
+tokens of a sequence, bit for bit). The plan stands in the blob's parameters, so that a
+reader needs the calibration's basis and nothing else.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import numpy as np
+
+from kvferry.codec import options as opts
+from kvferry.codec import sections as sec
+from kvferry.codec.base import (
+    CalibrationSource,
+    Encoded,
+    FloatArray,
+    PageTensors,
+    Stream,
+    Wanted,
+)
+from kvferry.codec.calibration import CurvePoint, GroupCalibration, StreamCalibration
+from kvferry.codec.entropy import pack_bits, unpack_bits
+from kvferry.codec.ferry_parts import calibration_of, sink_count
+from kvferry.codec.kvtc_calibration import KvtcCalibration
+from kvferry.codec.kvtc_fit import KvtcFit
+from kvferry.codec.kvtc_pack import ENTROPIES, pack, raw_size, unpack
+from kvferry.codec.kvtc_plan import BitPlan
+from kvferry.codec.kvtc_quantize import dequantize, quantize
+from kvferry.codec.rows import page_rows, store_rows
+from kvferry.codec.transform import project, reconstruct
+from kvferry.errors import (
+    CalibrationMissingError,
+    ConfigError,
+    CorruptBlobError,
+    UnsupportedTensorError,
+)
+from kvferry.proto.container import SectionData
+from kvferry.proto.keys import SINK_TOKENS
+
+_PARAMS = ("entropy", "plan", "sinks")
+_MAX_SINKS = 4096
+_TOO_LARGE = 1e38
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KvtcCodec:
+    """The published transform codec, over all layers and heads of a model.
+
+    Attributes:
+        plans: stream -> groups and widths.
+        entropy: "zlib" (DEFLATE, as published) or "zstd".
+        calibration: of exactly the layers and heads of the pages; None: decode only.
+    """
+
+    name: ClassVar[str] = "kvtc"
+    version: ClassVar[int] = 1
+
+    plans: Mapping[str, BitPlan] = field(default_factory=dict)
+    entropy: str = "zlib"
+    calibration: GroupCalibration | None = None
+
+    @classmethod
+    def from_options(
+        cls,
+        options: Mapping[str, object],
+        calibration: GroupCalibration | None,
+        curve: Sequence[CurvePoint],
+    ) -> Self:
+        """``ratio`` to fp16 before DEFLATE, and ``entropy``.
+
+        Raises: ConfigError; CalibrationMissingError.
+        """
+        opts.check_names(cls.name, options, ("ratio", "entropy"))
+        entropy = options.get("entropy", "zlib")
+        if entropy not in ENTROPIES:
+            raise ConfigError("entropy", entropy, " or ".join(ENTROPIES))
+        ratio = opts.positive_number("ratio", options.get("ratio"))
+        if ratio < 1:
+            raise ConfigError("ratio", ratio, "at least 1")
+        if calibration is None:
+            raise CalibrationMissingError("")
+        if not isinstance(calibration, KvtcCalibration):
+            made_by = "of kvtc; `kvferry calibrate --codec kvtc` makes one"
+            raise ConfigError("calibration", calibration.id.hex()[:16], made_by)
+        return cls(calibration.plans_for(ratio), str(entropy), calibration)
+
+    @property
+    def params(self) -> Mapping[str, object]:
+        """``entropy``, ``plan`` (see `BitPlan.to_json`) per stream, ``sinks`` (exact tokens)."""
+        return {
+            "entropy": self.entropy,
+            "plan": {name: plan.to_json() for name, plan in self.plans.items()},
+            "sinks": SINK_TOKENS,
+        }
+
+    @property
+    def calibration_id(self) -> bytes:
+        """Id of the calibration; its part that readers need."""
+        return self._known.id
+
+    @property
+    def _known(self) -> GroupCalibration:
+        if self.calibration is None:
+            raise CalibrationMissingError("")
+        return self.calibration
+
+    def fit(self, sample: Iterable[PageTensors]) -> KvtcCalibration:
+        """Basis and errors anew, from other pages of the same model."""
+        old = self._known
+        seen = KvtcFit(model_id=old.model_id, layers=old.layers, heads=old.heads, ropes=old.ropes)
+        for page in sample:
+            seen.add(page)
+        return seen.finish(old.source)
+
+    def encode(self, page: PageTensors) -> Encoded:
+        """Raises: UnsupportedTensorError for another range than the calibration's, for
+        streams that it lacks, and for values behind the sinks that are no numbers or
+        whose coefficients leave float16."""
+        known = self._known
+        if (page.layers, page.heads) != (known.layers, known.heads):
+            raise UnsupportedTensorError("*", f"layers {page.layers} differ from the calibration's")
+        if set(page.streams) != set(known.streams) or set(page.streams) != set(self.plans):
+            raise UnsupportedTensorError("*", f"streams {sorted(page.streams)} are not calibrated")
+        exact = sink_count(page.tokens, SINK_TOKENS)
+        sections: list[SectionData] = []
+        for name, basis in sorted(known.streams.items()):
+            stream = page.streams[name]
+            if stream.data.shape[1::2] != (basis.heads, basis.dim):
+                raise UnsupportedTensorError(name, f"shape {stream.data.shape} is not calibrated")
+            if exact:
+                sinks = stream.data[:, :, :exact]
+                sections.append(SectionData(f"{name}/sinks", pack_bits(sinks), sinks.nbytes))
+            if stream.data.shape[2] > exact:
+                begin, plan = page.tokens[0] + exact, self.plans[name]
+                with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses those
+                    rows = page_rows(page, name, known.ropes.get(name), begin)
+                    q = quantize(project(rows, basis.fold, plan.rank), plan, name)
+                size = raw_size(plan, len(rows))
+                sections.append(SectionData(f"{name}/q", pack(q, self.entropy), size))
+        return Encoded(sections, known.rope_fingerprint)
+
+    def decode(
+        self,
+        wanted: Wanted,
+        sections: Mapping[str, SectionData],
+        calibrations: CalibrationSource,
+    ) -> PageTensors:
+        """Raises: CorruptBlobError, CalibrationMissingError, IdentityMismatchError."""
+        known = calibration_of(wanted, calibrations)
+        reading = _reading(wanted, sections, known)
+        streams = {
+            name: _decode_stream(wanted, sections, known, reading, name) for name in known.streams
+        }
+        return PageTensors(wanted.cut, wanted.heads, wanted.tokens, streams)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The checked parameters of a blob, and how many of its tokens are exact or coded."""
+
+    plans: Mapping[str, BitPlan]
+    entropy: str
+    exact: int
+    coded: int
+
+
+def _reading(
+    wanted: Wanted, sections: Mapping[str, SectionData], known: GroupCalibration
+) -> _Reading:
+    sec.check_params(wanted, _PARAMS)
+    entropy, plans = wanted.params["entropy"], _plans(wanted.params["plan"], known)
+    if not isinstance(entropy, str) or entropy not in ENTROPIES:
+        raise CorruptBlobError("codec parameters", "'entropy' is unknown")
+    exact = sink_count(wanted.tokens, sec.integer(wanted, "sinks", 0, _MAX_SINKS))
+    coded = wanted.tokens[1] - wanted.tokens[0] - exact
+    parts = ["sinks"] * bool(exact) + ["q"] * bool(coded)
+    sec.check_names(sections, (f"{name}/{part}" for name in known.streams for part in parts))
+    for name, (layers, heads, _, dim) in wanted.shapes.items():
+        if exact:
+            size = layers * heads * exact * dim * wanted.dtypes[name].storage.itemsize
+            sec.check_raw(sections[f"{name}/sinks"], size)
+        if coded:
+            sec.check_raw(sections[f"{name}/q"], raw_size(plans[name], coded))
+    return _Reading(plans, entropy, exact, coded)
+
+
+def _plans(value: object, known: GroupCalibration) -> Mapping[str, BitPlan]:
+    if not isinstance(value, dict) or set(value) != set(known.streams):
+        raise CorruptBlobError("codec parameters", "'plan' is not one per stream")
+    try:
+        plans = {name: BitPlan.from_json(plan) for name, plan in value.items()}
+    except ConfigError as exc:
+        raise CorruptBlobError("codec parameters", f"'plan': {exc}") from exc
+    for name, plan in plans.items():
+        if plan.rank > known.streams[name].rank:
+            raise CorruptBlobError("codec parameters", f"'plan' of {name!r} leaves the basis")
+    return plans
+
+
+def _decode_stream(
+    wanted: Wanted,
+    sections: Mapping[str, SectionData],
+    known: GroupCalibration,
+    reading: _Reading,
+    name: str,
+) -> Stream:
+    basis, dtype, layers = known.streams[name], wanted.dtypes[name], sec.layer_slice(wanted)
+    count, tokens, exact = layers.stop - layers.start, wanted.tokens, reading.exact
+    shape = (count, basis.heads, tokens[1] - tokens[0], basis.dim)
+    out = np.empty(shape, dtype=dtype.storage)
+    if exact:
+        field_name, whole = f"section '{name}/sinks'", wanted.shapes[name]
+        sinks_shape = (*whole[:2], exact, whole[3])
+        data = sections[f"{name}/sinks"].data
+        out[:, :, :exact] = unpack_bits(data, sinks_shape, dtype.storage, field_name)[layers]
+    if reading.coded:
+        rows = _decode_rows(sections[f"{name}/q"], reading, name, basis, layers)
+        ropes = known.ropes.get(name)
+        ropes = None if ropes is None else ropes[layers]
+        store_rows(out[:, :, exact:], dtype, rows, ropes, (tokens[0] + exact, tokens[1]))
+    return Stream(name, out, dtype)
+
+
+def _decode_rows(
+    section: SectionData, reading: _Reading, name: str, basis: StreamCalibration, layers: slice
+) -> FloatArray:
+    plan = reading.plans[name]
+    q = unpack(section.data, plan, reading.coded, reading.entropy, f"section {section.name!r}")
+    z = np.empty((reading.coded, 1 + plan.rank), dtype=np.float32)
+    z[:, 0] = 1.0
+    width = basis.heads * basis.dim
+    with np.errstate(over="ignore", invalid="ignore"):
+        dequantize(q, plan, z[:, 1:])
+        rows = reconstruct(z, basis.fold, slice(layers.start * width, layers.stop * width))
+    peak = max(float(rows.max()), -float(rows.min())) if rows.size else 0.0
+    if not peak < _TOO_LARGE:  # also true of NaN; no page of ours decodes to this
+        raise CorruptBlobError(f"stream {name!r}", "decodes to NaN or infinite values")
+    return rows
