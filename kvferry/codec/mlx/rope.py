@@ -4,7 +4,6 @@ Read from the module, not from the config: it is the module that made the keys. 
 spec is then compared with what its module really does to a random vector.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,10 @@ from kvferry.errors import ModelError
 NO_ROPE = RopeSpec(0, False, ())
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "temporal_block", "mixer")
 _ROPE_NAMES = ("rope", "rotary_emb", "rotary")
+# False on layers that do not rotate; Cohere 2 keeps a module there that it never calls.
+_ROTATES_NAMES: Mapping[str, str] = {"cohere2": "use_sliding_window"}
+# Rotations without a module: these attentions call mx.fast.rope with their own `_rope_freqs`.
+_FREQS_OF_ATTENTION = ("nanochat", "talkie")
 _PROBE_OFFSETS = (0, 3, 1021)
 _PROBE_TOLERANCE = 2e-3  # a GPU's frequencies differ from a CPU's by 1e-7 of themselves
 
@@ -45,14 +48,39 @@ def _rope_of(layer: Any, index: int) -> Any | None:
             f"layer {index} ({type(layer).__name__}) has no attention that kvferry knows: "
             "this model is not supported yet"
         )
+    family = type(attention).__module__.rpartition(".")[2]
+    if not getattr(attention, _ROTATES_NAMES.get(family, "use_rope"), True):
+        return None
     for name in _ROPE_NAMES:
         if hasattr(attention, name):
-            unused = not getattr(attention, "use_rope", True)
-            return None if unused else getattr(attention, name)
+            return getattr(attention, name)
+    if family in _FREQS_OF_ATTENTION and hasattr(attention, "_rope_freqs"):
+        return _OwnFrequencies(attention._rope_freqs)
     raise ModelError(
         f"layer {index}: no rope module in {type(attention).__name__}: "
         "kvferry cannot tell how its keys are rotated"
     )
+
+
+class _OwnFrequencies:
+    """What an attention without a rope module does to its keys, as if it had one."""
+
+    traditional = False
+
+    def __init__(self, freqs: mx.array) -> None:
+        self._freqs, self.dims = freqs, 2 * freqs.size
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        """As `mlx_lm.models.nanochat` and `mlx_lm.models.talkie` call it."""
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._freqs,
+        )
 
 
 def spec_of(module: Any) -> RopeSpec:
@@ -76,10 +104,12 @@ _WHY_NOT: Mapping[str, str] = {
 
 def _standard(module: Any) -> RopeSpec:
     half = module.dims // 2
-    # The very operations of mx.fast.rope on a CPU, so that the bits are the same.
+    # The very operations of mx.fast.rope on a CPU, so that the bits are the same: its
+    # logarithm is rounded to float32 before it is divided.
+    factor = np.log(np.float32(module.base)) / np.float32(half)
     with mx.stream(mx.cpu):
         exponents = mx.arange(0, -half, -1, dtype=mx.float32)
-        inv_freq = mx.exp(exponents * mx.array(math.log(module.base) / half, dtype=mx.float32))
+        inv_freq = mx.exp(exponents * mx.array(float(factor), dtype=mx.float32))
     return _spec(module.dims, module.traditional, inv_freq, position_scale=module.scale)
 
 
@@ -91,6 +121,11 @@ def _frequencies(module: Any) -> RopeSpec:
 
 def _yarn(module: Any) -> RopeSpec:
     return _spec(module.dims, module.traditional, _reciprocal(module), key_scale=module.mscale)
+
+
+def _deepseek_v2(module: Any) -> RopeSpec:
+    freqs = _reciprocal(module)
+    return _spec(2 * freqs.size, True, freqs, key_scale=module.mscale)
 
 
 def _longrope(module: Any) -> RopeSpec:
@@ -106,7 +141,9 @@ _READERS: Mapping[str, Callable[[Any], RopeSpec]] = {
     "Llama3RoPE": _frequencies,
     "ProportionalRoPE": _frequencies,
     "DynamicNTKAlphaRoPE": _frequencies,
+    "_OwnFrequencies": _frequencies,
     "YarnRoPE": _yarn,
+    "DeepseekV2YarnRotaryEmbedding": _deepseek_v2,
     "SuScaledRoPE": _longrope,
     "NoPE": _none,
 }
@@ -130,9 +167,11 @@ def _spec(
 
 def _probe(module: Any, spec: RopeSpec) -> None:
     """Compare spec and module on random vectors; a difference is a model we do not know."""
-    x = np.random.default_rng(0).standard_normal((1, 1, 2, spec.dims + 2)).astype(np.float32)
-    if not spec.dims:
-        x = np.ones((1, 1, 2, 64), dtype=np.float32)
+    # Two dims more than are rotated, but for modules that always rotate a head whole.
+    width = (
+        spec.dims + 2 if hasattr(module, "dims") or hasattr(module, "dim") else spec.dims
+    ) or 64
+    x = np.random.default_rng(0).standard_normal((1, 1, 2, width)).astype(np.float32)
     for offset in _PROBE_OFFSETS:
         live = np.array(module(mx.array(x), offset=offset))
         ours = apply(x, spec, positions_of((offset, offset + 2)))
