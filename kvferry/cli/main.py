@@ -20,6 +20,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "health",
     "inspect",
     "node",
+    "plot",
     "policy",
     "status",
     "store",

@@ -1,0 +1,77 @@
+"""What the figures have in common: size, colours, and a PNG without a display."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008): told apart with any kind of colour vision. Markers differ as well.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#555555"
+DPI = 150
+
+
+def check_matplotlib() -> None:
+    """Raises: ConfigError: it is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as exc:
+        allowed = "installed: pip install 'kvferry[plot]'"
+        raise ConfigError("matplotlib", "missing", allowed) from exc
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches, that nothing but the caller holds."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def save_png(figure: "Figure", path: Path) -> int:
+    """Write the figure; never half of it. Returns: bytes. Raises: ConfigError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(str(temporary), format="png")
+        temporary.replace(path)
+        return path.stat().st_size
+    except OSError as exc:
+        raise ConfigError("--out", str(path), f"a file to write ({exc.strerror or exc})") from exc
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def title(figure: "Figure", axes: "Axes", first: str, second: str) -> None:
+    """A headline, and above the topmost axes, smaller, what the reader must know."""
+    figure.suptitle(first, x=0.02, ha="left", fontsize=13, fontweight="bold")
+    axes.set_title(second, loc="left", fontsize=9, color=GREY)
+
+
+def plain_log_axis(axis: "Axis", low: float, high: float, *, dense: bool) -> None:
+    """Ticks of a logarithmic axis as plain numbers.
+
+    Args:
+        dense: four ticks a decade, with room for the values between; else two.
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+    mantissas = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if dense else (1.0, 3.0)
+    ticks = [m * 10.0**e for e in range(-12, 9) for m in mantissas]
+    axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def tidy(axes: "Axes") -> None:
+    """A light grid, and no frame where there is nothing to bound."""
+    axes.grid(True, color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
