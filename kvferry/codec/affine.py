@@ -12,6 +12,7 @@ from kvferry.codec import sections as sec
 from kvferry.codec.base import (
     CalibrationLike,
     CalibrationSource,
+    DType,
     Encoded,
     FloatArray,
     PageTensors,
@@ -26,6 +27,7 @@ from kvferry.proto.container import SectionData
 BITS = (2, 3, 4, 8)
 _EPS = np.float32(1e-7)
 _HALF = np.finfo(np.float16)
+_TOO_LARGE = 1e38  # a level beyond the last one of such a group leaves float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +70,13 @@ class AffineCodec:
         return None
 
     def encode(self, page: PageTensors) -> Encoded:
-        """Raises: UnsupportedTensorError for NaN and infinities."""
+        """Raises: UnsupportedTensorError for NaN, infinities, and values beyond 1e38."""
         sections = []
         for name, stream in sorted(page.streams.items()):
             values = stream.float32()
-            if not np.isfinite(values).all():
-                raise UnsupportedTensorError(name, "NaN or infinite: not stored")
+            peak = max(float(values.max()), -float(values.min()))
+            if not peak < _TOO_LARGE:  # also true of NaN
+                raise UnsupportedTensorError(name, "NaN, infinite or beyond 1e38: not stored")
             groups = values.reshape(-1, group_size(stream.data.shape[3]))
             levels, scales, biases = quantize_groups(groups, self.bits)
             parts = {
@@ -100,7 +103,10 @@ class AffineCodec:
         streams = {
             name: Stream.from_float32(
                 name,
-                _decode_stream(name, shape, bits, sections, sec.layer_slice(wanted)),
+                _in_range(
+                    _decode_stream(name, shape, bits, sections, sec.layer_slice(wanted)),
+                    wanted.dtypes[name],
+                ),
                 wanted.dtypes[name],
             )
             for name, shape in wanted.shapes.items()
@@ -120,17 +126,20 @@ def quantize_groups(
     """Levels (n, group) uint8 with scales (n,) and biases (n,) in their stored type.
 
     The edge farther from zero is exact, and zero is a level wherever it lies inside.
+    Groups of one value only are exact.
     """
     steps = np.float32(2**bits - 1)
     low, high = groups.min(axis=1), groups.max(axis=1)
+    flat = low == high
     span = np.maximum((high.astype(np.float64) - low) / steps, _EPS).astype(np.float32)
+    span[flat] = 1
     falling = np.abs(low) <= np.abs(high)
     scale = np.where(falling, -span, span)
     edge = np.where(falling, high, low)
     zero = np.rint(edge / scale)
     scale = np.where(zero == 0, scale, edge / np.where(zero == 0, 1, zero)).astype(np.float32)
-    bias = np.where(zero == 0, 0, edge).astype(np.float32)
-    dtype = _parameter_dtype(scale, bias, flat=low == high)
+    bias = np.where((zero == 0) & ~flat, 0, edge).astype(np.float32)
+    dtype = _parameter_dtype(scale, bias, flat)
     scales, biases = scale.astype(dtype), bias.astype(dtype)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         exact = (groups - biases.astype(np.float32)[:, None]) / scales.astype(np.float32)[:, None]
@@ -141,11 +150,21 @@ def quantize_groups(
 def _parameter_dtype(
     scale: FloatArray, bias: FloatArray, flat: npt.NDArray[np.bool_]
 ) -> np.dtype[np.floating]:
-    """float16 unless a value overflows, or a scale in use lies among its subnormals."""
+    """float16 unless a value overflows, a scale in use lies among its subnormals, or the
+    one value of a flat group would be rounded."""
     large = max(float(np.abs(scale).max()), float(np.abs(bias).max()))
     small = float(np.abs(scale).min(where=~flat, initial=np.inf))
-    fits = large < float(_HALF.max) and small >= float(_HALF.smallest_normal)
-    return np.dtype("<f2" if fits else "<f4")
+    if not (large < float(_HALF.max) and small >= float(_HALF.smallest_normal)):
+        return np.dtype("<f4")
+    alone = bias[flat]
+    return np.dtype("<f2" if (alone == alone.astype(np.float16)).all() else "<f4")
+
+
+def _in_range(values: FloatArray, dtype: DType) -> FloatArray:
+    """Half a step beyond the largest number of a cache's type is that number."""
+    if dtype is DType.FLOAT16:
+        np.clip(values, -float(_HALF.max), float(_HALF.max), out=values)
+    return values
 
 
 def _decode_stream(
