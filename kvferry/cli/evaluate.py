@@ -1,19 +1,15 @@
 """``kvferry eval``: any codec on any model and text, measured the same way."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from kvferry.cli.output import JsonOption, progress, write_json
-from kvferry.errors import CalibrationMissingError, ConfigError, IdentityMismatchError
+from kvferry.errors import CalibrationMissingError, ConfigError
 
-if TYPE_CHECKING:
-    from kvferry.codec.calibration import CalibrationSet, GroupCalibration
-
-CALIBRATED = frozenset({"ferry", "kvtc"})
+DEFAULT_CODEC = "ferry"
 DEFAULT_OPTIONS = {"ferry": {"target_kl": "0.005"}, "kvtc": {"ratio": "8"}}
 
 
@@ -25,7 +21,10 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
-    codec: Annotated[str, typer.Option(help="raw, zstd, affine, ferry or kvtc.")] = "ferry",
+    codec: Annotated[
+        str | None,
+        typer.Option(help=f"raw, zstd, affine, ferry or kvtc. Default: {DEFAULT_CODEC}."),
+    ] = None,
     opt: Annotated[
         list[str] | None,
         typer.Option(
@@ -33,6 +32,10 @@ def evaluate(
             help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
             "affine: bits).",
         ),
+    ] = None,
+    preset: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Codec and options as `kvferry tune` found them."),
     ] = None,
     calibration: Annotated[
         Path | None,
@@ -44,33 +47,40 @@ def evaluate(
     json: JsonOption = None,
 ) -> None:
     """Measure a codec: bytes shipped, and KL of the model's next-token distributions."""
-    options = parse_options(opt or []) or dict(DEFAULT_OPTIONS.get(codec, {}))
     from kvferry.codec.mlx.openblas import ensure_openblas
 
     ensure_openblas()
+    from kvferry.cli import lab_input as given
     from kvferry.codec.lab.evaluate import Setup
     from kvferry.codec.lab.evaluate import evaluate as run
+    from kvferry.codec.lab.preset import load_preset
     from kvferry.codec.lab.text import first_tokens, read_text
-    from kvferry.codec.mlx.load import load_model
-    from kvferry.codec.mlx.weights import fingerprint
     from kvferry.codec.registry import make_codec
-    from kvferry.proto.identity import model_id
 
     # Mistakes are refused before the model is loaded.
+    tuned = None if preset is None else load_preset(preset)
+    if tuned is None:
+        codec = codec or DEFAULT_CODEC
+        options = parse_options(opt or []) or dict(DEFAULT_OPTIONS.get(codec, {}))
+    elif codec is not None or opt:
+        raise ConfigError("--preset", str(preset), "without --codec and --opt, which it gives")
+    else:
+        codec, options = tuned.codec, dict(tuned.options)
     with suppress(CalibrationMissingError):
         make_codec(codec, options)
     Setup(codec=codec, context=context, continuation=continuation)
     content = read_text(text)[skip_chars:]
-    loaded = load_model(model)
-    identity = model_id(fingerprint(loaded))
-    found, groups = _calibration(codec, calibration, identity)
+    loaded, identity = given.open_model(model)
+    known = given.calibration_of(codec, calibration, identity)
+    if tuned is not None:
+        tuned.check(identity, known.id, str(preset))
     setup = Setup(
         codec=codec,
         options=options,
         context=context,
         continuation=continuation,
-        groups=groups,
-        curve=() if found is None else found.curve,
+        groups=known.groups,
+        curve=known.curve,
     )
     tokens = first_tokens(loaded.tokenizer, content, setup.text_tokens, str(text))
     total = 0
@@ -104,27 +114,3 @@ def parse_options(given: list[str]) -> dict[str, object]:
             raise ConfigError("--opt", text, "NAME=VALUE")
         options[name] = value
     return options
-
-
-def _calibration(
-    codec: str, folder: Path | None, identity: bytes
-) -> "tuple[CalibrationSet | None, list[GroupCalibration]]":
-    from kvferry.cli.calibrate_kvtc import kvtc_folder
-    from kvferry.codec.calibration import CalibrationSet
-    from kvferry.codec.kvtc_calibration import KvtcCalibration
-    from kvferry.codec.mlx.device import device_products
-    from kvferry.node.calibrations import calibration_folder
-    from kvferry.settings import user_dir
-
-    if codec not in CALIBRATED:
-        return None, []
-    groups: Sequence[GroupCalibration]
-    if codec == "kvtc":
-        found, whole = KvtcCalibration.load(folder or kvtc_folder(identity))
-        groups = [whole]
-    else:
-        folder = folder or calibration_folder(user_dir("cache"), identity)
-        found, groups = CalibrationSet.load(folder)
-    if found.model_id != identity:
-        raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
-    return found, [group.using(device_products()) for group in groups]

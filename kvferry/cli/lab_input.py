@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvferry.codec.calibration import CalibrationSet, CurvePoint, GroupCalibration
     from kvferry.codec.mlx.load import LoadedModel
 
-CALIBRATED = frozenset({"ferry"})
+CALIBRATED = frozenset({"ferry", "kvtc"})
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
@@ -72,17 +72,28 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
     """What ``kvferry calibrate`` left for this model, where the codec needs it.
 
     Args:
-        folder: None: the user's cache.
+        folder: None: the user's cache. That of kvtc may lie in a folder of its name in it.
     Raises: ConfigError: there is none; IdentityMismatchError: it is another model's.
     """
-    if codec not in CALIBRATED:
-        return Known()
+    from kvferry.cli.calibrate_kvtc import kvtc_folder
     from kvferry.codec.calibration import CalibrationSet
+    from kvferry.codec.calibration_set import SET_FILE
+    from kvferry.codec.kvtc_calibration import KvtcCalibration
     from kvferry.codec.mlx.device import device_products
     from kvferry.node.calibrations import calibration_folder
     from kvferry.settings import user_dir
 
-    found, groups = CalibrationSet.load(folder or calibration_folder(user_dir("cache"), identity))
+    if codec not in CALIBRATED:
+        return Known()
+    groups: Sequence[GroupCalibration]
+    if codec == "kvtc":
+        if folder is not None and (folder / "kvtc" / SET_FILE).is_file():
+            folder = folder / "kvtc"
+        found, whole = KvtcCalibration.load(folder or kvtc_folder(identity))
+        groups = [whole]
+    else:
+        folder = folder or calibration_folder(user_dir("cache"), identity)
+        found, groups = CalibrationSet.load(folder)
     if found.model_id != identity:
         raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
     return Known(found, [group.using(device_products()) for group in groups])

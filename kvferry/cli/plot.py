@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvferry.cli.output import JsonOption, progress, write_json
+from kvferry.errors import ConfigError
 
 plot_app = typer.Typer(help="Draw measurements as PNG (needs matplotlib).", no_args_is_help=True)
 
@@ -68,7 +69,13 @@ def rate(
     loaded, identity = given.open_model(model)
     codecs = []
     for name in names:
-        known = given.calibration_of(name, calibration, identity)
+        try:
+            known = given.calibration_of(name, calibration, identity)
+        except ConfigError as exc:
+            if codec:
+                raise
+            typer.echo(f"kvferry: {name} is left out: {exc}", err=True)
+            continue
         codecs.append(Measured(knob_of(name, known.groups), known.groups, known.curve))
     tokens = {
         label: first_tokens(loaded.tokenizer, content, sizes.text_tokens, label)
