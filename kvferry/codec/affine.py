@@ -12,7 +12,6 @@ from kvferry.codec import sections as sec
 from kvferry.codec.base import (
     CalibrationLike,
     CalibrationSource,
-    DType,
     Encoded,
     FloatArray,
     PageTensors,
@@ -103,10 +102,7 @@ class AffineCodec:
         streams = {
             name: Stream.from_float32(
                 name,
-                _in_range(
-                    _decode_stream(name, shape, bits, sections, sec.layer_slice(wanted)),
-                    wanted.dtypes[name],
-                ),
+                _decode_stream(name, shape, bits, sections, sec.layer_slice(wanted)),
                 wanted.dtypes[name],
             )
             for name, shape in wanted.shapes.items()
@@ -158,13 +154,6 @@ def _parameter_dtype(
         return np.dtype("<f4")
     alone = bias[flat]
     return np.dtype("<f2" if (alone == alone.astype(np.float16)).all() else "<f4")
-
-
-def _in_range(values: FloatArray, dtype: DType) -> FloatArray:
-    """Half a step beyond the largest number of a cache's type is that number."""
-    if dtype is DType.FLOAT16:
-        np.clip(values, -float(_HALF.max), float(_HALF.max), out=values)
-    return values
 
 
 def _decode_stream(
