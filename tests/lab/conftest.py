@@ -13,9 +13,13 @@ import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvferry.codec.calibration import GroupAccumulator, GroupCalibration, fit_group
+from kvferry.codec.lab.fisher import Fisher
 from kvferry.codec.lab.forward import prefill
+from kvferry.codec.mlx.adapters import snapshot
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.openblas import model_environment
+from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.mlx.tokenizer import Message
 
 VOCABULARY = 97
@@ -79,6 +83,21 @@ def filled(tiny: LoadedModel) -> Callable[[list[int]], list[Any]]:
         return list(cache)
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def fitted(tiny: LoadedModel) -> list[GroupCalibration]:
+    """Fisher-weighted calibration of the small model, from this file's own text."""
+    words = Words().encode(Path(__file__).read_text())
+    ropes = {"k": tuple(rope_specs(tiny.model))}
+    seen = GroupAccumulator(model_id=bytes(range(32)), layers=(0, 3), heads=(0, 2), ropes=ropes)
+    fisher = Fisher(ropes)
+    for start in range(0, 2048, 512):
+        cache = make_prompt_cache(tiny.model)
+        prefill(tiny.model, words[start : start + 512], cache)
+        seen.add(snapshot(cache, 512).page((0, 3), (0, 512)))
+        fisher.add(tiny.model, cache, words[start + 512 : start + 576])
+    return [fit_group(seen, weights=fisher.weights((0, 3), 1.0), source="tests")]
 
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
