@@ -66,6 +66,11 @@ class KvtcFit:
             self._kept = {name: rows[::2].copy() for name, rows in self._kept.items()}
             self._stride *= 2
 
+    @property
+    def kept(self) -> Mapping[str, FloatArray]:
+        """Stream name -> (rows, p) on which errors will be measured."""
+        return self._kept
+
     def finish(self, source: str) -> KvtcCalibration:
         """Bases by PCA, then errors and plans. Raises: UnsupportedTensorError: too little
         was seen."""

@@ -43,7 +43,7 @@ def calibration() -> GroupCalibration:
 def test_golden_blob_decodes_to_its_recorded_numbers(name: str) -> None:
     known = calibration()
     found, wanted = read(name, known), read(f"{name}.restored", known)
-    if name == "ferry":  # matrix products differ in their last bits between machines
+    if name in ("ferry", "kvtc"):  # matrix products differ in their last bits between machines
         assert worst_error(found, wanted) <= 2.0**-8
     else:
         assert bits(found) == bits(wanted)

@@ -5,6 +5,7 @@ import numpy as np
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.blob import BlobMeta
 from kvferry.codec.calibration import GroupCalibration, StreamCalibration
+from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.rope import RopeSpec
 
 LAYERS, HEADS, TOKENS, DIM = (2, 4), (0, 1), (0, 12), 16
@@ -14,6 +15,7 @@ SAMPLES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("affine8", "affine", {"bits": 8}),
     ("affine3", "affine", {"bits": 3}),
     ("ferry", "ferry", {"step": 0.25}),
+    ("kvtc", "kvtc", {"ratio": 2}),
 )
 
 
@@ -35,7 +37,18 @@ def golden_page() -> PageTensors:
     return PageTensors(LAYERS, HEADS, TOKENS, streams)
 
 
-def golden_calibration() -> GroupCalibration:
+def golden_errors(rank: int) -> StreamErrors:
+    """What quantization might cost, in whole numbers."""
+    energy = np.arange(rank, 0, -1, dtype=np.float64) ** 2
+    sums = np.concatenate([[0.0], np.cumsum(energy)])
+    lost = {2: 1 / 8, 4: 1 / 128, 8: 1 / 32_768}
+    groups = {
+        (size, bits): (sums[size:] - sums[:-size]) * lost[bits] for size in (1, 16) for bits in lost
+    }
+    return StreamErrors(energy, groups)
+
+
+def golden_calibration() -> KvtcCalibration:
     streams = {
         name: StreamCalibration(
             name=name,
@@ -48,7 +61,7 @@ def golden_calibration() -> GroupCalibration:
         for seed, name in enumerate(("k", "v"), 3)
     }
     rope = RopeSpec(8, False, (1.0, 0.5, 0.25, 0.125))
-    return GroupCalibration(
+    known = GroupCalibration(
         model_id=bytes(range(32)),
         layers=LAYERS,
         heads=HEADS,
@@ -57,6 +70,7 @@ def golden_calibration() -> GroupCalibration:
         source="golden",
         tokens=1,
     )
+    return KvtcCalibration.of(known, {name: golden_errors(2 * DIM - 4) for name in streams})
 
 
 def meta() -> BlobMeta:
