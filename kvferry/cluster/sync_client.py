@@ -6,7 +6,9 @@ called from any thread, and block the calling thread only.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Self, TypeVar
 
 from kvferry.cluster import wire
@@ -77,6 +79,20 @@ class SyncBlobStoreClient:
             )
         )
 
+    def put_later(
+        self,
+        key: BlobKey,
+        data: wire.Chunk,
+        *,
+        ttl_s: int = 0,
+        replaces: BlobKey | None = None,
+        timeout_s: float | None = None,
+    ) -> Future[bool]:
+        """`put` that goes on by itself; its answer or error comes with the future."""
+        return self._thread.start(
+            self._client.put(key, data, ttl_s=ttl_s, replaces=replaces, timeout_s=timeout_s)
+        )
+
     def get(
         self,
         key: BlobKey,
@@ -106,24 +122,61 @@ class SyncBlobStoreClient:
 
         ``timeout_s``: for all of them together, from now.
         """
-        return self._thread.run(self._get_many(keys, parallel, verify, timeout_s))
+        answers: dict[int, memoryview | FerryError] = dict(
+            self.get_each(keys, parallel=parallel, verify=verify, timeout_s=timeout_s)
+        )
+        return [answers[index] for index in range(len(keys))]
 
-    async def _get_many(
-        self, keys: Sequence[BlobKey], parallel: int, verify: bool, timeout_s: float | None
-    ) -> list[memoryview | FerryError]:
+    def get_each(
+        self,
+        keys: Sequence[BlobKey],
+        *,
+        parallel: int = 4,
+        verify: bool = True,
+        timeout_s: float | None = None,
+    ) -> Generator[tuple[int, memoryview | FerryError], None, None]:
+        """(index of a key, its blob or error) as they come; fetched in the order asked.
+
+        Fetching starts at the first answer asked for and goes on meanwhile; a caller that
+        closes the iterator ends it. ``timeout_s``: as in `get_many`.
+        """
+        arrived: SimpleQueue[tuple[int, memoryview | FerryError] | None] = SimpleQueue()
+        fetching = self._thread.start(
+            self._get_each(keys, parallel, verify, timeout_s, arrived.put)
+        )
+        try:
+            while (item := arrived.get()) is not None:
+                yield item
+            fetching.result()
+        finally:
+            fetching.cancel()
+
+    async def _get_each(
+        self,
+        keys: Sequence[BlobKey],
+        parallel: int,
+        verify: bool,
+        timeout_s: float | None,
+        deliver: Callable[[tuple[int, memoryview | FerryError] | None], None],
+    ) -> None:
         slots = asyncio.Semaphore(parallel)
         loop = asyncio.get_running_loop()
         end = None if timeout_s is None else loop.time() + timeout_s
 
-        async def one(key: BlobKey) -> memoryview | FerryError:
+        async def one(index: int) -> None:
             async with slots:
                 left = None if end is None else max(0.0, end - loop.time())
                 try:
-                    return await self._client.get(key, verify=verify, timeout_s=left)
+                    found = await self._client.get(keys[index], verify=verify, timeout_s=left)
                 except FerryError as exc:
-                    return exc
+                    deliver((index, exc))
+                else:
+                    deliver((index, found))
 
-        return await asyncio.gather(*(one(key) for key in keys))
+        try:
+            await asyncio.gather(*(one(index) for index in range(len(keys))))
+        finally:
+            deliver(None)
 
     def commit(self, keys: Sequence[BlobKey], *, timeout_s: float | None = None) -> int:
         """Make staged blobs visible, all or none."""

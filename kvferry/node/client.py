@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -108,13 +109,34 @@ class NodeClient:
 
         ``deadline_s``: for all of them together, from now; what is late is an error.
         """
+        found = dict(self.get_each(keys, deadline_s, parallel=parallel))
+        return {key: found[key] for key in keys}
+
+    def get_each(
+        self, keys: Sequence[BlobKey], deadline_s: float | None = None, *, parallel: int = 4
+    ) -> Generator[tuple[BlobKey, memoryview | FerryError], None, None]:
+        """`get_many` as the blobs come: each key once, with its blob or its error.
+
+        They are fetched in the order of ``keys``, and go on while the caller works on what
+        is there; closing the iterator ends it. Never raises.
+        """
         end = self._timeout_s if deadline_s is None else max(deadline_s, 0.0)
+        wanted = list(dict.fromkeys(keys))
+        left = set(wanted)
         try:
             self._check_open()
-            answers = self._blobs.get_many(keys, parallel=parallel, timeout_s=end)
+            for index, found in self._blobs.get_each(wanted, parallel=parallel, timeout_s=end):
+                left.discard(wanted[index])
+                yield wanted[index], found
+            problem: FerryError | None = None
         except FerryError as exc:
-            return dict.fromkeys(keys, exc)
-        return dict(zip(keys, answers, strict=True))
+            problem = exc
+        except CancelledError:
+            problem = StoreUnavailableError(self.address, "this client is closed")
+        if problem is not None:
+            for key in wanted:
+                if key in left:
+                    yield key, problem
 
     def put(
         self,
@@ -131,6 +153,13 @@ class NodeClient:
         """
         self._check_open()
         return self._blobs.put(key, data, ttl_s=ttl_s, replaces=replaces, timeout_s=timeout_s)
+
+    def put_later(
+        self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None
+    ) -> Future[bool]:
+        """`put` that goes on by itself; its answer or error comes with the future."""
+        self._check_open()
+        return self._blobs.put_later(key, data, ttl_s=ttl_s, replaces=replaces)
 
     def list(self, query: ListQuery, *, timeout_s: float | None = None) -> list[BlobInfo]:
         """What the store holds, or this node where the store cannot be asked."""

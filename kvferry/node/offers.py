@@ -11,9 +11,10 @@ import os
 import queue
 import sys
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvferry.codec.base import PageTensors
@@ -26,6 +27,7 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 log = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 4
+PUTS_UNDER_WAY = 2
 DEFERRED_LENGTH = 4
 REMEMBERED_TAILS = 64
 EVENTS = {
@@ -47,10 +49,10 @@ class OfferClient(Protocol):
     def has(self, keys: Sequence[BlobKey]) -> list[bool]:
         """Which are held by the store or this node."""
 
-    def put(
+    def put_later(
         self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None
-    ) -> bool:
-        """Raises: FerryError."""
+    ) -> Future[bool]:
+        """Whether it was new, once it is durable. Raises, also later: FerryError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,28 @@ class _Tail:
     tail_key: bytes
     tokens: int
     key: BlobKey
+
+
+@dataclass(slots=True)
+class _Puts:
+    """Blobs of one offer on their way to the daemon, while the next one is encoded."""
+
+    counters: Counter[str]
+    under_way: deque[tuple[Future[bool], int, int]] = field(default_factory=deque)
+
+    def add(self, put: Future[bool], size: int, raw: int) -> None:
+        """One more, as soon as fewer than `PUTS_UNDER_WAY` are left. Raises: FerryError."""
+        self.under_way.append((put, size, raw))
+        self.finish(PUTS_UNDER_WAY - 1)
+
+    def finish(self, left: int = 0) -> None:
+        """Wait until no more than ``left`` are under way. Raises: FerryError."""
+        while len(self.under_way) > left:
+            put, size, raw = self.under_way.popleft()
+            stored = put.result()
+            self.counters["blobs_put" if stored else "blobs_known"] += 1
+            self.counters["bytes_put"] += size
+            self.counters["bytes_raw_fp16"] += raw
 
 
 class Offers:
@@ -162,11 +186,17 @@ class Offers:
         shard = coding.shard
         count = pages_behind_window(len(offer.tokens), shard.page_tokens)
         keys = page_keys(coding.root, offer.tokens, shard.page_tokens)[:count]
-        self._put_pages(offer, coding, keys)
-        if coding.tail is not None and len(offer.tokens) > count * shard.page_tokens:
-            self._put_tail(offer, coding, keys[-1] if keys else coding.root, count)
+        puts = _Puts(self._counters)
+        try:
+            self._put_pages(offer, coding, keys, puts)
+            if coding.tail is not None and len(offer.tokens) > count * shard.page_tokens:
+                self._put_tail(offer, coding, keys[-1] if keys else coding.root, count, puts)
+            puts.finish()
+        finally:  # after an error the others are waited for all the same, and counted
+            with contextlib.suppress(FerryError):
+                puts.finish()
 
-    def _put_pages(self, offer: Offer, coding: Coding, keys: Sequence[bytes]) -> None:
+    def _put_pages(self, offer: Offer, coding: Coding, keys: Sequence[bytes], puts: _Puts) -> None:
         shard = coding.shard
         jobs: list[tuple[BlobKey, CodedRange, int, BlobMeta]] = []
         for index in range(offer.restored_pages, len(keys)):
@@ -180,9 +210,11 @@ class Offers:
                 span = index * shard.page_tokens, (index + 1) * shard.page_tokens
                 page = offer.source.page(coded.layers, span)
                 key, data = encode_blob(coded.codec, page, meta)
-                self._count_put(self._client.put(key, data), len(data), page.raw_bytes_fp16)
+                puts.add(self._client.put_later(key, data), len(data), page.raw_bytes_fp16)
 
-    def _put_tail(self, offer: Offer, coding: Coding, previous: bytes, pages: int) -> None:
+    def _put_tail(
+        self, offer: Offer, coding: Coding, previous: bytes, pages: int, puts: _Puts
+    ) -> None:
         shard, coded = coding.shard, coding.tail
         assert coded is not None  # noqa: S101 - narrowed by the caller
         start, end = pages * shard.page_tokens, len(offer.tokens)
@@ -192,8 +224,9 @@ class Offers:
         replaces = self._outdated(offer.tokens)
         page = offer.source.page(coded.layers, (start, end))
         key, data = encode_blob(coded.codec, page, meta)
-        stored = self._client.put(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
-        self._count_put(stored, len(data), page.raw_bytes_fp16)
+        put = self._client.put_later(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
+        puts.add(put, len(data), page.raw_bytes_fp16)
+        puts.finish()
         self._tails[identity] = _Tail(start, previous, identity, end - start, key)
         while len(self._tails) > REMEMBERED_TAILS:
             self._tails.popitem(last=False)
@@ -206,11 +239,6 @@ class Offers:
                 del self._tails[identity]
                 return tail.key
         return None
-
-    def _count_put(self, stored: bool, size: int, raw: int) -> None:
-        self._counters["blobs_put" if stored else "blobs_known"] += 1
-        self._counters["bytes_put"] += size
-        self._counters["bytes_raw_fp16"] += raw
 
 
 def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:

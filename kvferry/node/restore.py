@@ -1,17 +1,22 @@
 """Which blobs to fetch for a prefix, and how their tensors become one run of tokens.
 
-Pure functions; no mlx and no sockets. The hook fetches and decodes in between.
+No mlx and no sockets: the hook fetches and decodes in between.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvferry.cluster.repository import BlobInfo, LookupResult
-from kvferry.codec.base import PageTensors, Stream
+from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.errors import IdentityMismatchError
 from kvferry.proto.keys import tail_key
+
+# Enough rows for a matrix product at full speed, few enough that decoding starts early
+# and that a deadline costs little of the prefix.
+RUN_PAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,17 @@ class Segment:
 
     tokens: tuple[int, int]
     pieces: tuple[Piece, ...]
+
+
+Parts = tuple[tuple[Segment, Piece], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pieces of a few consecutive segments with the same layers: decoded together."""
+
+    cut: tuple[int, int]
+    parts: Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,45 +114,57 @@ def plan_restore(
     return RestorePlan(tuple(segments))
 
 
-def assemble(
-    segments: Sequence[Segment],
-    decoded: Mapping[tuple[bytes, tuple[int, int]], PageTensors],
-    layers: tuple[int, int],
-    heads: tuple[int, int],
-) -> PageTensors:
-    """One run of tokens from decoded pieces, each copied once.
+def runs_of(plan: RestorePlan) -> list[Run]:
+    """The plan's pieces as runs, in the order to be fetched: early tokens first."""
+    runs: list[Run] = []
+    for start in range(0, len(plan.segments), RUN_PAGES):
+        parts: dict[tuple[int, int], list[tuple[Segment, Piece]]] = {}
+        for segment in plan.segments[start : start + RUN_PAGES]:
+            for piece in segment.pieces:
+                parts.setdefault(piece.cut, []).append((segment, piece))
+        runs += [Run(cut, tuple(pieces)) for cut, pieces in parts.items()]
+    return runs
+
+
+class Assembly:
+    """One run of tokens from decoded pieces, each copied once, in any order and thread.
 
     Args:
-        segments: consecutive, from token 0; all their pieces are in ``decoded``.
-        decoded: (page key, cut) -> tensors of that piece.
-    Returns:
-        Streams of shape (layers, heads, tokens, dim).
-    Raises:
-        IdentityMismatchError: pieces that do not fit together (streams or dtypes).
+        tokens: how many there may be, from token 0 on.
+        layers, heads: absolute, half-open; of the whole.
     """
-    end = segments[-1].tokens[1]
-    first = decoded[_at(segments[0].pieces[0])]
-    whole: dict[str, Stream] = {}
-    for name, stream in first.streams.items():
-        _, stream_heads, _, dim = stream.data.shape
-        shape = (layers[1] - layers[0], stream_heads, end, dim)
-        whole[name] = Stream(name, np.empty(shape, dtype=stream.data.dtype), stream.dtype)
-    for segment in segments:
-        for piece in segment.pieces:
-            part = decoded[_at(piece)]
-            _check_same(first, part)
-            rows = slice(piece.cut[0] - layers[0], piece.cut[1] - layers[0])
-            for name, stream in part.streams.items():
-                whole[name].data[rows, :, slice(*segment.tokens)] = stream.data
-    return PageTensors(layers, heads, (0, end), whole)
+
+    def __init__(self, tokens: int, layers: tuple[int, int], heads: tuple[int, int]) -> None:
+        self._tokens, self._layers, self._heads = tokens, layers, heads
+        self._lock = threading.Lock()
+        self._streams: dict[str, Stream] = {}
+
+    def add(self, part: PageTensors) -> None:
+        """Copy a piece to its place, by its layers and tokens.
+
+        Raises: IdentityMismatchError: it does not fit what is there (streams or dtypes).
+        """
+        with self._lock:
+            if not self._streams:
+                self._streams = {n: self._empty(s) for n, s in part.streams.items()}
+        mine, theirs = _kinds(self._streams), _kinds(part.streams)
+        if mine != theirs:
+            raise IdentityMismatchError("streams", str(theirs), str(mine))
+        first = self._layers[0]
+        rows = slice(part.layers[0] - first, part.layers[1] - first)
+        for name, stream in part.streams.items():
+            self._streams[name].data[rows, :, slice(*part.tokens)] = stream.data
+
+    def _empty(self, like: Stream) -> Stream:
+        _, heads, _, dim = like.data.shape
+        shape = (self._layers[1] - self._layers[0], heads, self._tokens, dim)
+        return Stream(like.name, np.empty(shape, dtype=like.data.dtype), like.dtype)
+
+    def upto(self, tokens: int) -> PageTensors:
+        """Streams (layers, heads, tokens, dim) of the first ``tokens``, all of them added."""
+        whole = PageTensors(self._layers, self._heads, (0, self._tokens), self._streams)
+        return whole.cut_tokens((0, tokens))
 
 
-def _at(piece: Piece) -> tuple[bytes, tuple[int, int]]:
-    return piece.info.key.page_key, piece.cut
-
-
-def _check_same(first: PageTensors, other: PageTensors) -> None:
-    mine = {n: (s.dtype, s.data.shape[1], s.data.shape[3]) for n, s in first.streams.items()}
-    theirs = {n: (s.dtype, s.data.shape[1], s.data.shape[3]) for n, s in other.streams.items()}
-    if mine != theirs:
-        raise IdentityMismatchError("streams", str(theirs), str(mine))
+def _kinds(streams: Mapping[str, Stream]) -> dict[str, tuple[DType, int, int]]:
+    return {n: (s.dtype, s.data.shape[1], s.data.shape[3]) for n, s in streams.items()}

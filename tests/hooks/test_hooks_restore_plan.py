@@ -1,12 +1,14 @@
 """Which blobs a restore picks, and how their tensors come together."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.cluster.repository import BlobInfo, CodecInfo, LookupResult, TailFound
 from kvferry.codec.base import DType, PageTensors, Stream
-from kvferry.node.restore import assemble, choose_pieces, plan_restore
+from kvferry.errors import IdentityMismatchError
+from kvferry.node.restore import RUN_PAGES, Assembly, choose_pieces, plan_restore, runs_of
 from kvferry.proto.keys import BlobKey, page_keys, root_key, tail_key
 
 ROOT = root_key(b"s" * 16, b"m" * 32)
@@ -122,12 +124,38 @@ def test_assembled_tensors_are_every_layer_and_token_in_its_place() -> None:
         (2, 8),
         (0, 3),
     )
-    decoded = {
-        (p.info.key.page_key, p.cut): tensors(p.cut, s.tokens)
-        for s in plan.segments
-        for p in s.pieces
+    assembly = Assembly(512, (2, 8), (0, 3))
+    for segment in reversed(plan.segments):
+        for piece in segment.pieces:
+            assembly.add(tensors(piece.cut, segment.tokens))
+    for end in (256, 512):
+        whole, expected = assembly.upto(end), tensors((2, 8), (0, end))
+        for name in ("k", "v"):
+            np.testing.assert_array_equal(whole.streams[name].data, expected.streams[name].data)
+    other = tensors((2, 8), (0, 512))
+    halves = {
+        n: Stream.from_float32(n, s.float32(), DType.FLOAT16) for n, s in other.streams.items()
     }
-    whole = assemble(plan.segments, decoded, (2, 8), (0, 3))
-    expected = tensors((2, 8), (0, 512))
-    for name in ("k", "v"):
-        np.testing.assert_array_equal(whole.streams[name].data, expected.streams[name].data)
+    with pytest.raises(IdentityMismatchError, match="float16"):
+        assembly.add(PageTensors((2, 8), (0, 3), (0, 512), halves))
+
+
+@given(st.integers(1, 40), st.booleans())
+def test_runs_are_the_plan_with_early_tokens_first(pages: int, tail: bool) -> None:
+    tokens = list(range(256 * pages + 50))
+    keys = page_keys(ROOT, tokens)
+    spans = [(0, 12), (12, 30)]
+    found = LookupResult(
+        pages=[[info(span, key) for span in spans] for key in keys],
+        tails=[_tail(keys[-1], tokens[256 * pages :])] if tail else [],
+    )
+    plan = plan_restore(found, keys, ROOT, tokens, 256, (5, 20), (0, 3))
+    runs = runs_of(plan)
+    parts = [part for run in runs for part in run.parts]
+    assert sorted(str(p.info.key) for _, p in parts) == sorted(
+        str(p.info.key) for p in plan.pieces()
+    )
+    assert all(piece.cut == run.cut for run in runs for _, piece in run.parts)
+    assert all(len(run.parts) <= RUN_PAGES for run in runs)
+    starts = [min(segment.tokens[0] for segment, _ in run.parts) for run in runs]
+    assert starts == sorted(starts)

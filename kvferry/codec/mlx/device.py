@@ -24,17 +24,18 @@ class DeviceProducts:
             WeakKeyDictionary()
         )
         self._lock = Lock()
+        self._turn = Lock()  # a device does one product at a time anyway
 
     def project(self, x: FloatArray, by: Fold, rank: int) -> FloatArray:
         """(tokens, p) -> (tokens, rank), float32."""
         encode, offset, _ = self._matrices(by)
-        with mx.stream(self._device):
+        with self._turn, mx.stream(self._device):
             return self._host(mx.array(x) @ encode[:, :rank] - offset[:rank])
 
     def reconstruct(self, augmented: FloatArray, by: Fold, rows: slice) -> FloatArray:
         """(tokens, 1 + rank) -> (tokens, rows), float32."""
         decode = self._matrices(by)[2]
-        with mx.stream(self._device):
+        with self._turn, mx.stream(self._device):
             return self._host(mx.array(augmented) @ decode[rows, : augmented.shape[1]].T)
 
     def _matrices(self, by: Fold) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,7 +1,15 @@
-"""Fetch and decode: from a prompt's tokens to tensors that are verified and whole."""
+"""Fetch and decode: from a prompt's tokens to tensors that are verified and whole.
 
+Blobs are fetched in runs of a few pages of one layer group. A run is decoded, on threads,
+as soon as it is there, while the next ones are on their way; calibrations that the blobs
+name are read meanwhile.
+"""
+
+import contextlib
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -10,11 +18,13 @@ from kvferry.codec.base import CalibrationSource, PageTensors
 from kvferry.codec.blob import StoredBlob, decode_blobs
 from kvferry.errors import CodecError, FerryError
 from kvferry.node.coding import Shard
-from kvferry.node.restore import Piece, RestorePlan, Segment, assemble, plan_restore
+from kvferry.node.restore import Assembly, Parts, RestorePlan, Run, plan_restore, runs_of
 from kvferry.proto.keys import BlobKey, page_keys
 
 T = TypeVar("T")
 Data = bytes | memoryview
+
+_MOST_THREADS = 4
 
 
 class LoadClient(Protocol):
@@ -23,10 +33,17 @@ class LoadClient(Protocol):
     def lookup(self, query: LookupQuery) -> LookupResult:
         """Raises: StoreUnavailableError."""
 
-    def get_many(
+    def get_each(
         self, keys: Sequence[BlobKey], deadline_s: float
-    ) -> Mapping[BlobKey, Data | FerryError]:
-        """Every key has an answer within the deadline."""
+    ) -> Generator[tuple[BlobKey, Data | FerryError], None, None]:
+        """Every key has an answer within the deadline; closing the iterator ends it."""
+
+
+class WarmSource(CalibrationSource, Protocol):
+    """Calibrations that can be read before they are needed."""
+
+    def warm(self, calibration_id: bytes) -> None:
+        """Have it in memory, ready for use. Raises: as `get`."""
 
 
 @dataclass(slots=True)
@@ -40,7 +57,7 @@ class Loaded:
         reason: why there is not more; empty if the plan held.
         problems: reasons of everything that went wrong on the way.
         bytes: bytes fetched.
-        seconds: step -> time.
+        seconds: step -> time; "decode" is what decoding took beyond the last arrival.
     """
 
     tensors: PageTensors | None = None
@@ -57,7 +74,7 @@ class Loader:
     """Loads prefixes of one shard in one namespace."""
 
     client: LoadClient
-    calibrations: CalibrationSource
+    calibrations: WarmSource
     shard: Shard
     root: bytes
     accept: frozenset[str]
@@ -87,42 +104,133 @@ class Loader:
             loaded.reason = "not_stored"
             return loaded
         left = deadline_s - (time.monotonic() - started)
-        wanted = list(dict.fromkeys(piece.info.key for piece in plan.pieces()))
-        blobs = _timed(loaded, "fetch", lambda: self.client.get_many(wanted, max(left, 0.0)))
-        loaded.bytes = sum(len(b) for b in blobs.values() if not isinstance(b, FerryError))
-        _timed(loaded, "decode", lambda: self._decode(plan, blobs, loaded))
+        threads = ThreadPoolExecutor(_threads(), "kvferry-decode")
+        try:
+            _Restore(self, plan, loaded, threads).run(max(left, 0.0))
+        finally:  # a calibration that is still being read serves the next restore
+            threads.shutdown(wait=False, cancel_futures=True)
         return loaded
 
-    def _decode(
-        self, plan: RestorePlan, blobs: Mapping[BlobKey, Data | FerryError], loaded: Loaded
+
+class _Restore:
+    """One plan on its way: what is still wanted, what is being decoded, where it ends."""
+
+    def __init__(
+        self, loader: Loader, plan: RestorePlan, loaded: Loaded, threads: ThreadPoolExecutor
     ) -> None:
-        fetched = _run_without_gap(plan, blobs, loaded)
-        decoded: dict[tuple[bytes, tuple[int, int]], PageTensors] = {}
-        for cut, jobs in _by_cut(fetched).items():
-            stored = [
-                StoredBlob(_bytes(blobs[piece.info.key]), piece.info.key, segment.tokens)
-                for segment, piece in jobs
-            ]
-            pages = decode_blobs(
-                stored,
-                model_id=self.shard.model_id,
-                cut=cut,
-                calibrations=self.calibrations,
-                rope=self.rope,
-            )
-            for (_, piece), page in zip(jobs, pages, strict=True):
-                if isinstance(page, CodecError):
-                    loaded.problems.append(page.reason)
+        self._loader, self._plan, self._loaded, self._threads = loader, plan, loaded, threads
+        self._assembly = Assembly(plan.tokens, loader.shard.layers, loader.shard.heads)
+        self._runs = runs_of(plan)
+        self._place = {
+            piece.info.key: (segment.tokens[0], piece.cut[0], run)
+            for run in self._runs
+            for segment, piece in run.parts
+        }
+        self._wanted = set(self._place)
+        # Token, layer and reason of the first gap; what lies behind it is of no use.
+        self._gap = (plan.tokens, 0, "")
+        self._blobs: dict[BlobKey, Data] = {}
+        self._warm: dict[bytes, Future[None]] = {}
+        self._started: set[int] = set()
+        self._decoding: list[tuple[Parts, Future[list[CodecError | None]]]] = []
+
+    def run(self, deadline_s: float) -> None:
+        """Fetch, decode, and say in ``loaded`` what came of it."""
+        # First in the queue of the threads, so that no run waits there for one behind it.
+        for piece in self._plan.pieces():
+            wanted = piece.info.codec.calibration_id
+            if wanted and wanted not in self._warm:
+                warm = self._loader.calibrations.warm
+                self._warm[wanted] = self._threads.submit(warm, wanted)
+        _timed(self._loaded, "fetch", lambda: self._fetch(deadline_s))
+        _timed(self._loaded, "decode", self._finish)
+
+    def _fetch(self, deadline_s: float) -> None:
+        answers = self._loader.client.get_each(list(self._place), deadline_s)
+        with contextlib.closing(answers):
+            for key, answer in answers:
+                self._wanted.discard(key)
+                if isinstance(answer, FerryError):
+                    self._note_gap(key, answer.reason)
                 else:
-                    decoded[piece.info.key.page_key, piece.cut] = page
-        whole = _whole(fetched, decoded)
+                    self._blobs[key] = answer
+                    self._loaded.bytes += len(answer)
+                    self._start([self._place[key][2]])
+                if not self._wanted:
+                    return
+        for key in self._wanted.copy():
+            self._note_gap(key, "not_found")
+
+    def _note_gap(self, key: BlobKey, reason: str) -> None:
+        token, layer, _ = self._place[key]
+        self._gap = min(self._gap, (token, layer, reason))
+        self._wanted = {k for k in self._wanted if self._place[k][0] < self._gap[0]}
+        self._start(self._runs)
+
+    def _start(self, runs: Iterable[Run]) -> None:
+        """Have those decoded of which nothing more is awaited."""
+        for run in runs:
+            if id(run) in self._started or any(p.info.key in self._wanted for _, p in run.parts):
+                continue
+            self._started.add(id(run))
+            parts = tuple((s, p) for s, p in run.parts if s.tokens[0] < self._gap[0])
+            if parts:
+                blobs = [
+                    StoredBlob(self._blobs[p.info.key], p.info.key, s.tokens) for s, p in parts
+                ]
+                names = {p.info.codec.calibration_id for _, p in parts}
+                warm = [future for name, future in self._warm.items() if name in names]
+                future = self._threads.submit(self._decode, run.cut, blobs, warm)
+                self._decoding.append((parts, future))
+
+    def _decode(
+        self, cut: tuple[int, int], blobs: Sequence[StoredBlob], warm: Sequence[Future[None]]
+    ) -> list[CodecError | None]:
+        """On a thread: decode a run into its place; for each part, what went wrong."""
+        wait(warm)  # what failed there fails here again, and is told
+        pages = decode_blobs(
+            blobs,
+            model_id=self._loader.shard.model_id,
+            cut=cut,
+            calibrations=self._loader.calibrations,
+            rope=self._loader.rope,
+        )
+        return [page if isinstance(page, CodecError) else self._add(page) for page in pages]
+
+    def _add(self, page: PageTensors) -> CodecError | None:
+        try:
+            self._assembly.add(page)
+        except CodecError as exc:
+            return exc
+        return None
+
+    def _finish(self) -> None:
+        """Wait for the threads; the prefix ends at the first piece that is not there."""
+        loaded, plan = self._loaded, self._plan
+        done = set()
+        problems = [self._gap[2]] if self._gap[2] else []
+        for parts, future in self._decoding:
+            for (segment, piece), problem in zip(parts, future.result(), strict=True):
+                if problem is None:
+                    done.add((segment.tokens, piece.cut))
+                else:
+                    problems.append(problem.reason)
+        whole = 0
+        for segment in plan.segments:
+            if not done.issuperset((segment.tokens, piece.cut) for piece in segment.pieces):
+                break
+            whole += 1
+        loaded.problems += problems
         if whole:
-            loaded.tensors = assemble(whole, decoded, self.shard.layers, self.shard.heads)
-            loaded.tokens = whole[-1].tokens[1]
-            tail_whole = plan.has_tail and len(whole) == len(plan.segments)
-            loaded.pages = len(whole) - tail_whole
-        if len(whole) < len(plan.segments):
-            loaded.reason = loaded.problems[0] if loaded.problems else "incomplete"
+            loaded.tokens = plan.segments[whole - 1].tokens[1]
+            loaded.tensors = self._assembly.upto(loaded.tokens)
+            loaded.pages = whole - (plan.has_tail and whole == len(plan.segments))
+        if whole < len(plan.segments):
+            loaded.reason = problems[0] if problems else "incomplete"
+
+
+def _threads() -> int:
+    return max(2, min(_MOST_THREADS, os.cpu_count() or 1))
 
 
 def _timed(loaded: Loaded, step: str, run: Callable[[], T]) -> T:
@@ -131,43 +239,3 @@ def _timed(loaded: Loaded, step: str, run: Callable[[], T]) -> T:
         return run()
     finally:
         loaded.seconds[step] = time.monotonic() - started
-
-
-def _bytes(value: Data | FerryError) -> Data:
-    assert not isinstance(value, FerryError)  # noqa: S101 - `_run_without_gap` saw to it
-    return value
-
-
-def _run_without_gap(
-    plan: RestorePlan, blobs: Mapping[BlobKey, Data | FerryError], loaded: Loaded
-) -> list[Segment]:
-    """Segments up to the first that lacks a blob; why it does is noted."""
-    run: list[Segment] = []
-    for segment in plan.segments:
-        for piece in segment.pieces:
-            got = blobs.get(piece.info.key)
-            if got is None or isinstance(got, FerryError):
-                loaded.problems.append("not_found" if got is None else got.reason)
-                return run
-        run.append(segment)
-    return run
-
-
-def _by_cut(segments: Sequence[Segment]) -> dict[tuple[int, int], list[tuple[Segment, Piece]]]:
-    jobs: dict[tuple[int, int], list[tuple[Segment, Piece]]] = {}
-    for segment in segments:
-        for piece in segment.pieces:
-            jobs.setdefault(piece.cut, []).append((segment, piece))
-    return jobs
-
-
-def _whole(
-    segments: Sequence[Segment], decoded: Mapping[tuple[bytes, tuple[int, int]], PageTensors]
-) -> list[Segment]:
-    """Segments up to the first of which a piece did not decode."""
-    run: list[Segment] = []
-    for segment in segments:
-        if any((p.info.key.page_key, p.cut) not in decoded for p in segment.pieces):
-            break
-        run.append(segment)
-    return run
