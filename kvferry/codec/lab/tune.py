@@ -42,7 +42,7 @@ class Trial:
     """One setting and what it came to; texts after the first beyond the bound are left out.
 
     Attributes:
-        results: text's name -> measured.
+        results: text's name -> measured, in the order given.
         error: the worst of them.
     """
 
@@ -141,12 +141,13 @@ class Tuner:
                 worst = error
                 break
             worst = max(worst, error)
-        return Trial(options, results, worst)
+        given = {name: results[name] for name in self.texts if name in results}
+        return Trial(options, given, worst)
 
     def _out_of_reach(self, finest: Found, trial: Trial) -> ConfigError:
         name = "--max-kl" if self.bound.metric == "kl_mean" else "--max-ppl-delta"
         shown = " ".join(f"{k}={v:.6g}" for k, v in trial.options.items())
-        text = list(trial.results)[-1]
+        text = max(trial.results, key=lambda name: _error_of(trial, name, self.bound))
         allowed = (
             f"larger: the finest setting tried of {self.knob.codec} ({shown or 'the only one'}) "
             f"gives {finest.error:.3g} on {text}"
