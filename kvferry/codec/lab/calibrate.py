@@ -186,7 +186,6 @@ class _Run:
     ) -> RateDistortion:
         """Measure some steps on texts that the bases have not seen."""
         steps = steps_for_bits(groups, sorted(self._plan.curve_bits))
-        metrics = [self._gathered.fisher.metric(group.layers) for group in groups]
         found = []
         with self._timed("curve"):
             for text in texts:
@@ -196,13 +195,12 @@ class _Run:
                         text,
                         groups,
                         steps,
-                        metrics,
                         self._plan,
                         lambda work: self._advance(work, "measuring"),
                     )
                 )
         made = rate_distortion(steps, found)
-        if any(metrics) or made.prediction is None:
+        if self._plan.ridge is not None or made.prediction is None:
             return made
         # Identity weights: squared error is in no unit, so it takes that of the KL measured.
         return rate_distortion(steps, found, scale=made.prediction.median)

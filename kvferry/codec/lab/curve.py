@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvferry.codec.base import Codec, PageTensors
+from kvferry.codec.base import Codec, FloatArray, PageTensors
 from kvferry.codec.blob import BlobMeta, StoredBlob, decode_blobs, encode_blob
 from kvferry.codec.calibration import (
     GroupCalibration,
@@ -28,8 +27,8 @@ from kvferry.errors import CodecError
 from kvferry.proto import container
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, SINK_TOKENS, WINDOW_TOKENS, root_key, tail_key
 
-# Stream -> (layers, heads, dim, dim): nats per token and squared error; see `Fisher.metric`.
-Metric = Mapping[str, npt.NDArray[np.float64]]
+# Stream -> (layers, heads, dim, dim), A'A of the calibration's weights A.
+Metric = Mapping[str, FloatArray]
 _SALT = bytes(16)
 
 
@@ -42,16 +41,24 @@ class CodedGroup:
     error: Mapping[str, float]
 
 
-def code_group(
-    exact: Sequence[PageTensors], codec: Codec, group: GroupCalibration, metric: Metric
-) -> CodedGroup:
+def metric_of(group: GroupCalibration) -> Metric:
+    """In which squared error is predicted KL: F with its ridge, as the weights have it.
+
+    The ridge stands for what few passes have not seen; without it predictions are too
+    low by another half.
+    """
+    weights = {name: stream.weight for name, stream in group.streams.items()}
+    return {n: np.matmul(w.swapaxes(-1, -2), w) for n, w in weights.items() if w is not None}
+
+
+def code_group(exact: Sequence[PageTensors], codec: Codec, group: GroupCalibration) -> CodedGroup:
     """Encode and decode pages of one layer group, as the hook would.
 
-    Args:
-        metric: of the group's layers; a stream that is missing counts as identity.
-    Returns: with stored bits per value and the mean over tokens of e' F e, by stream.
+    Returns: with stored bits per value and, summed over values and averaged over tokens,
+        the squared error in the weighted space, by stream.
     Raises: CodecError.
     """
+    metric = metric_of(group)
     root = root_key(_SALT, group.model_id)
     stored, sizes = [], dict.fromkeys(exact[0].streams, 0.0)
     for index, page in enumerate(exact):
@@ -105,9 +112,9 @@ def weighted_error(
     found: PageTensors,
     name: str,
     group: GroupCalibration,
-    metric: npt.NDArray[np.float64] | None,
+    metric: FloatArray | None,
 ) -> float:
-    """Sum over a page's tokens of e' F e, keys with RoPE undone."""
+    """Sum over a page's tokens of e' A'A e, keys with RoPE undone."""
     error = found.streams[name].float32() - exact.streams[name].float32()
     ropes, total = group.ropes.get(name), 0.0
     for layer in range(error.shape[0]):
@@ -117,7 +124,7 @@ def weighted_error(
         if metric is None:
             total += float(np.square(part, dtype=np.float64).sum())
             continue
-        weighted = np.matmul(part, metric[layer].astype(np.float32))
+        weighted = np.matmul(part, metric[layer])
         total += float((weighted * part).sum(dtype=np.float64))
     return total
 
@@ -127,7 +134,6 @@ def measure_text(
     text: HeldText,
     groups: Sequence[GroupCalibration],
     steps: Sequence[float],
-    metrics: Sequence[Metric],
     plan: Plan,
     advance: Callable[[float], None],
 ) -> tuple[TextCurve, list[StreamCurve]]:
@@ -135,7 +141,6 @@ def measure_text(
 
     Args:
         text: ``plan.held_tokens`` of it.
-        metrics: per group.
         advance: called with work done, in units of `Plan.work`.
     """
     layers = (0, groups[-1].layers[1])
@@ -152,8 +157,8 @@ def measure_text(
     for step in steps:
         codecs = group_codecs("ferry", {"step": step}, [g.layers for g in groups], groups)
         coded = [
-            code_group(exact_pages, codecs[group.layers], group, metric)
-            for exact_pages, group, metric in zip(pages, groups, metrics, strict=True)
+            code_group(exact_pages, codecs[group.layers], group)
+            for exact_pages, group in zip(pages, groups, strict=True)
         ]
         joined = [join_layers([c.pages[i] for c in coded]) for i in range(len(spans))]
         cache = make_prompt_cache(model)

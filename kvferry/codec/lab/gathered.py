@@ -133,6 +133,14 @@ class Gathered:
             found[f"fisher/{name}"] = (square, "<f8")
         return found
 
+    @property
+    def most_bytes(self) -> int:
+        """What it will hold once something was added; no more, whatever is added."""
+        sizes = (
+            np.prod(s, dtype=np.int64) * np.dtype(k).itemsize for s, k in self.layout().values()
+        )
+        return int(sum(sizes))
+
     def tensors(self) -> StateTensors:
         """Views of the whole state."""
         found: dict[str, npt.NDArray[Any]] = {

@@ -43,8 +43,8 @@ class Plan:
     sequence: int = 1024
     passes: int = 12
     ridge: float | None = 1.0
-    held_context: int = 1024
-    held_continuation: int = 192
+    held_context: int = 768
+    held_continuation: int = 160
     curve_bits: tuple[float, ...] = (1.6, 0.9, 0.6, 0.4, 0.25)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvferry.settings import NodeSettings, user_dir
+from kvferry.settings import GIB, NodeSettings, user_dir
 
 
 def _default_socket() -> Path:
@@ -22,6 +22,12 @@ class HookOptions:
         keep_last: tokens at the end of a prompt that are never restored: the model
             must be given at least one to say what comes next (exo wants two).
         close_timeout_s: for offers still queued when the hook closes.
+        gather_tokens: a model without a calibration gets one from so many tokens of
+            live traffic; 0: never.
+        gather_passes: backward passes for its weights, where `PrefixCache.idle` is called.
+        gather_idle_s: without a request for so long, it may be fitted.
+        gather_max_bytes: of memory for what is gathered; a model that needs more is
+            left to ``kvferry calibrate``.
     """
 
     socket: Path = field(default_factory=_default_socket)
@@ -30,3 +36,7 @@ class HookOptions:
     max_restore_s: float = 30.0
     keep_last: int = 1
     close_timeout_s: float = 60.0
+    gather_tokens: int = 8192
+    gather_passes: int = 8
+    gather_idle_s: float = 5.0
+    gather_max_bytes: int = GIB

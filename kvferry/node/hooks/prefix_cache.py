@@ -14,23 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from kvferry.cluster.policy import default_policy
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.mlx.shape import describe
-from kvferry.codec.mlx.weights import fingerprint
-from kvferry.errors import FerryError, IdentityPendingError, ModelError, NamespaceUnknownError
+from kvferry.errors import FerryError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
 from kvferry.node.coding import CodedRange, Shard, page_coding, tail_codec
 from kvferry.node.hooks.group import Alone, Group
-from kvferry.node.hooks.identity import agreed_model_id
+from kvferry.node.hooks.live import Live
 from kvferry.node.hooks.loader import Loaded, Loader
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.rates import Rate
+from kvferry.node.hooks.standing import Standing
 from kvferry.node.offers import Coding, Offer, Offers, wanted_later, wanted_now
-from kvferry.proto.identity import ModelFingerprint
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
@@ -92,29 +90,40 @@ class PrefixCache:
         self._shape = describe(loaded.model, loaded.config)
         self._layers = layers or (0, self._shape.layers)
         self._make_cache = make_cache or _prompt_cache_maker(loaded.model)
-        self._rope = {
-            layer: spec.fingerprint()
-            for layer, spec in enumerate(rope_specs(loaded.model))
-            if self._layers[0] <= layer < self._layers[1]
-        }
+        specs = rope_specs(loaded.model)
+        self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._layers)}
         self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
         self._calibrations = Calibrations(self._client, self.options.cache_dir)
-        self._policy = default_policy()
-        self._salt = b""
-        self._model_id: bytes | None = None
         self._warming: threading.Thread | None = None
-        self._fingerprint: ModelFingerprint | None = None
-        self._fingerprint_error: str = ""
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
         self._prefill = Rate()
         self._coding_lock = threading.Lock()
         self._coding_for: tuple[object, ...] = ()
         self._coding_kept: Coding | None = None
-        self._digest = threading.Thread(target=self._digest_weights, daemon=True)
-        self._digest.start()
+        self._standing = Standing(
+            self._client,
+            loaded,
+            self._group,
+            self._layers,
+            self._shape.layers,
+            self.options.cache_dir,
+            identified=self._start_warming,
+            triggered=self._trigger,
+        )
         self._offers = Offers(self._client, self._coding, self.counters)
-        self._greet()
-        self._client.watch(self._on_event)
+        self._live = Live(
+            loaded.model,
+            self._shape,
+            specs,
+            self._layers,
+            self.options,
+            self.counters,
+            alone=self._group.size == 1,
+            client=self._client,
+            calibrations=lambda: self._calibrations,
+            made=self._calibration_made,
+        )
+        self._standing.start()
 
     def __enter__(self) -> Self:
         return self
@@ -124,30 +133,20 @@ class PrefixCache:
 
     def close(self) -> None:
         """Hand over what is still queued, then let go of the daemon."""
+        self._live.close(self.options.close_timeout_s)
         self._offers.close(self.options.close_timeout_s)
         self._client.close()
 
     def ready(self, timeout_s: float = 60.0) -> bool:
         """Wait until model id and namespace are known. With a group: a collective."""
-        self._digest.join(timeout_s)
-        if not self._salt:
-            self._greet()
-        try:
-            self._identify()
-        except ModelError as exc:
-            log.warning("neither hits nor stores: %s", exc)
+        self._standing.wait(timeout_s)
         if self._warming is not None:
             self._warming.join(timeout_s)
-        return self._model_id is not None and bool(self._salt)
+        return self._standing.known
 
-    def _identify(self) -> None:
-        """Exchange digests until the model id is known. Every rank enters it alike."""
-        if self._model_id is not None:
-            return
-        self._model_id = agreed_model_id(self._group, self._fingerprint, self._shape.layers)
-        if self._model_id is not None:
-            self._warming = threading.Thread(target=self._warm_up, daemon=True)
-            self._warming.start()
+    def _start_warming(self) -> None:
+        self._warming = threading.Thread(target=self._warm_up, daemon=True)
+        self._warming.start()
 
     def _warm_up(self) -> None:
         """Read the calibrations of this shard, so that no request waits for it."""
@@ -164,12 +163,12 @@ class PrefixCache:
     @property
     def policy(self) -> pb.Policy:
         """The policy in force on this node."""
-        return self._policy
+        return self._standing.policy
 
     @property
     def model_id(self) -> bytes | None:
         """The agreed model id; None until all ranks' digests are known."""
-        return self._model_id
+        return self._standing.model_id
 
     # -- restore ------------------------------------------------------------------
 
@@ -184,6 +183,7 @@ class PrefixCache:
             (cache, remaining tokens to prefill; at least ``options.keep_last``).
         """
         started = time.monotonic()
+        self._live.touch()
         tokens = list(tokens)
         loaded = self._load(tokens)
         cache = self._make_cache()
@@ -218,20 +218,13 @@ class PrefixCache:
             return Loaded(reason="bug", problems=["bug"])
 
     def _loader(self) -> Loader:
-        self._identify()
-        if not self._salt:
-            self._greet()
-        if self._model_id is None:
-            raise IdentityPendingError(self._fingerprint_error or "digest not ready yet")
-        if not self._salt:
-            raise NamespaceUnknownError("the node daemon has no namespace salt yet")
-        shard = self._shard(self._model_id)
+        shard = self._shard(self._standing.require())
         return Loader(
             client=self._client,
             calibrations=self._calibrations,
             shard=shard,
-            root=shard.root(self._salt),
-            accept=frozenset(self._policy.accept),
+            root=self._standing.root(shard),
+            accept=frozenset(self.policy.accept),
             rope=self._rope,
         )
 
@@ -269,7 +262,7 @@ class PrefixCache:
         )
         self._client.report(
             restore=pb.RestoreReport(
-                model_id=self._model_id or b"",
+                model_id=self.model_id or b"",
                 tokens=restored,
                 bytes=loaded.bytes,
                 seconds=seconds,
@@ -306,7 +299,7 @@ class PrefixCache:
         restored = self._restored.get(cache[0])
         if restored is not None and event == "prefill":
             self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
-        policy = self._policy
+        policy = self.policy
         now = wanted_now(policy, event)
         if held < max(1, policy.min_tokens):
             self.counters["drop_short"] += 1
@@ -315,6 +308,8 @@ class PrefixCache:
             self.counters["drop_policy"] += 1
             return False
         snapshot = adapters.snapshot(cache, held, self._layers[0])
+        known = restored.tokens if restored else 0
+        self._live.offered(self._standing, tokens[:held], snapshot, known)
         offer = Offer(tuple(tokens[:held]), snapshot, restored.pages if restored else 0)
         if now:
             return self._offers.submit(offer)
@@ -332,22 +327,23 @@ class PrefixCache:
 
     def _coding(self) -> Coding | None:
         """Policy, namespace and calibration made concrete; kept until one changes."""
+        standing = self._standing
         if self._group.size == 1:
-            self._identify()
-        if self._model_id is None or not self._salt:
+            standing.identify()
+        model_id = standing.model_id
+        if model_id is None or not standing.salt:
             return None
-        calibration = self._calibrations.find(self._model_id)
-        policy = self._policy
-        basis = (policy.version, policy.name, self._salt, calibration and calibration.id)
+        calibration = self._calibrations.find(model_id)
+        policy = standing.policy
+        basis = (policy.version, policy.name, standing.salt, calibration and calibration.id)
         with self._coding_lock:
             if basis != self._coding_for:
-                self._coding_kept = self._make_coding(policy, calibration)
+                self._coding_kept = self._make_coding(model_id, policy, calibration)
                 self._coding_for = basis
             return self._coding_kept
 
-    def _make_coding(self, policy: pb.Policy, calibration: Any) -> Coding:
-        assert self._model_id is not None  # noqa: S101 - the caller looked
-        shard = self._shard(self._model_id)
+    def _make_coding(self, model_id: bytes, policy: pb.Policy, calibration: Any) -> Coding:
+        shard = self._shard(model_id)
         pages = page_coding(policy, shard, calibration, self._calibrations.cut)
         used = [coded.codec.calibration_id for coded in pages]
         if calibration is not None and any(used):
@@ -355,13 +351,11 @@ class PrefixCache:
         tail = tail_codec(policy)
         return Coding(
             shard=shard,
-            root=shard.root(self._salt),
+            root=self._standing.root(shard),
             pages=pages,
             tail=None if tail is None else CodedRange(shard.layers, tail),
             tail_ttl_s=policy.tail.ttl_s or DAY_S,
         )
-
-    # -- what the daemon and the weights say ----------------------------------------
 
     def _shard(self, model_id: bytes) -> Shard:
         return Shard(
@@ -373,35 +367,32 @@ class PrefixCache:
             heads=(0, self._shape.kv_heads),
         )
 
-    def _digest_weights(self) -> None:
-        try:
-            self._fingerprint = fingerprint(
-                self._loaded, self._layers, cache_dir=self.options.cache_dir
-            )
-        except (ModelError, OSError) as exc:
-            self._fingerprint_error = str(exc)
-            log.warning("no digest of the weights, so neither hits nor stores: %s", exc)
+    def _trigger(self) -> None:
+        self.counters["triggers"] += 1
+        self._offers.trigger()
 
-    def _greet(self) -> None:
-        try:
-            hello = self._client.hello()
-        except FerryError as exc:
-            log.info("node daemon: %s", exc)
-            return
-        self._salt = hello.namespace_salt
-        if hello.policy.version:
-            self._policy = hello.policy
+    # -- calibration from live traffic ------------------------------------------------
 
-    def _on_event(self, event: Any) -> None:
-        """Runs on the client's thread."""
-        kind = event.WhichOneof("event")
-        if kind == "policy":
-            self._policy = event.policy
-        elif kind == "namespace_salt":
-            self._salt = event.namespace_salt
-        elif kind == "trigger" and event.trigger in self._policy.when:
-            self.counters["triggers"] += 1
-            self._offers.trigger()
+    def idle(self, budget_s: float = 0.25) -> bool:
+        """Use time in which the model has nothing to do; on the model's thread, as `restore`.
+
+        A model without a calibration gets one from live traffic; this does one piece of
+        the work that needs the model, of at most ``budget_s`` as far as can be foreseen.
+
+        Returns: whether there is more to do now.
+        """
+        try:
+            return self._live.idle(budget_s)
+        except Exception:
+            log.exception("idle work failed")
+            self.counters["gather_bug"] += 1
+            self._live.close(0.0)
+        return False
+
+    def _calibration_made(self) -> None:
+        """Runs on the gathering thread: from the next offer on pages are coded with it."""
+        self._calibrations = Calibrations(self._client, self.options.cache_dir)
+        self._coding()  # which also publishes it
 
 
 @dataclass(frozen=True, slots=True)
