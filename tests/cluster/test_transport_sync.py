@@ -68,6 +68,27 @@ async def test_many_gets_keep_their_order_and_their_errors() -> None:
         await asyncio.to_thread(use)
 
 
+async def test_blobs_are_handed_out_as_they_come_until_nobody_wants_more() -> None:
+    made = dict(pages(6))
+    missing = blob(digest("missing"))[0]
+    async with sync_client() as client:
+
+        def use() -> None:
+            puts = [client.put_later(key, data) for key, data in made.items()]
+            assert [put.result(20) for put in puts] == [True] * 6
+            keys = [*made, missing]
+            seen = dict(client.get_each(keys, parallel=2))
+            assert sorted(seen) == list(range(7))
+            assert isinstance(seen.pop(6), BlobNotFoundError)
+            assert all(bytes(seen[i]) == made[keys[i]] for i in seen)  # type: ignore[arg-type]
+            some = client.get_each(keys, parallel=1)
+            assert next(some)[0] == 0
+            some.close()
+            assert client.has(keys) == [True] * 6 + [False]
+
+        await asyncio.to_thread(use)
+
+
 def test_nobody_there() -> None:
     with SyncBlobStoreClient("127.0.0.1:1", timeout_s=5) as client:
         with pytest.raises(StoreUnavailableError):
