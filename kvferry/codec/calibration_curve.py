@@ -154,14 +154,14 @@ class RateDistortion:
         prediction = self.prediction
         return {
             "version": RATES_VERSION,
-            "steps": list(self.steps),
+            "steps": _floats(self.steps),
             "streams": [
                 {
                     "layers": list(s.layers),
                     "stream": s.stream,
                     "width": s.width,
-                    "bits": list(s.bits),
-                    "kl": list(s.kl),
+                    "bits": _floats(s.bits),
+                    "kl": _floats(s.kl),
                 }
                 for s in self.streams
             ],
@@ -169,9 +169,9 @@ class RateDistortion:
                 {
                     "name": t.name,
                     "tokens": t.tokens,
-                    "bits": list(t.bits),
-                    "kl": list(t.kl),
-                    "predicted": list(t.predicted),
+                    "bits": _floats(t.bits),
+                    "kl": _floats(t.kl),
+                    "predicted": _floats(t.predicted),
                 }
                 for t in self.texts
             ],
@@ -210,6 +210,10 @@ class RateDistortion:
                 for t in texts
             ),
         )
+
+
+def _floats(column: Sequence[float]) -> list[float]:
+    return [float(value) for value in column]  # an int would read back as another text
 
 
 def total_prediction(streams: Sequence[StreamCurve]) -> tuple[float, ...]:
