@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from kvferry.codec.base import PageTensors, Stream
 from kvferry.codec.calibration import GroupCalibration
+from kvferry.codec.lab.curve import weighted_error
 from kvferry.codec.lab.evaluate import Prepared, Setup, prepare
 from kvferry.codec.lab.knobs import knob_of
-from kvferry.codec.lab.plot_layers import RELATIVE_ERROR, LayerMap, draw_layers, layer_map
+from kvferry.codec.lab.plot_layers import (
+    RELATIVE_ERROR,
+    LayerMap,
+    draw_layers,
+    layer_map,
+    predict,
+)
 from kvferry.codec.lab.plot_rate import (
     Measured,
     RatePoint,
@@ -21,6 +29,7 @@ from kvferry.codec.lab.plot_rate import (
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.registry import codec_names
 from kvferry.errors import ConfigError, FerryError
+from kvferry.proto.keys import SINK_TOKENS
 
 MODEL_ID = bytes(range(32))
 CONTEXT, CONTINUATION = 320, 48
@@ -133,6 +142,28 @@ def test_the_prediction_for_a_head_is_that_of_white_noise(
     noise = np.random.default_rng(0).standard_normal((200_000, 16)) * RELATIVE_ERROR * size
     cost = np.square(noise @ weight[1, 0].T.astype(np.float64)).sum(axis=1).mean()
     assert found.heads["v"][1, 0] == pytest.approx(cost, rel=0.02)
+
+
+def test_the_prediction_for_an_error_is_the_quadratic_form(
+    texts: dict[str, Prepared], fitted: list[GroupCalibration]
+) -> None:
+    """As the calibration's own curves have it, keys before rotation included."""
+    exact = texts["one"].snapshot.page((0, 3), (0, CONTEXT))
+    rng = np.random.default_rng(0)
+    streams = {}
+    for name, stream in exact.streams.items():
+        noise = rng.standard_normal(stream.data.shape).astype(np.float32) * 0.1
+        noise *= np.linspace(0.1, 2, 16, dtype=np.float32)  # of no symmetric shape
+        noise[:, :, :SINK_TOKENS] = 0
+        streams[name] = Stream(name, stream.float32() + noise, stream.dtype)
+    coarse = PageTensors(exact.layers, exact.heads, exact.tokens, streams)
+    for name, basis in fitted[0].streams.items():
+        weight: Any = basis.weight
+        metric = np.matmul(weight.swapaxes(-1, -2), weight).astype(np.float64)
+        total = weighted_error(exact, coarse, name, fitted[0], metric) / (CONTEXT - SINK_TOKENS)
+        _, error, predicted = predict(exact, coarse, name, fitted[0])
+        assert predicted.sum() == pytest.approx(total, rel=1e-3)
+        assert (error > 0).all()
 
 
 def test_layers_are_drawn_with_and_without_measurements(

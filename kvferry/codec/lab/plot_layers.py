@@ -88,7 +88,7 @@ def layer_map(
     coarse = _with_sinks(exact, _joined(coder.run(text.snapshot, (0, text.context)).pages))
     heads, error, predicted = {}, {}, {}
     for name in exact.streams:
-        parts = [_predict(exact, coarse, name, group) for group in groups]
+        parts = [predict(exact, coarse, name, group) for group in groups]
         heads[name], error[name], predicted[name] = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
@@ -114,10 +114,17 @@ def _with_sinks(exact: PageTensors, coarse: PageTensors) -> PageTensors:
     return coarse
 
 
-def _predict(
+def predict(
     exact: PageTensors, coarse: PageTensors, name: str, group: GroupCalibration
 ) -> tuple[_Array, _Array, _Array]:
-    """(layers, heads) at `RELATIVE_ERROR`; (layers,) error; (layers,) prediction for it."""
+    """What the weights say of one stream of a group's layers.
+
+    Args:
+        exact, coarse: pages with all of the group's layers, from token 0 on; their first tokens
+            are exact and left out.
+    Returns: (layers, heads), (layers,) and (layers,): ``heads``, ``error`` and
+        ``predicted`` of `LayerMap`.
+    """
     own = group.streams[name]
     values = _coded(exact, name, group)
     error = _coded(coarse, name, group) - values
