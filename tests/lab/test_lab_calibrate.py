@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration
-from kvferry.codec.lab.calibrate import Plan, calibrate, steps_for_bits
+from kvferry.codec.lab.calibrate import HeldText, Plan, calibrate, steps_for_bits
 from kvferry.codec.lab.evaluate import Evaluation, Setup, evaluate
-from kvferry.codec.lab.text import CalibrationText, calibration_tokens, first_tokens, read_text
+from kvferry.codec.lab.held import held_texts
+from kvferry.codec.lab.text import (
+    CalibrationText,
+    calibration_tokens,
+    first_tokens,
+    held_text,
+    read_text,
+)
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import ConfigError, ModelError
 from kvferry.proto.keys import WINDOW_TOKENS
@@ -52,6 +59,55 @@ def test_finer_steps_cost_more_bits_and_less_kl(made: Made) -> None:
     assert bits == sorted(bits, reverse=True)
     assert kl[0] < kl[-1]
     assert all(value > 0 for value in kl)
+
+
+def test_every_stream_has_a_curve_whose_sum_is_the_prediction(made: Made) -> None:
+    rates = made[0].rates
+    assert rates is not None
+    assert [(curve.layers, curve.stream) for curve in rates.streams] == [
+        ((0, 3), "k"),
+        ((0, 3), "v"),
+    ]
+    (text,) = rates.texts
+    assert text.predicted == pytest.approx(
+        [sum(column) for column in zip(*(curve.kl for curve in rates.streams), strict=True)]
+    )
+    widths = [curve.width for curve in rates.streams]
+    assert sum(widths) == 3 * 2 * 16 * 2
+    for curve in rates.streams:
+        assert list(curve.kl) == sorted(curve.kl, reverse=True)
+        assert list(curve.bits) == sorted(curve.bits)
+
+
+def test_a_step_is_one_that_the_worst_of_the_texts_keeps_to(
+    tiny: LoadedModel, text: list[int]
+) -> None:
+    plan = Plan(
+        tokens=1024, sequence=512, held_context=300, held_continuation=48, curve_bits=(6.0, 4.0)
+    )
+    rng = np.random.default_rng(0)
+    noise = [int(token) for token in rng.integers(0, 97, plan.held_tokens)]
+    held = [HeldText("source", text[-plan.held_tokens :]), HeldText("noise", noise)]
+    given = text[: plan.fitted_tokens]
+    seconds: dict[str, float] = {}
+    found, _ = calibrate(
+        tiny, MODEL_ID, given, "tests", plan, lambda *_: None, held=held, seconds=seconds
+    )
+    assert found.rates is not None
+    assert [measured.name for measured in found.rates.texts] == ["source", "noise"]
+    for index, point in enumerate(found.curve):
+        assert point.kl == max(measured.kl[index] for measured in found.rates.texts)
+    source = found.rates.texts[0]  # of the kind that was fitted on, and small enough a KL
+    assert 0.2 < source.kl[-1] / source.predicted[-1] < 5
+    assert set(seconds) == {"capture", "gradients", "covariances", "fitting", "curve"}
+
+
+def test_held_texts_are_of_several_kinds_on_any_machine(tiny: LoadedModel) -> None:
+    found = held_texts(tiny.tokenizer, 900, held_text())
+    assert [held.name for held in found] == ["source", "prose", "chat"]
+    assert all(len(held.tokens) == 900 for held in found)
+    with_rest = held_texts(tiny.tokenizer, 900, "", list(range(90)) * 10)
+    assert [held.name for held in with_rest] == ["rest", "prose", "chat"]
 
 
 def test_it_comes_back_from_a_folder(made: Made, tmp_path: Path) -> None:
