@@ -93,20 +93,21 @@ def calibrate(
             write_json({"model": model, "folder": str(found), "made": False}, json)
         return
     started = time.monotonic()
-    loaded = load_model(model)
-    given, held, source = _texts(loaded, text or [], plan)
-    need = memory_need(loaded, describe(loaded.model, loaded.config), plan)
-    typer.echo(need.line(), err=True)
-    free = free_memory() if memory_limit is None else int(memory_limit * GIB)
-    need.check(free)
-    identity = model_id(fingerprint(loaded))
-    folder = out or calibration_folder(user_dir("cache"), identity)
-    unfinished = calibration_folder(user_dir("cache"), identity).with_suffix(".unfinished")
-    kept = Checkpoint(unfinished, checkpoint_key(identity, given, held, plan))
-    if restart:
-        kept.clear()
-    seconds: dict[str, float] = {}
-    made, groups = _run(loaded, identity, given, held, source, plan, kept, seconds)
+    with stop_signals() as stopping:
+        loaded = load_model(model)
+        given, held, source = _texts(loaded, text or [], plan)
+        need = memory_need(loaded, describe(loaded.model, loaded.config), plan)
+        typer.echo(need.line(), err=True)
+        free = free_memory() if memory_limit is None else int(memory_limit * GIB)
+        need.check(free)
+        identity = model_id(fingerprint(loaded))
+        folder = out or calibration_folder(user_dir("cache"), identity)
+        unfinished = calibration_folder(user_dir("cache"), identity).with_suffix(".unfinished")
+        kept = Checkpoint(unfinished, checkpoint_key(identity, given, held, plan))
+        if restart:
+            kept.clear()
+        seconds: dict[str, float] = {}
+        made, groups = _run(loaded, identity, given, held, source, plan, kept, seconds, stopping)
     made.save(folder, groups)
     _remove_stale(folder, {group.id.hex() for group in groups})
     kept.clear()
@@ -146,12 +147,13 @@ def _run(
     plan: "Plan",
     kept: "Checkpoint",
     seconds: dict[str, float],
+    stopping: Callable[[], bool],
 ) -> "tuple[CalibrationSet, list[GroupCalibration]]":
     from kvferry.codec.lab.calibrate import calibrate as run
     from kvferry.codec.lab.plan import Stopped
 
     work = plan.work(len(loaded.model.layers), len(held))
-    with progress(f"calibrating {loaded.name}", work) as bar, stop_signals() as stopping:
+    with progress(f"calibrating {loaded.name}", work) as bar:
 
         def report(done: float, note: str) -> None:
             bar.update(done, note)

@@ -41,7 +41,7 @@ class Plan:
 
     tokens: int = 8192
     sequence: int = 1024
-    passes: int = 12
+    passes: int = 8
     ridge: float | None = 1.0
     held_context: int = 768
     held_continuation: int = 160
