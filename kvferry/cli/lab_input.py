@@ -89,7 +89,11 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
     if codec == "kvtc":
         if folder is not None and (folder / "kvtc" / SET_FILE).is_file():
             folder = folder / "kvtc"
-        found, whole = KvtcCalibration.load(folder or kvtc_folder(identity))
+        folder = folder or kvtc_folder(identity)
+        if not (folder / SET_FILE).is_file():
+            allowed = f"a folder with {SET_FILE}; `kvferry calibrate --codec kvtc` writes one"
+            raise ConfigError("calibration", str(folder), allowed)
+        found, whole = KvtcCalibration.load(folder)
         groups = [whole]
     else:
         folder = folder or calibration_folder(user_dir("cache"), identity)
