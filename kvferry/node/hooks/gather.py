@@ -38,6 +38,7 @@ HELD_SAMPLES = 2
 # How long to hope for idle time that does not come, once there are tokens enough.
 IDLE_WAIT_S = 600.0
 _TICK_S = 1.0
+_CLOSE_S = 2.0
 _WORKING_SHARE = 0.1  # of one core, for covariances
 _RIDGE = 1.0
 _ROOT = root_key(bytes(16), bytes(32))
@@ -81,6 +82,7 @@ class LiveCalibration:
         self._held: list[Sample] = []
         self._busy_at = time.monotonic()
         self._closing = threading.Event()
+        self._finishing = False
         self.done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvferry-gather", daemon=True)
         self._thread.start()
@@ -109,7 +111,8 @@ class LiveCalibration:
     def close(self, timeout_s: float) -> None:
         """Stop; what was gathered and is not finished is lost."""
         self._closing.set()
-        self._thread.join(timeout_s)
+        # A fit cannot be interrupted, and nobody needs it any more.
+        self._thread.join(timeout_s if self._finishing else min(timeout_s, _CLOSE_S))
 
     def pause(self, seconds: float) -> bool:
         """For ``finish``: wait; True: it is being closed."""
@@ -121,8 +124,9 @@ class LiveCalibration:
         lower_priority()
         try:
             self._work()
-        except FerryError as exc:
-            self._counters[f"gather_{exc.reason}"] += 1
+        except (FerryError, OSError) as exc:
+            reason = exc.reason if isinstance(exc, FerryError) else "disk"
+            self._counters[f"gather_{reason}"] += 1
             log.warning("no calibration from live traffic: %s", exc)
         except Exception:
             # A bug here must cost a calibration, never the generation beside it.
@@ -141,6 +145,7 @@ class LiveCalibration:
             return
         rates = self._measure(groups)
         if not self._closing.is_set() and self._wanted():
+            self._finishing = True
             self._finish(Made(groups, rates, tokens))
             self._counters["gather_done"] += 1
 
@@ -198,11 +203,13 @@ class LiveCalibration:
 
     def _fit(self) -> list[GroupCalibration] | None:
         made = []
+        # A few passes know too little of too many directions.
+        weighed = 2 * self._gathered.fisher.passes >= self._options.gather_passes
         while self._gathered.groups:
             if not self._wait_until_quiet():
                 return None
             seen = self._gathered.groups[0]
-            weights = self._gathered.weights(seen.layers, _RIDGE)
+            weights = self._gathered.weights(seen.layers, _RIDGE) if weighed else None
             fitted = fit_group(seen, weights=weights, source=SOURCE)
             made.append(fitted.using(device_products()))
             del self._gathered.groups[0]

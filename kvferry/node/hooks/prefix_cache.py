@@ -6,7 +6,6 @@ any failure of ours is a miss, counted by reason; the model then prefills.
 """
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,22 +18,19 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.mlx.shape import describe
 from kvferry.errors import FerryError
-from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
-from kvferry.node.coding import CodedRange, Shard, page_coding, tail_codec
+from kvferry.node.hooks.current import CurrentCoding
 from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.live import Live
 from kvferry.node.hooks.loader import Loaded, Loader
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.standing import Standing
-from kvferry.node.offers import Coding, Offer, Offers, wanted_later, wanted_now
+from kvferry.node.offers import Offer, Offers, wanted_later, wanted_now
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
-
-DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,13 +89,8 @@ class PrefixCache:
         specs = rope_specs(loaded.model)
         self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._layers)}
         self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
-        self._calibrations = Calibrations(self._client, self.options.cache_dir)
-        self._warming: threading.Thread | None = None
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
         self._prefill = Rate()
-        self._coding_lock = threading.Lock()
-        self._coding_for: tuple[object, ...] = ()
-        self._coding_kept: Coding | None = None
         self._standing = Standing(
             self._client,
             loaded,
@@ -107,10 +98,19 @@ class PrefixCache:
             self._layers,
             self._shape.layers,
             self.options.cache_dir,
-            identified=self._start_warming,
+            identified=lambda: self._current.start_warming(),
             triggered=self._trigger,
         )
-        self._offers = Offers(self._client, self._coding, self.counters)
+        alone = self._group.size == 1
+        self._current = CurrentCoding(
+            self._standing,
+            self._shape,
+            self._layers,
+            self._client,
+            self.options.cache_dir,
+            alone=alone,
+        )
+        self._offers = Offers(self._client, self._current.now, self.counters)
         self._live = Live(
             loaded.model,
             self._shape,
@@ -118,10 +118,10 @@ class PrefixCache:
             self._layers,
             self.options,
             self.counters,
-            alone=self._group.size == 1,
+            alone=alone,
             client=self._client,
-            calibrations=lambda: self._calibrations,
-            made=self._calibration_made,
+            calibrations=lambda: self._current.calibrations,
+            made=self._current.renew,
         )
         self._standing.start()
 
@@ -140,25 +140,8 @@ class PrefixCache:
     def ready(self, timeout_s: float = 60.0) -> bool:
         """Wait until model id and namespace are known. With a group: a collective."""
         self._standing.wait(timeout_s)
-        if self._warming is not None:
-            self._warming.join(timeout_s)
+        self._current.wait_warm(timeout_s)
         return self._standing.known
-
-    def _start_warming(self) -> None:
-        self._warming = threading.Thread(target=self._warm_up, daemon=True)
-        self._warming.start()
-
-    def _warm_up(self) -> None:
-        """Read the calibrations of this shard, so that no request waits for it."""
-        try:
-            coding = self._coding()
-            for coded in coding.pages if coding is not None else ():
-                if coded.codec.calibration_id:
-                    self._calibrations.warm(coded.codec.calibration_id)
-        except FerryError as exc:
-            log.info("no warm start: %s", exc)
-        except Exception:
-            log.exception("no warm start")
 
     @property
     def policy(self) -> pb.Policy:
@@ -218,12 +201,12 @@ class PrefixCache:
             return Loaded(reason="bug", problems=["bug"])
 
     def _loader(self) -> Loader:
-        shard = self._shard(self._standing.require())
+        shard = self._current.shard(self._standing.require())
         return Loader(
             client=self._client,
-            calibrations=self._calibrations,
+            calibrations=self._current.calibrations,
             shard=shard,
-            root=self._standing.root(shard),
+            root=shard.root(self._standing.salt),
             accept=frozenset(self.policy.accept),
             rope=self._rope,
         )
@@ -325,48 +308,6 @@ class PrefixCache:
             log.info("flush: %s", exc)
             return False
 
-    def _coding(self) -> Coding | None:
-        """Policy, namespace and calibration made concrete; kept until one changes."""
-        standing = self._standing
-        if self._group.size == 1:
-            standing.identify()
-        model_id = standing.model_id
-        if model_id is None or not standing.salt:
-            return None
-        calibration = self._calibrations.find(model_id)
-        policy = standing.policy
-        basis = (policy.version, policy.name, standing.salt, calibration and calibration.id)
-        with self._coding_lock:
-            if basis != self._coding_for:
-                self._coding_kept = self._make_coding(model_id, policy, calibration)
-                self._coding_for = basis
-            return self._coding_kept
-
-    def _make_coding(self, model_id: bytes, policy: pb.Policy, calibration: Any) -> Coding:
-        shard = self._shard(model_id)
-        pages = page_coding(policy, shard, calibration, self._calibrations.cut)
-        used = [coded.codec.calibration_id for coded in pages]
-        if calibration is not None and any(used):
-            self._calibrations.publish([*used, *(g.id for g in calibration.groups), calibration.id])
-        tail = tail_codec(policy)
-        return Coding(
-            shard=shard,
-            root=self._standing.root(shard),
-            pages=pages,
-            tail=None if tail is None else CodedRange(shard.layers, tail),
-            tail_ttl_s=policy.tail.ttl_s or DAY_S,
-        )
-
-    def _shard(self, model_id: bytes) -> Shard:
-        return Shard(
-            model_id=model_id,
-            model_layers=self._shape.layers,
-            model_heads=self._shape.kv_heads,
-            head_dim=self._shape.head_dim,
-            layers=self._layers,
-            heads=(0, self._shape.kv_heads),
-        )
-
     def _trigger(self) -> None:
         self.counters["triggers"] += 1
         self._offers.trigger()
@@ -388,11 +329,6 @@ class PrefixCache:
             self.counters["gather_bug"] += 1
             self._live.close(0.0)
         return False
-
-    def _calibration_made(self) -> None:
-        """Runs on the gathering thread: from the next offer on pages are coded with it."""
-        self._calibrations = Calibrations(self._client, self.options.cache_dir)
-        self._coding()  # which also publishes it
 
 
 @dataclass(frozen=True, slots=True)

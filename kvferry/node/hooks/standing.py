@@ -16,7 +16,6 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.weights import fingerprint
 from kvferry.errors import FerryError, IdentityPendingError, ModelError, NamespaceUnknownError
 from kvferry.node.client import NodeClient
-from kvferry.node.coding import Shard
 from kvferry.node.hooks.group import Group
 from kvferry.node.hooks.identity import agreed_model_id
 from kvferry.proto.identity import ModelFingerprint
@@ -119,10 +118,6 @@ class Standing:
         self.salt = hello.namespace_salt
         if hello.policy.version:
             self.policy = hello.policy
-
-    def root(self, shard: Shard) -> bytes:
-        """Root of the key chain in this namespace."""
-        return shard.root(self.salt)
 
     def _digest_weights(
         self, loaded: LoadedModel, layers: tuple[int, int], cache_dir: Path

@@ -1,0 +1,121 @@
+"""How this rank's pages are coded now: policy, namespace and calibration made concrete."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+from kvferry.codec.mlx.shape import ModelShape
+from kvferry.errors import FerryError
+from kvferry.node.calibrations import Calibrations
+from kvferry.node.client import NodeClient
+from kvferry.node.coding import CodedRange, Shard, page_coding, tail_codec
+from kvferry.node.hooks.standing import Standing
+from kvferry.node.offers import Coding
+from kvferry.proto.v1 import coordinator_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+DAY_S = 86_400
+
+
+class CurrentCoding:
+    """Kept until policy, namespace or calibration change. Any thread may ask.
+
+    Args:
+        layers: absolute layers of this rank.
+        alone: no other rank has to enter `Standing.identify` with this one.
+
+    Attributes:
+        calibrations: of this machine and the cluster.
+    """
+
+    def __init__(
+        self,
+        standing: Standing,
+        shape: ModelShape,
+        layers: tuple[int, int],
+        client: NodeClient,
+        cache_dir: Path,
+        *,
+        alone: bool,
+    ) -> None:
+        self._standing, self._shape, self._layers = standing, shape, layers
+        self._client, self._cache_dir, self._alone = client, cache_dir, alone
+        self.calibrations = Calibrations(client, cache_dir)
+        self._lock = threading.Lock()
+        self._made_for: tuple[object, ...] = ()
+        self._made: Coding | None = None
+        self._warming: threading.Thread | None = None
+
+    def now(self) -> Coding | None:
+        """None where keys cannot be made yet. Raises: FerryError."""
+        standing = self._standing
+        if self._alone:
+            standing.identify()
+        model_id = standing.model_id
+        if model_id is None or not standing.salt:
+            return None
+        calibration = self.calibrations.find(model_id)
+        policy = standing.policy
+        basis = (policy.version, policy.name, standing.salt, calibration and calibration.id)
+        with self._lock:
+            if basis != self._made_for:
+                self._made = self._make(model_id, policy, calibration)
+                self._made_for = basis
+            return self._made
+
+    def shard(self, model_id: bytes) -> Shard:
+        """What this rank holds."""
+        return Shard(
+            model_id=model_id,
+            model_layers=self._shape.layers,
+            model_heads=self._shape.kv_heads,
+            head_dim=self._shape.head_dim,
+            layers=self._layers,
+            heads=(0, self._shape.kv_heads),
+        )
+
+    def renew(self) -> None:
+        """A calibration was saved on this machine: use and publish it from now on."""
+        self.calibrations = Calibrations(self._client, self._cache_dir)
+        try:
+            self.now()
+        except FerryError as exc:
+            log.info("the new calibration is published with the next offer: %s", exc)
+
+    def start_warming(self) -> None:
+        """Read the calibrations of this shard, so that no request waits for it."""
+        self._warming = threading.Thread(target=self._warm_up, daemon=True)
+        self._warming.start()
+
+    def wait_warm(self, timeout_s: float) -> None:
+        """Until that is done."""
+        if self._warming is not None:
+            self._warming.join(timeout_s)
+
+    def _warm_up(self) -> None:
+        try:
+            coding = self.now()
+            for coded in coding.pages if coding is not None else ():
+                if coded.codec.calibration_id:
+                    self.calibrations.warm(coded.codec.calibration_id)
+        except FerryError as exc:
+            log.info("no warm start: %s", exc)
+        except Exception:
+            log.exception("no warm start")
+
+    def _make(self, model_id: bytes, policy: pb.Policy, calibration: Any) -> Coding:
+        shard = self.shard(model_id)
+        pages = page_coding(policy, shard, calibration, self.calibrations.cut)
+        used = [coded.codec.calibration_id for coded in pages]
+        if calibration is not None and any(used):
+            self.calibrations.publish([*used, *(g.id for g in calibration.groups), calibration.id])
+        tail = tail_codec(policy)
+        return Coding(
+            shard=shard,
+            root=shard.root(self._standing.salt),
+            pages=pages,
+            tail=None if tail is None else CodedRange(shard.layers, tail),
+            tail_ttl_s=policy.tail.ttl_s or DAY_S,
+        )
