@@ -18,8 +18,9 @@ def calibrate_kvtc(
     """Fit bases and plans, and write them beside the default codec's calibration."""
     import time
 
-    from kvferry.codec.lab.kvtc import DEFAULT_TOKENS, calibrate, calibration_work
-    from kvferry.codec.lab.text import calibration_text, first_tokens
+    from kvferry.codec.lab.held import held_texts
+    from kvferry.codec.lab.kvtc import APART_TOKENS, DEFAULT_TOKENS, calibrate, calibration_work
+    from kvferry.codec.lab.text import calibration_text, first_tokens, held_text
     from kvferry.codec.mlx.load import load_model
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.proto.identity import model_id
@@ -37,9 +38,12 @@ def calibrate_kvtc(
         return
     what = f"the text to calibrate on ({content.source})"
     given = first_tokens(loaded.tokenizer, content.fitted, count, what)
-    with progress(f"calibrating {model} for kvtc", calibration_work(count)) as bar:
-        found = calibrate(loaded, identity, given, content.source, bar.update)
-    made = found.save(folder)
+    texts = held_texts(loaded.tokenizer, APART_TOKENS, content.held or held_text())
+    apart = [found.tokens for found in texts]
+    work = calibration_work(count + sum(map(len, apart)))
+    with progress(f"calibrating {model} for kvtc", work) as bar:
+        known = calibrate(loaded, identity, given, content.source, bar.update, apart)
+    made = known.save(folder)
     seconds = time.monotonic() - started
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     if json is not None:
@@ -53,7 +57,7 @@ def calibrate_kvtc(
                 "made": True,
                 "tokens": count,
                 "text_source": content.source,
-                "rank": {name: stream.rank for name, stream in found.streams.items()},
+                "rank": {name: stream.rank for name, stream in known.streams.items()},
                 "bytes": size,
                 "seconds": seconds,
             },

@@ -20,13 +20,18 @@ MAX_WIDTH = 12_288
 # All bases together, as float16, stay within what a calibration blob may hold.
 MAX_BASIS_BYTES = 240 << 20
 KEPT_ROWS = 1024
+_APART_STRIDE = 3
 
 
 class KvtcFit:
     """Collects pages that cover all layers and heads; then `finish`.
 
-    Memory: one covariance per stream, and `KEPT_ROWS` rows on which errors are measured,
-    spread evenly over all tokens seen.
+    A basis holds more of the text that it was fitted on than of any other: with 16,000
+    tokens for 5,760 directions, five times less of that text's energy falls into the
+    last half. So errors are measured on pages apart, where there are any (`measure_on`),
+    which gave 2 % fewer bytes and 5 % less KL at ratio 16.
+
+    Memory: one covariance per stream, and the rows on which errors are measured.
     """
 
     def __init__(
@@ -40,12 +45,15 @@ class KvtcFit:
         """As `GroupAccumulator`."""
         self._seen = GroupAccumulator(model_id=model_id, layers=layers, heads=heads, ropes=ropes)
         self._kept: dict[str, FloatArray] = {}
+        self._apart: dict[str, FloatArray] = {}
         self._stride = 1
         self._count = 0
 
     def add(self, page: PageTensors) -> None:
-        """Take in a page of any length. Raises: UnsupportedTensorError; ConfigError: a
-        model that is too wide for one basis."""
+        """Take in a page of any length to fit on.
+
+        Raises: UnsupportedTensorError; ConfigError: a model too wide for one basis.
+        """
         for name, stream in page.streams.items():
             width = stream.data.size // stream.data.shape[2]
             if width > MAX_WIDTH:
@@ -66,10 +74,19 @@ class KvtcFit:
             self._kept = {name: rows[::2].copy() for name, rows in self._kept.items()}
             self._stride *= 2
 
+    def measure_on(self, page: PageTensors) -> None:
+        """Take in a page to measure errors on, and not to fit on; every third token."""
+        first = max(page.tokens[0], SINK_TOKENS)
+        for name in page.streams:
+            rows = page_rows(page, name, self._seen.ropes.get(name), first)[::_APART_STRIDE]
+            before = self._apart.get(name, rows[:0])
+            self._apart[name] = np.concatenate([before, rows])
+
     @property
     def kept(self) -> Mapping[str, FloatArray]:
-        """Stream name -> (rows, p) on which errors will be measured."""
-        return self._kept
+        """Stream name -> (rows, p) on which errors will be measured: of pages apart, else
+        `KEPT_ROWS` to twice as many spread evenly over the tokens fitted on."""
+        return self._apart or self._kept
 
     def finish(self, source: str) -> KvtcCalibration:
         """Bases by PCA, then errors and plans. Raises: UnsupportedTensorError: too little
@@ -98,7 +115,7 @@ class KvtcFit:
         )
         errors = {}
         for name, stream in group.streams.items():
-            z = project(self._kept[name], stream.fold, stream.rank)
+            z = project(self.kept[name], stream.fold, stream.rank)
             errors[name] = StreamErrors(*measured_errors(z))
         return KvtcCalibration.of(group, errors).planned()
 

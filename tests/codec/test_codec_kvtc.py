@@ -336,6 +336,22 @@ def test_errors_are_measured_on_rows_from_everywhere() -> None:
     assert rows[-1] > 0.99 * count
 
 
+def test_errors_are_measured_apart_from_what_was_fitted() -> None:
+    ropes = {"k": (rope_spec(16),) * 2}
+    seen = KvtcFit(model_id=MODEL_ID, layers=(0, 2), heads=(0, 2), ropes=ropes)
+    fitted_on, apart = sample(), random_page(layers=(0, 2), tokens=(0, 304), dim=16)
+    for page in fitted_on:
+        seen.add(page)
+    seen.measure_on(apart)
+    known, plain = seen.finish("made up"), fitted(fitted_on)
+    assert known.id == plain.id  # the same basis
+    # noise falls on all directions alike, the fitted text on the first twenty
+    energy = {name: errors.energy for name, errors in known.errors.items()}
+    assert all(values[30:].mean() > 0.2 for values in energy.values())
+    assert all(errors.energy[30:].mean() < 1e-2 for errors in plain.errors.values())
+    assert known.plans[4.0]["v"] != plain.plans[4.0]["v"]
+
+
 def test_too_little_or_too_wide() -> None:
     seen = KvtcFit(model_id=MODEL_ID, layers=(0, 1), heads=(0, 64), ropes={})
     with pytest.raises(UnsupportedTensorError, match="no tokens"):

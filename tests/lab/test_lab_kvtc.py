@@ -29,10 +29,14 @@ def text() -> list[int]:
 @pytest.fixture(scope="module")
 def made(tiny: LoadedModel, text: list[int]) -> KvtcCalibration:
     reports: list[float] = []
-    given = text[:TOKENS]
-    found = calibrate(tiny, MODEL_ID, given, "tests", lambda done, _: reports.append(done))
+    given, apart = text[:TOKENS], [text[TOKENS : TOKENS + 600]]
+
+    def report(done: float, _: str) -> None:
+        reports.append(done)
+
+    found = calibrate(tiny, MODEL_ID, given, "tests", report, apart)
     assert reports == sorted(reports)
-    assert reports[-1] == calibration_work(TOKENS)
+    assert reports[-1] == calibration_work(TOKENS + 600)
     return found
 
 
