@@ -195,8 +195,12 @@ def _calibration(
     except CodecError as exc:
         return Finding("calibration", False, str(exc)), {}
     ranks = {
-        name: {"rank": s.rank, "width": s.width, "weighted": s.weight is not None}
-        for name, s in group.streams.items()
+        name: {
+            "rank": bundle.rank,
+            "width": bundle.width,
+            "weighted": all(part.weight is not None for part in bundle.parts),
+        }
+        for name, bundle in group.bundles.items()
     }
     about = {"text_source": group.source, "text_tokens": group.tokens}
     return whole, {"type": "group", **about, "parent": group.parent.hex(), "streams": ranks}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvferry.codec.lab.plan import HeldText, Plan
     from kvferry.codec.mlx.load import LoadedModel
 
-DEFAULT_TOKENS = 8192
+DEFAULT_TOKENS = 16384
 INTERRUPTED = 130
 
 
@@ -36,7 +36,7 @@ def calibrate(
         Path | None, typer.Option(metavar="DIR", help="Where to. Default: the user's cache.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of text to fit on. Default: 8192; for kvtc 16384.")
+        int | None, typer.Option(help="Tokens of text to fit on. Default: 16384.")
     ] = None,
     codec: Annotated[
         str, typer.Option(help="ferry, or kvtc: the published codec, to compare with.")
@@ -134,7 +134,7 @@ def _texts(
     count = plan.fitted_tokens + (plan.held_tokens if files else 0)
     tokens = first_tokens(loaded.tokenizer, content.fitted, count, what)
     rest = tokens[plan.fitted_tokens :]
-    held = held_texts(loaded.tokenizer, plan.held_tokens, content.held or held_text(), rest)
+    held = held_texts(loaded.tokenizer, plan.held_tokens, held_text(), rest)
     return tokens[: plan.fitted_tokens], held, content.source
 
 

@@ -38,7 +38,7 @@ def calibrate_kvtc(
         return
     what = f"the text to calibrate on ({content.source})"
     given = first_tokens(loaded.tokenizer, content.fitted, count, what)
-    texts = held_texts(loaded.tokenizer, APART_TOKENS, content.held or held_text())
+    texts = held_texts(loaded.tokenizer, APART_TOKENS, held_text())
     apart = [found.tokens for found in texts]
     work = calibration_work(count + sum(map(len, apart)))
     with progress(f"calibrating {model} for kvtc", work) as bar:
@@ -57,7 +57,7 @@ def calibrate_kvtc(
                 "made": True,
                 "tokens": count,
                 "text_source": content.source,
-                "rank": {name: stream.rank for name, stream in known.streams.items()},
+                "rank": {name: bundle.rank for name, bundle in known.bundles.items()},
                 "bytes": size,
                 "seconds": seconds,
             },

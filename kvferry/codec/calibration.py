@@ -5,6 +5,7 @@ id. A `CalibrationSet` lists the groups of a model with the measured rate-distor
 curve. Both are stored as containers of kind calibration, addressed by their content.
 """
 
+from kvferry.codec.calibration_bundle import BundleCalibration, StreamPart
 from kvferry.codec.calibration_curve import (
     CurvePoint,
     Prediction,
@@ -22,11 +23,11 @@ from kvferry.codec.calibration_fit import (
 )
 from kvferry.codec.calibration_group import GroupCalibration
 from kvferry.codec.calibration_set import CalibrationSet, GroupEntry
-from kvferry.codec.calibration_stream import StreamCalibration
 
 __all__ = [
     "DEFAULT_MAX_RANK",
     "MAX_GROUP_WIDTH",
+    "BundleCalibration",
     "CalibrationSet",
     "CurvePoint",
     "GroupAccumulator",
@@ -34,8 +35,8 @@ __all__ = [
     "GroupEntry",
     "Prediction",
     "RateDistortion",
-    "StreamCalibration",
     "StreamCurve",
+    "StreamPart",
     "TextCurve",
     "fit_group",
     "layer_groups",

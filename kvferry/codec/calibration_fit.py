@@ -2,15 +2,22 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
+from kvferry.codec.calibration_bundle import (
+    JOINER,
+    StreamPart,
+    bundle_calibration,
+    part_weights,
+)
 from kvferry.codec.calibration_group import GroupCalibration
-from kvferry.codec.calibration_stream import stream_calibration
+from kvferry.codec.importance import ImportanceSums
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows
-from kvferry.codec.transform import CovarianceAccumulator, eigenbasis
+from kvferry.codec.transform import CovarianceAccumulator, Float64Array, eigenbasis
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 
@@ -36,7 +43,12 @@ def layer_groups(
 
 
 class GroupAccumulator:
-    """Collects what `fit_group` needs from pages of one layer group."""
+    """Collects what `fit_group` needs from pages of one layer group.
+
+    Args:
+        ropes: rotated stream -> one spec per layer of the group.
+        joint: streams are coded together; else each by itself.
+    """
 
     def __init__(
         self,
@@ -45,31 +57,54 @@ class GroupAccumulator:
         layers: tuple[int, int],
         heads: tuple[int, int],
         ropes: Mapping[str, Sequence[RopeSpec]],
+        joint: bool = True,
     ) -> None:
-        """``ropes``: rotated stream -> one spec per layer of the group."""
         self.model_id = model_id
         self.layers = layers
         self.heads = heads
         self.ropes = {name: tuple(specs) for name, specs in ropes.items()}
-        self._streams: dict[str, CovarianceAccumulator] = {}
+        self.joint = joint
+        self._bundles: dict[str, CovarianceAccumulator] = {}
+        self._importance: dict[str, ImportanceSums] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
 
     @property
-    def streams(self) -> Mapping[str, CovarianceAccumulator]:
-        """Stream name -> rows seen so far, RoPE undone."""
-        return self._streams
+    def bundles(self) -> Mapping[str, CovarianceAccumulator]:
+        """Bundle name -> rows seen so far, RoPE undone."""
+        return self._bundles
+
+    @property
+    def importance(self) -> Mapping[str, ImportanceSums]:
+        """Bundle name -> how rows went with the importance of their tokens."""
+        return self._importance
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """Stream name -> (heads, dim)."""
         return self._shapes
 
-    def add(self, page: PageTensors) -> None:
+    @property
+    def tokens(self) -> int:
+        """Tokens seen."""
+        return max((seen.count for seen in self._bundles.values()), default=0)
+
+    def add(self, page: PageTensors, importance: Float64Array | None = None) -> None:
         """Take in a page of any length that covers the group's layers and heads.
 
         The first tokens of a sequence are left out: codecs store them exactly.
+
+        Args:
+            importance: (tokens of the page,), of a page that is a whole sequence; NaN
+                where it is not known.
         Raises: UnsupportedTensorError.
         """
+        self._take(page, importance, fitted=True)
+
+    def weigh(self, page: PageTensors, importance: Float64Array) -> None:
+        """Only learn how rows go with the importance of tokens. As `add`."""
+        self._take(page, importance, fitted=False)
+
+    def _take(self, page: PageTensors, importance: Float64Array | None, *, fitted: bool) -> None:
         if page.layers != self.layers:
             page = page.cut_layers(self.layers)
         if page.heads != self.heads:
@@ -83,21 +118,34 @@ class GroupAccumulator:
             shape = stream.data.shape[1], stream.data.shape[3]
             if self._shapes.setdefault(name, shape) != shape:
                 raise UnsupportedTensorError(name, f"heads x dim {shape} differ between pages")
-            rows = page_rows(page, name, self.ropes.get(name), first)
-            if name not in self._streams:
-                self._streams[name] = CovarianceAccumulator(rows.shape[1])
-            self._streams[name].add(rows)
+        for names in self._bundled(sorted(page.streams)):
+            rows = page_rows(page, names, self.ropes, first)
+            bundle = JOINER.join(names)
+            sums = self._importance.setdefault(bundle, ImportanceSums(rows.shape[1]))
+            if fitted:
+                if bundle not in self._bundles:
+                    self._bundles[bundle] = CovarianceAccumulator(rows.shape[1])
+                self._bundles[bundle].add(rows)
+            if importance is not None:
+                given = np.asarray(importance[first - page.tokens[0] :], dtype=np.float64)
+                known = np.isfinite(given)
+                sums.add(rows[known], given[known])
+
+    def _bundled(self, names: Sequence[str]) -> list[Sequence[str]]:
+        return [names] if self.joint else [[name] for name in names]
 
     def merge(self, other: "GroupAccumulator") -> None:
         """Take in what another rank saw of the same group. Raises: UnsupportedTensorError."""
-        mine = (self.model_id, self.layers, self.heads, self.ropes)
-        if mine != (other.model_id, other.layers, other.heads, other.ropes):
+        mine = (self.model_id, self.layers, self.heads, self.ropes, self.joint)
+        if mine != (other.model_id, other.layers, other.heads, other.ropes, other.joint):
             raise UnsupportedTensorError("*", "the other samples are of another group")
-        for name, seen in other.streams.items():
-            shape = other.shapes[name]
+        for name, shape in other.shapes.items():
             if self._shapes.setdefault(name, shape) != shape:
                 raise UnsupportedTensorError(name, f"heads x dim {shape} differ")
-            self._streams.setdefault(name, CovarianceAccumulator(seen.width)).merge(seen)
+        for name, seen in other.bundles.items():
+            self._bundles.setdefault(name, CovarianceAccumulator(seen.width)).merge(seen)
+            sums = self._importance.setdefault(name, ImportanceSums(seen.width))
+            sums.merge(other.importance[name])
 
 
 def fit_group(
@@ -107,28 +155,40 @@ def fit_group(
     max_rank: int = DEFAULT_MAX_RANK,
     source: str = "",
 ) -> GroupCalibration:
-    """Eigenbases of all streams of a group.
+    """Eigenbases of a group.
 
     Args:
         weights: stream name -> (layers, heads, dim, dim) float32; a stream that is
             missing has identity weights.
-        max_rank: directions kept per stream.
+        max_rank: directions kept per bundle.
         source: where the text came from, for people.
     Raises: UnsupportedTensorError: too few tokens seen.
     """
-    streams = {}
-    for name, accumulator in seen.streams.items():
-        weight = (weights or {}).get(name)
-        if weight is not None:
-            weight = np.ascontiguousarray(weight, dtype=np.float32)
-        basis = eigenbasis(accumulator, max_rank, weight)
-        streams[name] = stream_calibration(name, *seen.shapes[name], basis, weight)
+    bundles = {}
+    for name, accumulator in seen.bundles.items():
+        parts = [
+            StreamPart(
+                name=stream,
+                heads=seen.shapes[stream][0],
+                dim=seen.shapes[stream][1],
+                weight=_contiguous((weights or {}).get(stream)),
+            )
+            for stream in name.split(JOINER)
+        ]
+        at = part_weights(parts, seen.layers[1] - seen.layers[0])
+        basis = eigenbasis(accumulator, max_rank, at)
+        basis = replace(basis, importance=seen.importance[name].fit(basis, at))
+        bundles[name] = bundle_calibration(parts, basis)
     return GroupCalibration(
         model_id=seen.model_id,
         layers=seen.layers,
         heads=seen.heads,
-        streams=streams,
+        bundles=bundles,
         ropes=seen.ropes,
         source=source,
-        tokens=max((s.count for s in seen.streams.values()), default=0),
+        tokens=seen.tokens,
     )
+
+
+def _contiguous(weight: FloatArray | None) -> FloatArray | None:
+    return None if weight is None else np.ascontiguousarray(weight, dtype=np.float32)

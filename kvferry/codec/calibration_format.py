@@ -27,7 +27,7 @@ from kvferry.proto.container import Limits, SectionData
 from kvferry.proto.keys import DIGEST_BYTES, MAX_HEADS, MAX_LAYERS, BlobKey, canonical_json
 from kvferry.proto.v1 import blob_pb2
 
-DESCRIPTION_VERSION = 1
+DESCRIPTION_VERSION = 2  # 1 coded every stream of a group by itself
 MAX_DESCRIPTION_BYTES = 8 << 20
 GROUP_NAME = "ferry"
 MANIFEST_NAME = "manifest"

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec import calibration_format as fmt
-from kvferry.codec.calibration_stream import MAX_WIDTH, StreamCalibration
+from kvferry.codec.calibration_bundle import JOINER, MAX_WIDTH, BundleCalibration, StreamPart
 from kvferry.codec.rope import RopeSpec, combined_fingerprint
 from kvferry.codec.transform import Products
 from kvferry.errors import CalibrationCorruptError, ConfigError
@@ -23,7 +24,8 @@ class GroupCalibration:
     Attributes:
         model_id: 32 bytes.
         layers, heads: absolute, half-open: exactly those of the blobs coded with it.
-        streams: name -> basis.
+        bundles: name -> basis; every stream is in one of them. `ferry` codes all streams
+            of a group together, "k+v"; `kvtc` each by itself.
         ropes: name of a rotated stream -> one `RopeSpec` per layer.
         parent: id of the calibration that this one was cut from; empty for a fitted one.
         source: where the calibration text came from.
@@ -33,7 +35,7 @@ class GroupCalibration:
     model_id: bytes
     layers: tuple[int, int]
     heads: tuple[int, int]
-    streams: Mapping[str, StreamCalibration]
+    bundles: Mapping[str, BundleCalibration]
     ropes: Mapping[str, tuple[RopeSpec, ...]]
     parent: bytes = b""
     source: str = ""
@@ -54,23 +56,40 @@ class GroupCalibration:
             return "heads are no range"
         if not self.source.isprintable() or self.tokens < 0:
             return "source or tokens cannot be"
-        if not self.streams or not set(self.ropes) <= set(self.streams):
+        parts = [part for bundle in self.bundles.values() for part in bundle.parts]
+        if len({part.name for part in parts}) != len(parts) or not set(self.ropes) <= {
+            part.name for part in parts
+        }:
             return "streams and ropes do not fit"
-        for name, stream in self.streams.items():
-            if stream.name != name or stream.layers != count or stream.heads not in (1, heads):
-                return f"stream {name!r} has another shape than the group"
+        if not parts:
+            return "it has no streams"
+        for name, bundle in self.bundles.items():
+            if bundle.name != name or bundle.layers != count:
+                return f"streams {name!r} have another shape than the group"
+        dims = {part.name: part.dim for part in parts}
+        if any(part.heads not in (1, heads) for part in parts):
+            return "a stream has other heads than the group"
         for name, specs in self.ropes.items():
-            if len(specs) != count or any(s.dims > self.streams[name].dim for s in specs):
+            if len(specs) != count or any(s.dims > dims[name] for s in specs):
                 return f"rope of stream {name!r} does not fit"
         return ""
 
+    @cached_property
+    def streams(self) -> Mapping[str, StreamPart]:
+        """Stream name -> its shape and weights, whatever bundle it is in."""
+        parts = (part for bundle in self.bundles.values() for part in bundle.parts)
+        return {part.name: part for part in sorted(parts, key=lambda part: part.name)}
+
     def _framed(self) -> fmt.Framed:
         tensors: dict[str, npt.NDArray[np.floating]] = {}
-        for name, stream in self.streams.items():
-            for part in ("mean", "basis", "sigma", "weight"):
-                value = getattr(stream, part)
+        for name, bundle in self.bundles.items():
+            for field in ("mean", "basis", "sigma", "importance"):
+                value = getattr(bundle, field)
                 if value is not None:
-                    tensors[f"{name}/{part}"] = np.ascontiguousarray(value)
+                    tensors[f"{name}/{field}"] = np.ascontiguousarray(value)
+            for part in bundle.parts:
+                if part.weight is not None:
+                    tensors[f"{name}/weight/{part.name}"] = np.ascontiguousarray(part.weight)
         return fmt.frame(self._description(), tensors)
 
     def _description(self) -> dict[str, object]:
@@ -84,9 +103,20 @@ class GroupCalibration:
             "model_id": self.model_id.hex(),
             "layers": list(self.layers),
             "heads": list(self.heads),
-            "streams": [
-                {"name": n, "heads": s.heads, "dim": s.dim, "weighted": s.weight is not None}
-                for n, s in sorted(self.streams.items())
+            "bundles": [
+                {
+                    "streams": [
+                        {
+                            "name": part.name,
+                            "heads": part.heads,
+                            "dim": part.dim,
+                            "weighted": part.weight is not None,
+                        }
+                        for part in bundle.parts
+                    ],
+                    "importance": bundle.importance is not None,
+                }
+                for _, bundle in sorted(self.bundles.items())
             ],
             "rope_specs": [spec.to_json() for spec in distinct],
             "ropes": {name: [number[s] for s in specs] for name, specs in self.ropes.items()},
@@ -130,9 +160,9 @@ class GroupCalibration:
             model_id=self.model_id,
             layers=layers,
             heads=heads,
-            streams={
-                name: s.cut(kept_layers, kept_heads if s.heads == whole else slice(None))
-                for name, s in self.streams.items()
+            bundles={
+                name: bundle.cut(kept_layers, kept_heads, whole)
+                for name, bundle in self.bundles.items()
             },
             ropes={name: specs[kept_layers] for name, specs in self.ropes.items()},
             parent=self.id,
@@ -142,8 +172,8 @@ class GroupCalibration:
 
     def using(self, products: Products | None) -> "GroupCalibration":
         """The same calibration, by id too, with its matrix products run elsewhere."""
-        streams = {name: replace(s, products=products) for name, s in self.streams.items()}
-        return replace(self, streams=streams)
+        bundles = {name: replace(b, products=products) for name, b in self.bundles.items()}
+        return replace(self, bundles=bundles)
 
     def to_blob(self) -> tuple[BlobKey, bytes]:
         """Container of kind calibration: "description" (JSON) and "tensors" (safetensors)."""
@@ -163,7 +193,7 @@ class GroupCalibration:
             model_id=fields.digest("model_id"),
             layers=fields.range("layers"),
             heads=fields.range("heads"),
-            streams={s.name: s for s in (_stream(f, tensors) for f in fields.objects("streams"))},
+            bundles={b.name: b for b in (_bundle(f, tensors) for f in fields.objects("bundles"))},
             ropes=_ropes(fields, specs),
             parent=fields.digest("parent", optional=True),
             source=fields.text("source"),
@@ -183,18 +213,31 @@ def _within(what: str, part: tuple[int, int], whole: tuple[int, int]) -> slice:
     return slice(part[0] - whole[0], part[1] - whole[0])
 
 
-def _stream(fields: fmt.Fields, tensors: dict[str, npt.NDArray[np.floating]]) -> StreamCalibration:
-    name = fields.text("name")
-    parts = ["mean", "basis", "sigma"] + ["weight"] * fields.flag("weighted")
-    arrays = {part: tensors.pop(f"{name}/{part}", None) for part in parts}
-    for part, value in arrays.items():
+def _bundle(fields: fmt.Fields, tensors: dict[str, npt.NDArray[np.floating]]) -> BundleCalibration:
+    described = fields.objects("streams")
+    name = JOINER.join(part.text("name") for part in described)
+
+    def take(field: str) -> Any:  # shapes and dtypes are checked in the class
+        value = tensors.pop(f"{name}/{field}", None)
         if value is None:
-            raise CalibrationCorruptError(fields.where, f"tensor '{name}/{part}' is missing")
-    return StreamCalibration(
-        name=name,
-        heads=fields.integer("heads", 1, MAX_HEADS),
-        dim=fields.integer("dim", 1, MAX_WIDTH),
-        **arrays,  # type: ignore[arg-type]  # shapes and dtypes are checked in the class
+            raise CalibrationCorruptError(fields.where, f"tensor '{name}/{field}' is missing")
+        return value
+
+    parts = tuple(
+        StreamPart(
+            name=part.text("name"),
+            heads=part.integer("heads", 1, MAX_HEADS),
+            dim=part.integer("dim", 1, MAX_WIDTH),
+            weight=take(f"weight/{part.text('name')}") if part.flag("weighted") else None,
+        )
+        for part in described
+    )
+    return BundleCalibration(
+        parts=parts,
+        mean=take("mean"),
+        basis=take("basis"),
+        sigma=take("sigma"),
+        importance=take("importance") if fields.flag("importance") else None,
     )
 
 

@@ -1,13 +1,16 @@
 """The default codec: RoPE undone, one basis per layer group, one step, entropy coded.
 
-Design section 6.1. Per stream of a page: rows of the tokens after the sinks, projected
-by one matrix product, divided by the step and rounded, 64 columns at a time through
-pcodec. Sections ``<stream>/q`` (coefficients) and ``<stream>/sinks`` (the first tokens
-of a sequence, bit for bit).
+Design section 6.1, with K and V in one basis. Per bundle of a page: rows of the tokens
+after the sinks, projected by one matrix product, divided by the step and rounded, 64
+columns at a time through pcodec. Tokens that matter more are coded with a finer step
+(`kvferry.codec.importance`). Sections ``<bundle>/q`` (coefficients),
+``<bundle>/steps`` (exponents of the tokens' steps; absent where all are equal) and
+``<stream>/sinks`` (the first tokens of a sequence).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import numpy as np
@@ -25,25 +28,28 @@ from kvferry.codec.base import (
     Wanted,
 )
 from kvferry.codec.calibration import (
+    BundleCalibration,
     CurvePoint,
     GroupAccumulator,
     GroupCalibration,
+    StreamPart,
     fit_group,
     step_on_curve,
 )
-from kvferry.codec.entropy import pack_bits, pack_columns
+from kvferry.codec.entropy import pack_columns
 from kvferry.codec.ferry_parts import (
     ReadPlan,
     calibration_of,
     check_page,
     read_coefficients,
     read_plan,
-    read_sinks,
-    sink_count,
 )
+from kvferry.codec.importance import DEFAULT_ADAPT, exponents, factors
 from kvferry.codec.quantize import quantize
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows, store_rows
+from kvferry.codec.settle import settle
+from kvferry.codec.sinks import pack_sinks, read_sinks, sink_count
 from kvferry.codec.transform import project, rank_at, reconstruct
 from kvferry.errors import (
     CalibrationMissingError,
@@ -54,6 +60,7 @@ from kvferry.errors import (
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
 
+MAX_ADAPT = 2.0
 _TOO_LARGE = 1e38
 
 
@@ -64,13 +71,15 @@ class FerryCodec:
     Attributes:
         step: quantization step in the weighted space.
         calibration: of exactly the layers and heads of the pages; None: decode only.
+        adapt: how much the step follows a token's importance, 0 to 2.
     """
 
     name: ClassVar[str] = "ferry"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 1 coded every stream by itself
 
     step: float = 1.0
     calibration: GroupCalibration | None = None
+    adapt: float = DEFAULT_ADAPT
 
     @classmethod
     def from_options(
@@ -79,25 +88,29 @@ class FerryCodec:
         calibration: GroupCalibration | None,
         curve: Sequence[CurvePoint],
     ) -> Self:
-        """``step``, or ``target_kl`` where ``curve`` is given.
+        """``step``, or ``target_kl`` where ``curve`` is given; and ``adapt``.
 
         Raises: ConfigError; CalibrationMissingError.
         """
-        opts.check_names(cls.name, options, ("step", "target_kl"))
+        opts.check_names(cls.name, options, ("step", "target_kl", "adapt"))
         if calibration is None:
             raise CalibrationMissingError("")
-        if len(options) != 1:
+        if ("step" in options) == ("target_kl" in options):
             raise ConfigError("ferry options", dict(options), "either step or target_kl")
+        adapt = opts.number_within("adapt", options.get("adapt", DEFAULT_ADAPT), 0.0, MAX_ADAPT)
         if "step" in options:
-            return cls(opts.positive_number("step", options["step"]), calibration)
-        target = opts.positive_number("target_kl", options["target_kl"])
-        return cls(step_on_curve(curve, target), calibration)
+            step = opts.positive_number("step", options["step"])
+        else:
+            step = step_on_curve(curve, opts.positive_number("target_kl", options["target_kl"]))
+        return cls(step, calibration, adapt)
 
     @property
     def params(self) -> Mapping[str, object]:
-        """``step``, ``sinks`` (exact tokens at a sequence's start), ``rank`` per stream."""
+        """``step``, ``adapt``, ``sinks`` (exact tokens at a sequence's start), ``rank`` per
+        bundle."""
         return {
-            "rank": {name: rank_at(s.sigma, self.step) for name, s in self._known.streams.items()},
+            "adapt": self.adapt,
+            "rank": {name: rank_at(b.sigma, self.step) for name, b in self._known.bundles.items()},
             "sinks": SINK_TOKENS,
             "step": self.step,
         }
@@ -117,7 +130,11 @@ class FerryCodec:
         """Bases refitted on other pages of the same model and group."""
         old = self._known
         seen = GroupAccumulator(
-            model_id=old.model_id, layers=old.layers, heads=old.heads, ropes=old.ropes
+            model_id=old.model_id,
+            layers=old.layers,
+            heads=old.heads,
+            ropes=old.ropes,
+            joint=any(len(bundle.parts) > 1 for bundle in old.bundles.values()),
         )
         for page in sample:
             seen.add(page)
@@ -134,21 +151,32 @@ class FerryCodec:
             raise UnsupportedTensorError("*", f"streams {sorted(page.streams)} are not calibrated")
         exact = sink_count(page.tokens, SINK_TOKENS)
         sections: list[SectionData] = []
-        for name, basis in sorted(known.streams.items()):
+        for name, part in known.streams.items():
             stream = page.streams[name]
-            if stream.data.shape[1::2] != (basis.heads, basis.dim):
+            if stream.data.shape[1::2] != (part.heads, part.dim):
                 raise UnsupportedTensorError(name, f"shape {stream.data.shape} is not calibrated")
             if exact:
-                sinks = stream.data[:, :, :exact]
-                sections.append(SectionData(f"{name}/sinks", pack_bits(sinks), sinks.nbytes))
-            if stream.data.shape[2] > exact:
-                begin = page.tokens[0] + exact
-                with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses those
-                    rows = page_rows(page, name, known.ropes.get(name), begin)
-                    z = project(rows, basis.fold, rank_at(basis.sigma, self.step))
-                    q = quantize(z, self.step, name)
-                sections.append(SectionData(f"{name}/q", pack_columns(q), q.nbytes))
+                sections.append(pack_sinks(f"{name}/sinks", stream, exact))
+        if page.tokens[1] - page.tokens[0] > exact:
+            for _, bundle in sorted(known.bundles.items()):
+                sections += self._coded(page, page.tokens[0] + exact, bundle)
         return Encoded(sections, known.rope_fingerprint)
+
+    def _coded(self, page: PageTensors, first: int, bundle: BundleCalibration) -> list[SectionData]:
+        names = [part.name for part in bundle.parts]
+        with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses those
+            rows = page_rows(page, names, self._known.ropes, first)
+            by = bundle.fold
+            chosen = exponents(rows, by, bundle.sigma, bundle.importance, self.adapt)
+            steps = np.float32(self.step) * factors(chosen)
+            z = project(rows, by, rank_at(bundle.sigma, self.step))
+            settled = partial(settle, rows=rows, by=by, steps=steps)
+            q = quantize(z, steps, bundle.name, settled)
+        sections = [SectionData(f"{bundle.name}/q", pack_columns(q), q.nbytes)]
+        if chosen.any():
+            packed = pack_columns(chosen[:, None])
+            sections.append(SectionData(f"{bundle.name}/steps", packed, chosen.nbytes))
+        return sections
 
     def decode(
         self,
@@ -168,8 +196,10 @@ class FerryCodec:
         plan = read_plan(first, known)
         for page in pages:
             check_page(page, known, plan)
+        joined: dict[str, npt.NDArray[np.generic]] = {}
         with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` refuses those
-            joined = {name: _decode_stream(name, pages, known, plan) for name in known.streams}
+            for bundle in known.bundles.values():
+                joined |= _decode_bundle(bundle, pages, known, plan)
         result, at = [], 0
         for page in pages:
             end = at + page.wanted.tokens[1] - page.wanted.tokens[0]
@@ -182,36 +212,56 @@ class FerryCodec:
         return result
 
 
-def _decode_stream(
-    name: str, pages: Sequence[CodedPage], known: GroupCalibration, plan: ReadPlan
-) -> npt.NDArray[np.generic]:
-    first = pages[0].wanted
-    basis, dtype, layers = known.streams[name], first.dtypes[name], sec.layer_slice(first)
+def _decode_bundle(
+    bundle: BundleCalibration,
+    pages: Sequence[CodedPage],
+    known: GroupCalibration,
+    plan: ReadPlan,
+) -> dict[str, npt.NDArray[np.generic]]:
     spans = [_Span.of(page.wanted, plan) for page in pages]
-    z = np.empty((sum(s.coded for s in spans), 1 + plan.rank[name]), dtype=np.float32)
+    z = np.empty((sum(s.coded for s in spans), 1 + plan.rank[bundle.name]), dtype=np.float32)
     z[:, 0] = 1.0
     at = 0
     for page, span in zip(pages, spans, strict=True):
         if span.coded:
-            read_coefficients(page, name, plan, z[at : at + span.coded, 1:])
+            read_coefficients(page, bundle.name, plan, z[at : at + span.coded, 1:])
         at += span.coded
-    width = basis.heads * basis.dim
-    rows = reconstruct(z, basis.fold, slice(layers.start * width, layers.stop * width))
-    _check_finite(rows, name)
-    tokens = sum(s.exact + s.coded for s in spans)
+    layers = sec.layer_slice(pages[0].wanted)
+    return {
+        part.name: _decode_part(
+            part, reconstruct(z, bundle.fold, bundle.rows_of(part.name, layers)), pages, known, plan
+        )
+        for part in bundle.parts
+    }
+
+
+def _decode_part(
+    part: StreamPart,
+    rows: FloatArray,
+    pages: Sequence[CodedPage],
+    known: GroupCalibration,
+    plan: ReadPlan,
+) -> npt.NDArray[np.generic]:
+    """(layers, heads, tokens, dim) of all pages, in the blobs' own dtype."""
+    _check_finite(rows, part.name)
+    first = pages[0].wanted
+    dtype, layers = first.dtypes[part.name], sec.layer_slice(first)
+    tokens = sum(page.wanted.tokens[1] - page.wanted.tokens[0] for page in pages)
     count = layers.stop - layers.start
-    out = np.empty((count, basis.heads, tokens, basis.dim), dtype=dtype.storage)
-    ropes: Sequence[RopeSpec] | None = known.ropes.get(name)
+    out = np.empty((count, part.heads, tokens, part.dim), dtype=dtype.storage)
+    ropes: Sequence[RopeSpec] | None = known.ropes.get(part.name)
     ropes = None if ropes is None else ropes[layers]
     at = row = 0
-    for page, span in zip(pages, spans, strict=True):
-        sinks = read_sinks(page, name, plan)
-        if sinks is not None:
+    for page in pages:
+        span = _Span.of(page.wanted, plan)
+        if span.exact:
+            whole = (page.wanted.shapes[part.name][0], part.heads, span.exact, part.dim)
+            sinks = read_sinks(page.sections[f"{part.name}/sinks"], whole, dtype)
             out[:, :, at : at + span.exact] = sinks[layers]
         at += span.exact
         if span.coded:
-            part = rows[row : row + span.coded]
-            store_rows(out[:, :, at : at + span.coded], dtype, part, ropes, span.tokens)
+            coded = rows[row : row + span.coded]
+            store_rows(out[:, :, at : at + span.coded], dtype, coded, ropes, span.tokens)
         at += span.coded
         row += span.coded
     return out

@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from kvferry.codec import sections as sec
 from kvferry.codec.base import CalibrationSource, CodedPage, FloatArray, Wanted
 from kvferry.codec.calibration import GroupCalibration
-from kvferry.codec.entropy import unpack_bits, unpack_columns
+from kvferry.codec.entropy import unpack_columns
+from kvferry.codec.importance import MAX_EXPONENT, factors
+from kvferry.codec.sinks import check_sinks, sink_count
 from kvferry.errors import CorruptBlobError, IdentityMismatchError
 
-PARAMS = ("rank", "sinks", "step")
+PARAMS = ("adapt", "rank", "sinks", "step")
 _MAX_SINKS = 4096
 
 
@@ -26,11 +27,6 @@ class ReadPlan:
     step: float
     sinks: int
     rank: Mapping[str, int]
-
-
-def sink_count(tokens: tuple[int, int], sinks: int) -> int:
-    """How many leading tokens of a page are stored exactly."""
-    return max(0, min(sinks, tokens[1]) - tokens[0])
 
 
 def calibration_of(wanted: Wanted, calibrations: CalibrationSource) -> GroupCalibration:
@@ -63,11 +59,11 @@ def read_plan(wanted: Wanted, known: GroupCalibration) -> ReadPlan:
     step, rank = wanted.params["step"], wanted.params["rank"]
     if type(step) not in (int, float) or not 1e-30 < float(str(step)) < 1e30:
         raise CorruptBlobError("codec parameters", "'step' is no number above 0")
-    if not isinstance(rank, dict) or set(rank) != set(known.streams):
-        raise CorruptBlobError("codec parameters", "'rank' is not one number per stream")
+    if not isinstance(rank, dict) or set(rank) != set(known.bundles):
+        raise CorruptBlobError("codec parameters", "'rank' is not one number per bundle")
     for name, value in rank.items():
-        if type(value) is not int or not 1 <= value <= known.streams[name].rank:
-            raise CorruptBlobError("codec parameters", f"rank {value!r} of stream {name!r}")
+        if type(value) is not int or not 1 <= value <= known.bundles[name].rank:
+            raise CorruptBlobError("codec parameters", f"rank {value!r} of streams {name!r}")
     return ReadPlan(float(str(step)), sec.integer(wanted, "sinks", 0, _MAX_SINKS), rank)
 
 
@@ -76,19 +72,23 @@ def check_page(page: CodedPage, known: GroupCalibration, plan: ReadPlan) -> None
     wanted = page.wanted
     exact = sink_count(wanted.tokens, plan.sinks)
     coded = wanted.tokens[1] - wanted.tokens[0] - exact
-    parts = ["sinks"] * bool(exact) + ["q"] * bool(coded)
-    sec.check_names(page.sections, (f"{name}/{p}" for name in known.streams for p in parts))
-    for name, (layers, heads, _, dim) in wanted.shapes.items():
-        if exact:
-            itemsize = wanted.dtypes[name].storage.itemsize
-            sec.check_raw(page.sections[f"{name}/sinks"], layers * heads * exact * dim * itemsize)
-        if coded:
-            section = page.sections[f"{name}/q"]
-            size = coded * plan.rank[name]
-            if section.raw_length not in (2 * size, 4 * size):
-                raise CorruptBlobError(
-                    f"section {section.name!r}", "has another size than its rank"
-                )
+    names = [f"{name}/sinks" for name in known.streams] if exact else []
+    names += [f"{name}/q" for name in known.bundles] if coded else []
+    steps = [f"{name}/steps" for name in known.bundles if coded]
+    sec.check_names(page.sections, (*names, *(name for name in steps if name in page.sections)))
+    if exact:
+        for name, (layers, heads, _, dim) in wanted.shapes.items():
+            section = page.sections[f"{name}/sinks"]
+            check_sinks(section, layers * heads * exact * dim, wanted.dtypes[name])
+    if not coded:
+        return
+    for name in known.bundles:
+        section = page.sections[f"{name}/q"]
+        size = coded * plan.rank[name]
+        if section.raw_length not in (2 * size, 4 * size):
+            raise CorruptBlobError(f"section {section.name!r}", "has another size than its rank")
+        if f"{name}/steps" in page.sections:
+            sec.check_raw(page.sections[f"{name}/steps"], 2 * coded)
 
 
 def read_coefficients(page: CodedPage, name: str, plan: ReadPlan, out: FloatArray) -> None:
@@ -99,18 +99,11 @@ def read_coefficients(page: CodedPage, name: str, plan: ReadPlan, out: FloatArra
     section = page.sections[f"{name}/q"]
     itemsize = section.raw_length // out.size
     unpack_columns(section.data, itemsize, plan.step, out, f"section {section.name!r}")
-
-
-def read_sinks(page: CodedPage, name: str, plan: ReadPlan) -> npt.NDArray[np.generic] | None:
-    """The exact tokens of a checked page, (layers, heads, tokens, dim); None: it has none.
-
-    Raises: CorruptBlobError.
-    """
-    exact = sink_count(page.wanted.tokens, plan.sinks)
-    if not exact:
-        return None
-    layers, heads, _, dim = page.wanted.shapes[name]
-    section = page.sections[f"{name}/sinks"]
-    dtype = page.wanted.dtypes[name].storage
-    shape = (layers, heads, exact, dim)
-    return unpack_bits(section.data, shape, dtype, f"section {section.name!r}")
+    steps = page.sections.get(f"{name}/steps")
+    if steps is None:
+        return
+    levels = np.empty((len(out), 1), dtype=np.float32)
+    unpack_columns(steps.data, 2, 1.0, levels, f"section {steps.name!r}")
+    if np.abs(levels).max() > MAX_EXPONENT:
+        raise CorruptBlobError(f"section {steps.name!r}", "holds a step that is out of range")
+    out *= factors(levels[:, 0].astype(np.int16))[:, None]

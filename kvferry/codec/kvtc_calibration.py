@@ -99,7 +99,7 @@ class KvtcCalibration(GroupCalibration):
 
     def _planned(self, ratios: Sequence[float]) -> dict[float, Plans]:
         found: dict[float, dict[str, BitPlan]] = {ratio: {} for ratio in ratios}
-        for name, stream in self.streams.items():
+        for name, stream in self.bundles.items():
             for ratio, plan in zip(
                 ratios, self.errors[name].plans(stream.width, ratios), strict=True
             ):
@@ -109,9 +109,9 @@ class KvtcCalibration(GroupCalibration):
     @classmethod
     def of(cls, group: GroupCalibration, errors: Mapping[str, StreamErrors]) -> Self:
         """Raises: CalibrationCorruptError: errors of other streams or ranks."""
-        if set(errors) != set(group.streams):
+        if set(errors) != set(group.bundles):
             raise CalibrationCorruptError("errors", f"are of streams {sorted(errors)}")
-        for name, stream in group.streams.items():
+        for name, stream in group.bundles.items():
             if len(errors[name].energy) != stream.rank:
                 raise CalibrationCorruptError("errors", f"of stream {name!r} have another rank")
         parts: dict[str, Any] = {f.name: getattr(group, f.name) for f in fields(GroupCalibration)}
@@ -166,7 +166,7 @@ class KvtcCalibration(GroupCalibration):
             reason = "a calibration of kvtc; `kvferry calibrate --codec kvtc` writes one"
             raise ConfigError("calibration", str(folder), reason) from exc
         tensors, plans = _read_errors(str(path), data)
-        errors = {name: StreamErrors.from_tensors(name, tensors) for name in groups[0].streams}
+        errors = {name: StreamErrors.from_tensors(name, tensors) for name in groups[0].bundles}
         for streams in plans.values():
             ranks = {name: plan.rank for name, plan in streams.items()}
             if set(ranks) != set(errors) or any(

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration import GroupAccumulator, GroupCalibration
-from kvferry.codec.calibration_stream import stream_calibration
+from kvferry.codec.calibration_bundle import StreamPart, bundle_calibration
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.kvtc_quantize import measured_errors
 from kvferry.codec.rope import RopeSpec
@@ -29,7 +29,7 @@ class KvtcFit:
     A basis holds more of the text that it was fitted on than of any other: with 16,000
     tokens for 5,760 directions, five times less of that text's energy falls into the
     last half. So errors are measured on pages apart, where there are any (`measure_on`):
-    2 % fewer bytes at the same ratio, and a KL that is the same within its noise.
+    1 to 3 % fewer bytes at the same ratio; KL moved by less than that between texts.
 
     Memory: one covariance per stream, and the rows on which errors are measured.
     """
@@ -43,7 +43,9 @@ class KvtcFit:
         ropes: Mapping[str, Sequence[RopeSpec]],
     ) -> None:
         """As `GroupAccumulator`."""
-        self._seen = GroupAccumulator(model_id=model_id, layers=layers, heads=heads, ropes=ropes)
+        self._seen = GroupAccumulator(
+            model_id=model_id, layers=layers, heads=heads, ropes=ropes, joint=False
+        )
         self._kept: dict[str, FloatArray] = {}
         self._apart: dict[str, FloatArray] = {}
         self._stride = 1
@@ -65,7 +67,7 @@ class KvtcFit:
         if count <= 0:
             return
         for name in page.streams:
-            rows = page_rows(page, name, self._seen.ropes.get(name), first)
+            rows = page_rows(page, [name], self._seen.ropes, first)
             kept = rows[-self._count % self._stride :: self._stride]
             before = self._kept.get(name, kept[:0])
             self._kept[name] = np.concatenate([before, kept])
@@ -78,7 +80,7 @@ class KvtcFit:
         """Take in a page to measure errors on, and not to fit on; every third token."""
         first = max(page.tokens[0], SINK_TOKENS)
         for name in page.streams:
-            rows = page_rows(page, name, self._seen.ropes.get(name), first)[::_APART_STRIDE]
+            rows = page_rows(page, [name], self._seen.ropes, first)[::_APART_STRIDE]
             before = self._apart.get(name, rows[:0])
             self._apart[name] = np.concatenate([before, rows])
 
@@ -92,30 +94,28 @@ class KvtcFit:
         """Bases by PCA, then errors and plans. Raises: UnsupportedTensorError: too little
         was seen."""
         seen = self._seen
-        if not seen.streams:
+        if not seen.bundles:
             raise UnsupportedTensorError("*", "no tokens to calibrate on")
-        total = sum(accumulator.width for accumulator in seen.streams.values())
-        streams = {
-            name: stream_calibration(
-                name,
-                *seen.shapes[name],
+        total = sum(accumulator.width for accumulator in seen.bundles.values())
+        bundles = {
+            name: bundle_calibration(
+                [StreamPart(name=name, heads=seen.shapes[name][0], dim=seen.shapes[name][1])],
                 principal_basis(accumulator, MAX_BASIS_BYTES // (2 * total)),
-                None,
             )
-            for name, accumulator in seen.streams.items()
+            for name, accumulator in seen.bundles.items()
         }
         group = GroupCalibration(
             model_id=seen.model_id,
             layers=seen.layers,
             heads=seen.heads,
-            streams=streams,
+            bundles=bundles,
             ropes=seen.ropes,
             source=source,
-            tokens=max(accumulator.count for accumulator in seen.streams.values()),
+            tokens=seen.tokens,
         )
         errors = {}
-        for name, stream in group.streams.items():
-            z = project(self.kept[name], stream.fold, stream.rank)
+        for name, bundle in group.bundles.items():
+            z = project(self.kept[name], bundle.fold, bundle.rank)
             errors[name] = StreamErrors(*measured_errors(z))
         return KvtcCalibration.of(group, errors).planned()
 

@@ -34,3 +34,15 @@ def positive_number(name: str, value: object) -> float:
     if not 1e-30 < number < 1e30:
         raise ConfigError(name, value, "a number above 0")
     return number
+
+
+def number_within(name: str, value: object, low: float, high: float) -> float:
+    """A number from ``low`` to ``high``. Raises: ConfigError."""
+    allowed = f"a number from {low:g} to {high:g}"
+    try:
+        number = float(str(value))
+    except ValueError as exc:
+        raise ConfigError(name, value, allowed) from exc
+    if not low <= number <= high:
+        raise ConfigError(name, value, allowed)
+    return number

@@ -1,4 +1,6 @@
-"""Coefficients to integers and back: one step, plain rounding."""
+"""Coefficients to integers: plain rounding, one step per token."""
+
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +24,26 @@ def check_step(step: object) -> float:
     return value
 
 
-def quantize(z: FloatArray, step: float, stream: str) -> IntArray:
-    """``round(z / step)``; ``z`` is used up.
+def quantize(
+    z: FloatArray,
+    steps: FloatArray,
+    stream: str,
+    settle: Callable[[FloatArray], None] | None = None,
+) -> IntArray:
+    """``round(z / steps)``; ``z`` is used up.
+
+    Args:
+        z: (tokens, rank).
+        steps: (tokens,) float32.
+        stream: what to name in errors.
+        settle: sees ``z / steps`` before it is rounded; see `kvferry.codec.settle`.
 
     Returns: (tokens, rank) int16, or int32 where a coefficient leaves int16.
     Raises: UnsupportedTensorError for NaN, infinities, and levels beyond 2**30.
     """
-    z *= np.float32(1.0 / step)
+    z *= (1.0 / steps.astype(np.float64)).astype(np.float32)[:, None]
+    if settle is not None:
+        settle(z)
     np.rint(z, out=z)
     peak = max(abs(float(z.max())), abs(float(z.min()))) if z.size else 0.0
     if not peak <= _MAX_LEVEL:  # also true of NaN

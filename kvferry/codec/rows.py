@@ -1,7 +1,7 @@
 """Between pages and rows: RoPE undone or redone, layers and heads side by side."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,35 +14,50 @@ _FLOAT16_MAX = np.float32(np.finfo(np.float16).max)
 
 
 def page_rows(
-    page: PageTensors, name: str, ropes: Sequence[RopeSpec] | None, first: int
+    page: PageTensors, names: Sequence[str], ropes: Mapping[str, Sequence[RopeSpec]], first: int
 ) -> FloatArray:
-    """One stream as rows, RoPE undone.
+    """Streams as rows, side by side, RoPE undone.
 
     Args:
-        ropes: one per layer of the page, or None for a stream that is not rotated.
+        names: which streams, in the order of their columns.
+        ropes: rotated stream -> one spec per layer of the page.
         first: absolute token to begin with.
-    Returns: (tokens, layers x heads x dim) float32, contiguous.
+    Returns: (tokens, sum of layers x heads x dim) float32, contiguous.
     """
+    widths = [page.streams[n].data[:, :, 0].size for n in names]
+    rows = np.empty((page.tokens[1] - first, sum(widths)), dtype=np.float32)
+    at = 0
+    for name, width in zip(names, widths, strict=True):
+        _fill_rows(rows[:, at : at + width], page, name, ropes.get(name), first)
+        at += width
+    return rows
+
+
+def _fill_rows(
+    rows: FloatArray,
+    page: PageTensors,
+    name: str,
+    ropes: Sequence[RopeSpec] | None,
+    first: int,
+) -> None:
     stream = page.streams[name]
-    layers, heads, tokens, dim = stream.data.shape
+    layers, heads, _, dim = stream.data.shape
     skipped = first - page.tokens[0]
-    rows = np.empty((tokens - skipped, layers * heads * dim), dtype=np.float32)
     view = from_rows(rows, layers, heads, dim)
     part = stream.data[:, :, skipped:]
     if stream.dtype is DType.BFLOAT16:
         values = stream.float32()[:, :, skipped:]
     elif ropes is None:
         np.copyto(view, part, casting="same_kind")
-        return rows
+        return
     else:
         values = part.astype(np.float32, copy=False)
     if ropes is None:
         view[...] = values
-        return rows
+        return
     positions = positions_of((first, page.tokens[1]))
     for spec, span in _runs(ropes):
         rotate_into(view[span], values[span], spec, positions, inverse=True)
-    return rows
 
 
 def store_rows(

@@ -1,9 +1,11 @@
 """The linear part of `ferry`: covariance in, an eigenbasis out, one matrix each way.
 
-Rows are tokens. A row of ``x`` holds one token's values of one stream, ordered
-(layer, head, dim), so its width is p = layers x heads x dim.
+Rows are tokens. A row of ``x`` holds one token's values of the streams that are coded
+together, stream after stream, each ordered (layer, head, dim): its width p is the sum of
+layers x heads x dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,32 +99,79 @@ class Basis:
         mean: (p,) mean of the weighted rows.
         vectors: (p, r) orthonormal columns.
         sigma: (r,) standard deviation of the coefficients, falling.
+        importance: (n,) with n <= r, or None: see `kvferry.codec.importance`.
     """
 
     mean: FloatArray
     vectors: FloatArray
     sigma: FloatArray
+    importance: FloatArray | None = None
 
 
-def eigenbasis(
-    seen: CovarianceAccumulator, max_rank: int, weight: FloatArray | None = None
-) -> Basis:
+@dataclass(frozen=True, slots=True, eq=False)
+class RowWeight:
+    """Matrices A of consecutive rows, one per layer and head: A x instead of x.
+
+    Attributes:
+        start: first row that they weigh; rows of no `RowWeight` are taken as they are.
+        blocks: (layers x heads, dim, dim).
+    """
+
+    start: int
+    blocks: FloatArray | Float64Array
+
+    @property
+    def rows(self) -> slice:
+        """The rows that they weigh."""
+        return slice(self.start, self.start + self.blocks.shape[0] * self.blocks.shape[1])
+
+
+Weights = Sequence[RowWeight]
+
+
+def apply_weights(
+    weights: Weights, columns: Float64Array, *, transposed: bool = False
+) -> Float64Array:
+    """Block-diagonal matrix times (p, n) columns; a new array.
+
+    Raises: UnsupportedTensorError: weights of more rows than there are.
+    """
+    out = np.array(columns, dtype=np.float64)
+    for weight in weights:
+        if weight.rows.stop > len(out):
+            raise UnsupportedTensorError("weight", f"of rows to {weight.rows.stop} of {len(out)}")
+        count, dim, _ = weight.blocks.shape
+        blocks = weight.blocks.astype(np.float64)
+        part = out[weight.rows].reshape(count, dim, -1)
+        out[weight.rows] = np.matmul(
+            blocks.transpose(0, 2, 1) if transposed else blocks, part
+        ).reshape(count * dim, -1)
+    return out
+
+
+def weighted_covariance(seen: CovarianceAccumulator, weights: Weights) -> FloatArray:
+    """(p, p) float32 covariance of the weighted rows, symmetric.
+
+    float32 holds it: its rounding, 1e-7 of the greatest variance, lies far below any
+    step, and the eigensolver is twice as fast.
+    """
+    covariance = seen.covariance()
+    if weights:
+        covariance = apply_weights(weights, apply_weights(weights, covariance).T)
+    covariance += covariance.T.copy()
+    covariance /= 2
+    return covariance.astype(np.float32)
+
+
+def eigenbasis(seen: CovarianceAccumulator, max_rank: int, weights: Weights = ()) -> Basis:
     """Eigenvectors of the (weighted) covariance, the ``max_rank`` strongest.
 
-    Args:
-        weight: (layers, heads, dim, dim) matrices A, applied as A x per head; None:
-            identity.
-    Raises: UnsupportedTensorError: fewer than two rows, or a weight that does not fit.
+    Raises: UnsupportedTensorError: fewer than two rows.
     """
     if seen.count < 2 or max_rank < 1:
         raise UnsupportedTensorError("rows", f"{seen.count} rows and rank {max_rank}: no basis")
-    mean, covariance = seen.mean(), seen.covariance()
-    if weight is not None:
-        blocks = weight_blocks(weight, seen.width).astype(np.float64)
-        mean = _apply_blocks(blocks, mean[:, None])[:, 0]
-        covariance = _apply_blocks(blocks, _apply_blocks(blocks, covariance).T)
-        covariance = (covariance + covariance.T) / 2
-    variances, vectors = np.linalg.eigh(covariance)
+    mean = apply_weights(weights, seen.mean()[:, None])[:, 0]
+    variances, vectors = np.linalg.eigh(weighted_covariance(seen, weights))
     keep = min(max_rank, seen.width, seen.count - 1)
     order = np.arange(seen.width - 1, seen.width - 1 - keep, -1)
     sigma = np.sqrt(np.maximum(variances[order], 0.0))
@@ -139,6 +188,9 @@ def cut_basis(basis: Basis, rows: npt.NDArray[np.intp]) -> Basis:
     Basis times sigma is a square root of the covariance, and its kept rows are one of
     the covariance of the kept values; their SVD is the basis sought (design section 3).
     It is taken through the smaller of the two Gram matrices, which costs a tenth of it.
+
+    What the importance of a token was predicted from goes the same way: coefficients of
+    the part, as far as they determine those of the whole.
     """
     root = basis.vectors[rows].astype(np.float64) * basis.sigma
     if root.shape[0] <= root.shape[1]:
@@ -149,10 +201,18 @@ def cut_basis(basis: Basis, rows: npt.NDArray[np.intp]) -> Basis:
         # Left vectors of the numerically null space are noise: QR makes them orthonormal.
         vectors, _ = np.linalg.qr(root @ right[:, ::-1])
     sigma = np.sqrt(np.maximum(variances[::-1], 0.0))
+    importance = None
+    if basis.importance is not None:
+        known = len(basis.importance)
+        seen = vectors.T @ (root[:, :known] @ basis.importance.astype(np.float64))
+        usable = sigma > 1e-6 * max(float(sigma[0]), 1e-30)
+        kept = np.divide(seen, sigma, out=np.zeros_like(seen), where=usable)
+        importance = kept[:known].astype(np.float32)
     return Basis(
         basis.mean[rows],
         np.ascontiguousarray(vectors, dtype=np.float32),
         sigma.astype(np.float32),
+        importance,
     )
 
 
@@ -179,6 +239,7 @@ class Fold:
     Attributes:
         encode: (p, r) float32, maybe a view of ``decode``; ``z = x @ encode - offset``.
         offset: (r,) float32.
+        reach: (r,) float32, lengths of the columns of ``encode``.
         decode: (p, 1 + r) float32, the mean in its first column;
             ``x = [1, z] @ decode.T``. Rows can be sliced for some layers, leading
             columns for a smaller rank.
@@ -187,12 +248,13 @@ class Fold:
 
     encode: FloatArray
     offset: FloatArray
+    reach: FloatArray
     decode: FloatArray
     products: Products | None = None
 
 
-def fold(basis: Basis, weight: FloatArray | None = None, products: Products | None = None) -> Fold:
-    """Fold once per calibration. ``weight`` as in `eigenbasis`.
+def fold(basis: Basis, weights: Weights = (), products: Products | None = None) -> Fold:
+    """Fold once per calibration.
 
     Raises: CalibrationCorruptError: a weight that has no inverse.
     """
@@ -201,34 +263,33 @@ def fold(basis: Basis, weight: FloatArray | None = None, products: Products | No
     decode = np.empty((width, 1 + rank), dtype=np.float32)
     decode[:, 0] = basis.mean
     decode[:, 1:] = basis.vectors
-    if weight is None:
-        return Fold(decode[:, 1:], offset, decode, products)
-    blocks = weight_blocks(weight, width).astype(np.float64)
+    if not weights:
+        return Fold(decode[:, 1:], offset, _lengths(decode[:, 1:]), decode, products)
     try:
-        inverse = np.linalg.inv(blocks).astype(np.float64)
+        inverse = [RowWeight(w.start, np.linalg.inv(w.blocks.astype(np.float64))) for w in weights]
     except np.linalg.LinAlgError as exc:
         raise CalibrationCorruptError("weight", "a matrix has no inverse") from exc
     with np.errstate(over="ignore", invalid="ignore"):
-        encode = _apply_blocks(blocks.transpose(0, 2, 1), basis.vectors).astype(np.float32)
-        decode = _apply_blocks(inverse, decode).astype(np.float32)
+        vectors = basis.vectors.astype(np.float64)
+        encode = apply_weights(weights, vectors, transposed=True).astype(np.float32)
+        decode = apply_weights(inverse, decode.astype(np.float64)).astype(np.float32)
     if not (np.isfinite(encode).all() and np.isfinite(decode).all()):
         raise CalibrationCorruptError("weight", "a matrix is close to singular")
-    return Fold(encode, offset, decode, products)
+    return Fold(encode, offset, _lengths(encode), decode, products)
 
 
-def weight_blocks(weight: FloatArray, width: int) -> FloatArray:
-    """(layers, heads, dim, dim) -> (layers x heads, dim, dim), checked against p."""
-    dim = weight.shape[-1]
-    if weight.ndim != 4 or weight.shape[2] != dim or weight.size != width * dim:
-        raise UnsupportedTensorError("weight", f"shape {weight.shape} for rows of {width}")
-    return weight.reshape(-1, dim, dim)
+def _lengths(columns: FloatArray) -> FloatArray:
+    return np.asarray(np.sqrt(np.einsum("ij,ij->j", columns, columns)), dtype=np.float32)
 
 
-def _apply_blocks(blocks: Float64Array, columns: FloatArray | Float64Array) -> Float64Array:
-    """Block-diagonal matrix times (p, n) columns."""
-    count, dim, _ = blocks.shape
-    out: Float64Array = np.matmul(blocks, columns.reshape(count, dim, -1))
-    return out.reshape(columns.shape)
+def row_weight(weight: FloatArray, start: int = 0) -> RowWeight:
+    """(layers, heads, dim, dim) as the weight of the rows from ``start``.
+
+    Raises: UnsupportedTensorError for another shape.
+    """
+    if weight.ndim != 4 or weight.shape[2] != weight.shape[3]:
+        raise UnsupportedTensorError("weight", f"shape {weight.shape}")
+    return RowWeight(start, weight.reshape(-1, *weight.shape[2:]))
 
 
 def rank_at(sigma: FloatArray, step: float) -> int:

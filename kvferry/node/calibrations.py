@@ -120,8 +120,8 @@ class Calibrations:
 
     def warm(self, calibration_id: bytes) -> None:
         """Have it and its folded matrices in memory. Raises: as `get`."""
-        for stream in self.get(calibration_id).streams.values():
-            _ = stream.fold
+        for bundle in self.get(calibration_id).bundles.values():
+            _ = bundle.fold
 
     def _fetch(self, calibration_id: bytes) -> None:
         if self._client is None:

@@ -31,7 +31,7 @@ from kvferry.settings import user_dir
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FERRY = (GOLDEN / "ferry.kvferry").read_bytes()
-CALIBRATION = (GOLDEN / "calibration.kvferry").read_bytes()
+CALIBRATION = (GOLDEN / "calibration_ferry.kvferry").read_bytes()
 
 
 def _page(codec: str, kind: str = "page", **options: object) -> tuple[Any, bytes]:
@@ -310,7 +310,7 @@ def test_the_process_fails_in_plain_words_and_without_mlx(tmp_path: Path) -> Non
         "data = open(sys.argv[1], 'rb').read(); assert blob_report.report_on(data, 'x').ok\n"
         "assert not any(m.partition('.')[0] in ('mlx', 'mlx_lm') for m in sys.modules)"
     )
-    golden = str(GOLDEN / "calibration.kvferry")
+    golden = str(GOLDEN / "calibration_ferry.kvferry")
     subprocess.run([sys.executable, "-c", check, golden], check=True, timeout=60)
 
 

@@ -170,7 +170,7 @@ def test_blobs_are_inspected_by_key_where_they_are(store: tuple[str, Path]) -> N
     assert value["calibration"]["found"] == address
     page = _kvferry("inspect", key.page_key.hex(), "--store", address, "--json", "-")
     assert str(key) in json.loads(page.stdout)["keys"]
-    calibration = _key((GOLDEN / "calibration.kvferry").read_bytes())
+    calibration = _key((GOLDEN / "calibration_ferry.kvferry").read_bytes())
     single = _kvferry("inspect", calibration.page_key.hex(), "--store", address, "--json", "-")
     assert json.loads(single.stdout)["kind"] == "calibration"
     missing = str(key).replace("L2-4", "L2-3")

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvferry.codec.base import DType, FloatArray, PageTensors, Stream
 from kvferry.codec.blob import BlobMeta
-from kvferry.codec.calibration import GroupCalibration, StreamCalibration
+from kvferry.codec.calibration import BundleCalibration, GroupCalibration, StreamPart
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import store_rows
 
@@ -50,34 +50,41 @@ def random_calibration(
     seed: int = 1,
     weighted: bool = False,
     rope: RopeSpec | None = None,
+    joint: bool = True,
+    importance: bool = False,
 ) -> GroupCalibration:
-    """Random orthonormal bases with a falling spectrum from 8 to 0.5."""
+    """Random orthonormal bases with a falling spectrum from 8 to 0.5.
+
+    ``joint``: K and V in one basis; ``importance``: tokens differ in their steps.
+    """
     rng = np.random.default_rng(seed)
     count, wide = layers[1] - layers[0], heads[1] - heads[0]
-    width = count * wide * dim
-    rank = min(rank, width)
-    streams = {}
-    for name in ("k", "v"):
-        basis, _ = np.linalg.qr(rng.standard_normal((width, rank)))
-        weight = None
-        if weighted:
-            noise = rng.standard_normal((count, wide, dim, dim)) * (0.3 / np.sqrt(dim))
-            weight = (np.eye(dim) + noise).astype(np.float32)
-        streams[name] = StreamCalibration(
-            name=name,
-            heads=wide,
-            dim=dim,
+    bundles = {}
+    for names in [("k", "v")] if joint else [("k",), ("v",)]:
+        width = len(names) * count * wide * dim
+        kept = min(rank, width)
+        basis, _ = np.linalg.qr(rng.standard_normal((width, kept)))
+        parts = []
+        for name in names:
+            weight = None
+            if weighted:
+                noise = rng.standard_normal((count, wide, dim, dim)) * (0.3 / np.sqrt(dim))
+                weight = (np.eye(dim) + noise).astype(np.float32)
+            parts.append(StreamPart(name=name, heads=wide, dim=dim, weight=weight))
+        made = BundleCalibration(
+            parts=tuple(parts),
             mean=rng.standard_normal(width).astype(np.float32),
             basis=basis.astype(np.float16),
-            sigma=np.geomspace(8.0, 0.5, rank).astype(np.float32),
-            weight=weight,
+            sigma=np.geomspace(8.0, 0.5, kept).astype(np.float32),
+            importance=np.linspace(-0.4, 0.4, kept, dtype=np.float32) if importance else None,
         )
+        bundles[made.name] = made
     spec = rope_spec(dim) if rope is None else rope
     return GroupCalibration(
         model_id=MODEL_ID,
         layers=layers,
         heads=heads,
-        streams=streams,
+        bundles=bundles,
         ropes={"k": (spec,) * count},
         source="random",
         tokens=1,
@@ -94,14 +101,15 @@ def page_of(
     rng = np.random.default_rng(seed)
     count = tokens[1] - tokens[0]
     streams = {}
-    for name, known in calibration.streams.items():
-        z = rng.standard_normal((count, known.rank), dtype=np.float32) * known.sigma
+    for bundle in calibration.bundles.values():
+        z = rng.standard_normal((count, bundle.rank), dtype=np.float32) * bundle.sigma
         ones = np.ones((count, 1), dtype=np.float32)
-        rows = np.hstack([ones, z]) @ known.fold.decode.T
-        shape = (known.layers, known.heads, count, known.dim)
-        out = np.empty(shape, dtype=dtype.storage)
-        store_rows(out, dtype, rows, calibration.ropes.get(name), tokens)
-        streams[name] = Stream(name, out, dtype)
+        rows = np.hstack([ones, z]) @ bundle.fold.decode.T
+        for part in bundle.parts:
+            out = np.empty((bundle.layers, part.heads, count, part.dim), dtype=dtype.storage)
+            own = np.ascontiguousarray(rows[:, bundle.rows[part.name]])
+            store_rows(out, dtype, own, calibration.ropes.get(part.name), tokens)
+            streams[part.name] = Stream(part.name, out, dtype)
     return PageTensors(calibration.layers, calibration.heads, tokens, streams)
 
 

@@ -34,7 +34,7 @@ from kvferry.proto.v1 import blob_pb2
 
 ADDRESS_SPACE = 3 << 30
 SLOW_SECONDS = 5.0
-KNOWN = random_calibration(dim=16, rank=12, rope=rope_spec(16))
+KNOWN = random_calibration(dim=16, rank=12, rope=rope_spec(16), importance=True)
 SOURCE = Calibrations(KNOWN)
 INTERESTING = (0, 1, 2, 3, 4, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
 
@@ -127,7 +127,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             raw = len(changed)
         sections[index] = SectionData(old.name, changed, raw)
     if rng.random() < 0.05:
-        sections.append(SectionData(rng.choice(["k/q", "x", "k/raw"]) + "2", b"", 0))
+        sections.append(SectionData(rng.choice(["k+v/q", "k+v/steps", "x", "k/raw"]) + "2", b"", 0))
     if rng.random() < 0.05:
         del sections[rng.randrange(len(sections))]
     if blob.header.kind == blob_pb2.BLOB_KIND_CALIBRATION and rng.random() < 0.9:
@@ -147,8 +147,8 @@ def decode(data: bytes, rng: random.Random) -> str:
             cls = CalibrationSet if header.codec.name == "manifest" else GroupCalibration
             found = cls.from_blob(data)
             if isinstance(found, GroupCalibration):
-                for stream in found.streams.values():
-                    assert np.isfinite(stream.fold.decode).all()
+                for bundle in found.bundles.values():
+                    assert np.isfinite(bundle.fold.decode).all()
             return "calibration"
         key, tokens = container.key_of(header), (header.token_start, header.token_end)
         if rng.random() < 0.3:

@@ -12,7 +12,7 @@ def with_errors(known: GroupCalibration, tokens: int = 200, seed: int = 5) -> Kv
     """Errors of Gaussian coefficients with the calibration's deviations."""
     rng = np.random.default_rng(seed)
     errors = {}
-    for name, stream in known.streams.items():
+    for name, stream in known.bundles.items():
         z = rng.standard_normal((tokens, stream.rank), dtype=np.float32) * stream.sigma
         errors[name] = StreamErrors(*measured_errors(z))
     return KvtcCalibration.of(known, errors)
@@ -20,4 +20,4 @@ def with_errors(known: GroupCalibration, tokens: int = 200, seed: int = 5) -> Kv
 
 def kvtc_calibration(**shape: object) -> KvtcCalibration:
     """As `random_calibration`."""
-    return with_errors(random_calibration(**shape))  # type: ignore[arg-type]
+    return with_errors(random_calibration(joint=False, **shape))  # type: ignore[arg-type]

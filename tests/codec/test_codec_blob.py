@@ -14,6 +14,7 @@ from codec_samples import (
 from kvferry.codec.base import NoCalibrations, PageTensors
 from kvferry.codec.blob import StoredBlob, blob_key, decode_blob, decode_blobs, encode_blob
 from kvferry.codec.calibration import CurvePoint
+from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.registry import codec_names, make_codec, reader
 from kvferry.errors import (
     BlobTooLargeError,
@@ -147,7 +148,7 @@ def test_unknown_and_newer_codecs_are_refused_by_name() -> None:
         header.codec.name = "quantum"
 
     def newer(header: blob_pb2.BlobHeader) -> None:
-        header.codec.version = 2
+        header.codec.version = 9
 
     for change, error in ((unknown, UnknownCodecError), (newer, UnsupportedVersionError)):
         data = resealed(change)
@@ -159,22 +160,22 @@ def test_unknown_and_newer_codecs_are_refused_by_name() -> None:
     "params",
     [
         "{}",
-        '{"rank":{"k":24,"v":24},"sinks":4}',
-        '{"rank":{"k":24,"v":24},"sinks":4,"step":0}',
-        '{"rank":{"k":24,"v":24},"sinks":4,"step":-1.0}',
-        '{"rank":{"k":24,"v":24},"sinks":4,"step":true}',
-        '{"rank":{"k":24,"v":24},"sinks":4,"step":"0.5"}',
-        '{"rank":{"k":24,"v":24},"sinks":4,"step":1%s}' % ("0" * 400),
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4,"step":0}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4,"step":-1.0}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4,"step":true}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4,"step":"0.5"}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4,"step":1%s}' % ("0" * 400),
         '{"rank":{"k":25,"v":24},"sinks":4,"step":0.5}',
         '{"rank":{"k":0,"v":24},"sinks":4,"step":0.5}',
         '{"rank":{"k":-1,"v":24},"sinks":4,"step":0.5}',
         '{"rank":{"k":24.0,"v":24},"sinks":4,"step":0.5}',
         '{"rank":{"k":24},"sinks":4,"step":0.5}',
         '{"rank":[24,24],"sinks":4,"step":0.5}',
-        '{"rank":{"k":24,"v":24},"sinks":-1,"step":0.5}',
-        '{"rank":{"k":24,"v":24},"sinks":1000000000000,"step":0.5}',
-        '{"rank":{"k":24,"v":24},"sinks":260,"step":0.5}',
-        '{"rank":{"k":24,"v":24},"sinks":4,"step":0.5,"x":1}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":-1,"step":0.5}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":1000000000000,"step":0.5}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":260,"step":0.5}',
+        '{"adapt":0.5,"rank":{"k+v":24},"sinks":4,"step":0.5,"x":1}',
         '{"rank":{"k":23,"v":24},"sinks":4,"step":0.5}',
     ],
 )
@@ -248,7 +249,7 @@ def test_results_stay_aligned_with_what_was_asked() -> None:
 
 
 def test_registry_reads_options_from_text() -> None:
-    assert codec_names() == ("raw", "zstd", "affine", "ferry")
+    assert codec_names() == ("raw", "zstd", "affine", "ferry", "kvtc")
     assert make_codec("affine", {"bits": "4"}) == make_codec("affine", {"bits": 4})
     assert make_codec("zstd", {"level": "9"}).params == {"level": 9}
     assert make_codec("ferry", {"step": "0.25"}, KNOWN).params["step"] == 0.25
@@ -289,8 +290,8 @@ def test_ferry_without_a_calibration_says_so() -> None:
     with pytest.raises(CalibrationMissingError):
         make_codec("ferry", {"step": 1})
     with pytest.raises(CalibrationMissingError):
-        reader("ferry", 1).encode(PAGE)
+        reader("ferry", FerryCodec.version).encode(PAGE)
     with pytest.raises(UnsupportedVersionError, match="upgrade"):
-        reader("ferry", 2)
+        reader("ferry", 9)
     with pytest.raises(UnsupportedVersionError):
         reader("raw", 0)

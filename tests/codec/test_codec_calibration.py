@@ -60,9 +60,9 @@ def a_set(*groups: GroupCalibration, curve: tuple[CurvePoint, ...] = CURVE) -> C
 
 def same(a: GroupCalibration, b: GroupCalibration) -> bool:
     parts = [
-        np.array_equal(getattr(a.streams[n], p), getattr(b.streams[n], p))
-        for n in a.streams
-        for p in ("mean", "basis", "sigma")
+        np.array_equal(getattr(a.bundles[n], p), getattr(b.bundles[n], p))
+        for n in a.bundles
+        for p in ("mean", "basis", "sigma", "importance")
     ]
     return a.id == b.id and all(parts) and a.ropes == b.ropes
 
@@ -83,8 +83,9 @@ def test_layer_groups_are_equal_and_cut_by_width() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_group_survives_storage(weighted: bool) -> None:
-    known = random_calibration(weighted=weighted)
+@pytest.mark.parametrize("joint", [False, True])
+def test_group_survives_storage(weighted: bool, joint: bool) -> None:
+    known = random_calibration(weighted=weighted, joint=joint, importance=weighted)
     key, data = known.to_blob()
     assert key.page_key == known.id
     found = GroupCalibration.from_blob(data)
@@ -94,25 +95,25 @@ def test_group_survives_storage(weighted: bool) -> None:
 
 def test_id_depends_on_everything_that_changes_numbers() -> None:
     known = random_calibration()
-    k = known.streams["k"]
+    both = known.bundles["k+v"]
     others = [
         random_calibration(weighted=True),
         random_calibration(seed=2),
         random_calibration(rope=rope_spec(32, traditional=True)),
         dataclasses.replace(known, model_id=bytes(32)),
         dataclasses.replace(known, layers=(1, 3)),
-        dataclasses.replace(
-            known, streams={**known.streams, "k": dataclasses.replace(k, mean=k.mean + 1)}
-        ),
+        dataclasses.replace(known, bundles={"k+v": dataclasses.replace(both, mean=both.mean + 1)}),
+        random_calibration(importance=True),
+        random_calibration(joint=False),
     ]
-    assert len({c.id for c in [known, *others]}) == 7
+    assert len({c.id for c in [known, *others]}) == 9
 
 
 def test_cut_is_addressed_by_its_content_and_names_its_parent() -> None:
     known = random_calibration(layers=(10, 16), heads=(0, 4), weighted=True)
     part = known.cut((12, 15), (1, 3))
     assert (part.layers, part.heads, part.parent) == ((12, 15), (1, 3), known.id)
-    assert part.streams["k"].width == 3 * 2 * 32
+    assert part.bundles["k+v"].width == 2 * 3 * 2 * 32
     assert part.ropes["k"] == known.ropes["k"][2:5]
     found = GroupCalibration.from_blob(part.to_blob()[1])
     assert same(found, part)
@@ -160,7 +161,7 @@ def test_a_stream_with_one_head_is_cut_by_layers_only() -> None:
     known = dataclasses.replace(known, heads=(0, 4))
     part = known.cut((1, 2), (2, 3))
     assert part.streams["k"].heads == 1
-    assert part.streams["k"].width == 32
+    assert part.bundles["k+v"].width == 2 * 32
 
 
 def test_fit_leaves_out_the_exact_tokens() -> None:
@@ -177,8 +178,8 @@ def test_fit_leaves_out_the_exact_tokens() -> None:
         seen.add(pages[1])
         fits.append(fit_group(seen, max_rank=40, source="test"))
     assert fits[0].tokens == 124
-    assert fits[0].streams["v"].rank == 40
-    assert np.abs(fits[1].streams["v"].sigma - fits[0].streams["v"].sigma).max() < 1
+    assert fits[0].bundles["k+v"].rank == 40
+    assert np.abs(fits[1].bundles["k+v"].sigma - fits[0].bundles["k+v"].sigma).max() < 1
 
 
 def test_fit_takes_the_groups_part_of_a_larger_page_and_merges_ranks() -> None:
@@ -194,7 +195,7 @@ def test_fit_takes_the_groups_part_of_a_larger_page_and_merges_ranks() -> None:
     two.add(pages[1])
     one.merge(two)
     whole, merged = fit_group(both), fit_group(one)
-    np.testing.assert_allclose(whole.streams["k"].sigma, merged.streams["k"].sigma, rtol=1e-3)
+    np.testing.assert_allclose(whole.bundles["k+v"].sigma, merged.bundles["k+v"].sigma, rtol=1e-3)
     with pytest.raises(UnsupportedTensorError):
         both.add(random_page(layers=(4, 5), heads=(1, 3)))
     with pytest.raises(UnsupportedTensorError):
@@ -336,7 +337,7 @@ def test_forged_calibrations_are_refused(changes: dict[str, object]) -> None:
 def test_newer_and_foreign_calibrations_are_named() -> None:
     group, data = random_calibration(), random_calibration().to_blob()[1]
     with pytest.raises(UnsupportedVersionError):
-        GroupCalibration.from_blob(forged(data, version=2))
+        GroupCalibration.from_blob(forged(data, version=9))
     with pytest.raises(CalibrationCorruptError, match="manifest"):
         GroupCalibration.from_blob(a_set(group).to_blob()[1])
     blob = container.parse(data)

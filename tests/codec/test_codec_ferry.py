@@ -54,17 +54,28 @@ def restore(codec: FerryCodec, page: PageTensors) -> PageTensors:
     dtype=st.sampled_from(list(DType)),
     step=st.sampled_from([0.05, 0.5, 3.0]),
     weighted=st.booleans(),
+    joint=st.booleans(),
 )
 def test_error_is_bounded_by_the_step(
-    heads: int, dim: int, tokens: int, start: int, dtype: DType, step: float, weighted: bool
+    heads: int,
+    dim: int,
+    tokens: int,
+    start: int,
+    dtype: DType,
+    step: float,
+    weighted: bool,
+    joint: bool,
 ) -> None:
-    known = random_calibration(heads=(0, heads), dim=dim, weighted=weighted)
+    known = random_calibration(
+        heads=(0, heads), dim=dim, weighted=weighted, joint=joint, importance=joint
+    )
     page = page_of(known, (start, start + tokens), dtype)
-    back = restore(FerryCodec(step, known), page)
+    back = restore(FerryCodec(step, known, adapt=0.0), page)
     relative = {DType.FLOAT16: 2.0**-10, DType.BFLOAT16: 2.0**-7, DType.FLOAT32: 1e-5}[dtype]
     for name, stream in page.streams.items():
         exact, found = stream.float32(), back.streams[name].float32()
-        sigma = known.streams[name].sigma
+        bundle = next(b for b in known.bundles.values() if name in b.rows)
+        sigma = bundle.sigma
         dropped = float((sigma[sigma < step * SURVIVING_SIGMA] ** 2).sum()) ** 0.5 * 4
         # Rotation keeps lengths; a weight near identity changes them by less than two.
         bound = step / 2 * np.sqrt(len(sigma)) * (4 if weighted else 1) + dropped
@@ -80,7 +91,9 @@ def test_first_tokens_of_a_sequence_are_exact(dtype: DType, start: int, exact: i
     page = random_page(tokens=(start, start + 50), dtype=dtype, scale=100.0)
     back = restore(FerryCodec(5.0, known), page)
     for name, stream in page.streams.items():
-        same = (back.streams[name].data == stream.data).all(axis=(0, 1, 3))
+        # A float32 cache comes from 16-bit weights: its sinks are kept as float16.
+        wanted = stream.data.astype("<f2") if dtype is DType.FLOAT32 else stream.data
+        same = (back.streams[name].data == wanted).all(axis=(0, 1, 3))
         assert same[:exact].all()
         assert not same[exact:].any()
 
@@ -91,7 +104,7 @@ def test_nan_in_the_exact_tokens_is_kept_and_elsewhere_refused() -> None:
     page.streams["v"].data[0, 0, SINK_TOKENS - 1, 0] = np.nan
     assert np.isnan(restore(FerryCodec(0.5, known), page).streams["v"].data[0, 0, 3, 0])
     page.streams["v"].data[0, 0, SINK_TOKENS, 0] = np.nan
-    with pytest.raises(UnsupportedTensorError, match="'v'"):
+    with pytest.raises(UnsupportedTensorError, match=r"'k\+v'"):
         restore(FerryCodec(0.5, known), page)
 
 
@@ -105,16 +118,16 @@ def test_pages_shorter_than_the_sinks_round_trip(tokens: int) -> None:
 def test_values_far_outside_the_calibration_survive() -> None:
     known = random_calibration()
     centred = {
-        name: dataclasses.replace(s, mean=np.zeros_like(s.mean))
-        for name, s in known.streams.items()
+        name: dataclasses.replace(bundle, mean=np.zeros_like(bundle.mean))
+        for name, bundle in known.bundles.items()
     }
-    known = dataclasses.replace(known, streams=centred)
+    known = dataclasses.replace(known, bundles=centred)
     page = page_of(known, (256, 300))
     for stream in page.streams.values():
         stream.data[...] *= 3e4
     codec = FerryCodec(0.5, known)
     sections = container.parse(encode_blob(codec, page, meta_for())[1]).sections
-    assert sections["k/q"].raw_length == 4 * 44 * known.streams["k"].rank  # int32
+    assert sections["k+v/q"].raw_length == 4 * 44 * known.bundles["k+v"].rank  # int32
     assert worst_error(restore(codec, page), page) < 1e-3 * np.abs(page.streams["k"].data).max()
 
 
@@ -202,7 +215,7 @@ def test_bad_coefficients_behind_good_checksums_are_found_in_a_run() -> None:
         if index == 2:
             blob = container.parse(data)
             sections = list(blob.sections.values())
-            sections[0] = container.SectionData("k/q", b"\1" * 90, sections[0].raw_length)
+            sections[0] = container.SectionData("k+v/q", b"\1" * 90, sections[0].raw_length)
             data = container.pack(blob.header, sections)
         blobs.append(StoredBlob(data, key, (start, start + 64)))
     run = decode_blobs(blobs, model_id=MODEL_ID, cut=None, calibrations=Calibrations(known))

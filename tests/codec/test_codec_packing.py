@@ -11,6 +11,11 @@ from kvferry.codec.quantize import quantize
 from kvferry.errors import CorruptBlobError, UnsupportedTensorError
 
 
+def ones(tokens: int) -> np.ndarray:
+    """Every token's step."""
+    return np.ones(tokens, dtype=np.float32)
+
+
 @settings(max_examples=60, deadline=None)
 @given(bits=st.integers(1, 8), count=st.integers(0, 300), seed=st.integers(0, 99))
 def test_levels_round_trip_at_their_size(bits: int, count: int, seed: int) -> None:
@@ -39,7 +44,7 @@ def test_levels_are_packed_in_mlx_order() -> None:
 )
 def test_columns_round_trip(tokens: int, columns: int, spread: float, seed: int) -> None:
     z = np.random.default_rng(seed).standard_normal((tokens, columns)).astype(np.float32)
-    q = quantize(z * np.float32(spread), 1.0, "k")
+    q = quantize(z * np.float32(spread), ones(len(z)), "k")
     packed = pack_columns(q)
     assert packed == pack_columns(q.copy())
     out = np.full((tokens, columns + 1), 9.0, dtype=np.float32)
@@ -50,16 +55,16 @@ def test_columns_round_trip(tokens: int, columns: int, spread: float, seed: int)
 
 def test_coefficients_beyond_int16_are_kept() -> None:
     z = np.array([[40_000.0, -1.0], [0.4, 2.6]], dtype=np.float32)
-    q = quantize(z, 1.0, "k")
+    q = quantize(z, ones(len(z)), "k")
     assert q.dtype == np.int32
     assert q.tolist() == [[40_000, -1], [0, 3]]
-    assert quantize(np.array([[32_767.0, -32_767.0]], np.float32), 1.0, "k").dtype == np.int16
+    assert quantize(np.array([[32_767.0, -32_767.0]], np.float32), ones(1), "k").dtype == np.int16
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e12])
 def test_what_cannot_be_a_level_is_refused(bad: float) -> None:
     with pytest.raises(UnsupportedTensorError, match="not stored"):
-        quantize(np.array([[0.0, bad]], dtype=np.float32), 1.0, "k")
+        quantize(np.array([[0.0, bad]], dtype=np.float32), ones(1), "k")
 
 
 def test_damaged_columns_are_refused_and_shorter_ones_too() -> None:

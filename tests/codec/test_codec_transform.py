@@ -13,6 +13,7 @@ from kvferry.codec.transform import (
     project,
     rank_at,
     reconstruct,
+    row_weight,
 )
 from kvferry.errors import CalibrationCorruptError, UnsupportedTensorError
 
@@ -61,8 +62,9 @@ def test_accumulator_refuses_what_would_poison_it() -> None:
 def test_full_basis_restores_every_row(weighted: bool) -> None:
     rng = np.random.default_rng(3)
     rows, _ = heavy_rows(rng, 400, 2 * 2 * 8, 32)
-    weight = weights(rng, 2, 2, 8) if weighted else None
-    by = fold(eigenbasis(seen(rows), 32, weight), weight)
+    # Two streams side by side, of which only the second is weighted.
+    at = [row_weight(weights(rng, 2, 1, 8), 16)] if weighted else []
+    by = fold(eigenbasis(seen(rows), 32, at), at)
     z = project(rows, by, 32)
     back = reconstruct(np.hstack([np.ones((400, 1), np.float32), z]), by)
     np.testing.assert_allclose(back, rows, atol=2e-4)
@@ -73,7 +75,7 @@ def test_full_basis_restores_every_row(weighted: bool) -> None:
 def test_coefficients_are_uncorrelated_and_have_the_promised_spread() -> None:
     rng = np.random.default_rng(4)
     rows, _ = heavy_rows(rng, 3000, 32, 32)
-    weight = weights(rng, 2, 2, 8)
+    weight = [row_weight(weights(rng, 2, 2, 8))]
     basis = eigenbasis(seen(rows), 16, weight)
     z = project(rows, fold(basis, weight), 16)
     covariance = np.cov(z.T, bias=True)
@@ -86,20 +88,24 @@ def test_weight_is_applied_before_the_transform() -> None:
     rng = np.random.default_rng(5)
     rows, _ = heavy_rows(rng, 500, 2 * 2 * 8, 32)
     weight = weights(rng, 2, 2, 8)
-    basis = eigenbasis(seen(rows), 32, weight)
+    at = [row_weight(weight)]
+    basis = eigenbasis(seen(rows), 32, at)
     blocks = weight.reshape(4, 8, 8)
     weighted = np.einsum("bij,tbj->tbi", blocks, rows.reshape(-1, 4, 8)).reshape(-1, 32)
     wanted = (weighted - basis.mean) @ basis.vectors
-    np.testing.assert_allclose(project(rows, fold(basis, weight), 32), wanted, atol=1e-3)
+    np.testing.assert_allclose(project(rows, fold(basis, at), 32), wanted, atol=1e-3)
 
 
 def test_singular_weight_is_refused() -> None:
     basis = Basis(np.zeros(4, np.float32), np.eye(4, dtype=np.float32), np.ones(4, np.float32))
     for weight in (np.zeros((1, 1, 4, 4)), np.full((1, 1, 4, 4), 1.0)):
         with pytest.raises(CalibrationCorruptError):
-            fold(basis, weight.astype(np.float32))
+            fold(basis, [row_weight(weight.astype(np.float32))])
+    for shape, start in (((1, 1, 4, 4), 1), ((2, 1, 4, 4), 0)):
+        with pytest.raises(UnsupportedTensorError):
+            fold(basis, [row_weight(np.broadcast_to(np.eye(4, dtype=np.float32), shape), start)])
     with pytest.raises(UnsupportedTensorError):
-        fold(basis, np.eye(2, dtype=np.float32).reshape(1, 1, 2, 2))
+        row_weight(np.eye(4, dtype=np.float32))
 
 
 @pytest.mark.parametrize("kept", [8, 24])

@@ -119,7 +119,7 @@ def test_layers_with_bases_of_their_own_are_undone_each_by_its_own(start: int) -
     ]
     span = (start, start + 9)
     page = PageTensors((0, 3), (0, 2), span, {"k": Stream("k", np.stack(live), DType.FLOAT32)})
-    rows = page_rows(page, "k", specs, start)
+    rows = page_rows(page, ["k"], {"k": specs}, start)
     wanted = plain.transpose(2, 0, 1, 3).reshape(9, -1)
     np.testing.assert_allclose(rows, wanted, atol=tolerance(start), rtol=0)
     again = np.empty_like(page.streams["k"].data)

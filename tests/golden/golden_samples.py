@@ -4,7 +4,7 @@ import numpy as np
 
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.blob import BlobMeta
-from kvferry.codec.calibration import GroupCalibration, StreamCalibration
+from kvferry.codec.calibration import BundleCalibration, GroupCalibration, StreamPart
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.rope import RopeSpec
 
@@ -48,29 +48,35 @@ def golden_errors(rank: int) -> StreamErrors:
     return StreamErrors(energy, groups)
 
 
-def golden_calibration() -> KvtcCalibration:
-    streams = {
-        name: StreamCalibration(
-            name=name,
-            heads=1,
-            dim=DIM,
-            mean=numbers(2 * DIM, seed) / 8,
-            basis=np.eye(2 * DIM, dtype=np.float16)[:, : 2 * DIM - 4],
-            sigma=np.arange(2 * DIM - 4, 0, -1, dtype=np.float32) / 8,
+def golden_calibration(codec: str = "ferry") -> GroupCalibration:
+    """For ``ferry`` K and V in one basis, weighted and with importance; for ``kvtc`` apart."""
+    bundles = {}
+    for seed, names in enumerate([("k",), ("v",)] if codec == "kvtc" else [("k", "v")], 3):
+        width = len(names) * 2 * DIM
+        rank = width - 4
+        joint = len(names) > 1
+        weight = np.tile(np.eye(DIM, dtype=np.float32) / 2, (2, 1, 1, 1)) if joint else None
+        made = BundleCalibration(
+            parts=tuple(StreamPart(name=n, heads=1, dim=DIM, weight=weight) for n in names),
+            mean=numbers(width, seed) / 8,
+            basis=np.eye(width, dtype=np.float16)[:, :rank],
+            sigma=np.arange(rank, 0, -1, dtype=np.float32) / 8,
+            importance=numbers(8, 5) / 4 if joint else None,
         )
-        for seed, name in enumerate(("k", "v"), 3)
-    }
+        bundles[made.name] = made
     rope = RopeSpec(8, False, (1.0, 0.5, 0.25, 0.125))
     known = GroupCalibration(
         model_id=bytes(range(32)),
         layers=LAYERS,
         heads=HEADS,
-        streams=streams,
+        bundles=bundles,
         ropes={"k": (rope, rope)},
         source="golden",
         tokens=1,
     )
-    return KvtcCalibration.of(known, {name: golden_errors(2 * DIM - 4) for name in streams})
+    if codec != "kvtc":
+        return known
+    return KvtcCalibration.of(known, {name: golden_errors(2 * DIM - 4) for name in bundles})
 
 
 def meta() -> BlobMeta:

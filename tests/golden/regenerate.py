@@ -163,14 +163,16 @@ def main() -> None:
         "ropes": ropes(),
     }
     (HERE / "keys.json").write_text(json.dumps(vectors, indent=1, ensure_ascii=False) + "\n")
-    calibration = golden_calibration()
-    (HERE / "calibration.kvferry").write_bytes(calibration.to_blob()[1])
+    known = {codec: golden_calibration(codec) for codec in ("ferry", "kvtc")}
+    for codec, calibration in known.items():
+        (HERE / f"calibration_{codec}.kvferry").write_bytes(calibration.to_blob()[1])
 
     class Source:
         def get(self, calibration_id: bytes) -> object:
-            return calibration
+            return next(c for c in known.values() if c.id == calibration_id)
 
     for name, codec_name, options in SAMPLES:
+        calibration = known.get(codec_name)
         codec = make_codec(codec_name, options, calibration)
         key, data = encode_blob(codec, golden_page(), meta())
         (HERE / f"{name}.kvferry").write_bytes(data)

@@ -14,7 +14,7 @@ from kvferry.cli.demo.cluster import Cluster
 from kvferry.cluster.policy import named_policy
 from kvferry.cluster.repository import ListQuery
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration, layer_groups
-from kvferry.codec.calibration_stream import StreamCalibration
+from kvferry.codec.calibration_bundle import BundleCalibration, StreamPart
 from kvferry.codec.lab.text import default_text
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel, load_model
@@ -242,23 +242,21 @@ def test_a_rank_with_a_part_of_a_group_leaves_it_to_others(
 
 def wide_group(layers: tuple[int, int], shape: ModelShape) -> GroupCalibration:
     rng = np.random.default_rng(layers[0])
-    width = (layers[1] - layers[0]) * shape.kv_heads * shape.head_dim
-    streams = {}
-    for name in ("k", "v"):
-        basis, _ = np.linalg.qr(rng.standard_normal((width, 8)))
-        streams[name] = StreamCalibration(
-            name=name,
-            heads=shape.kv_heads,
-            dim=shape.head_dim,
-            mean=np.zeros(width, np.float32),
-            basis=basis.astype(np.float16),
-            sigma=np.geomspace(8.0, 0.5, 8).astype(np.float32),
-        )
+    width = 2 * (layers[1] - layers[0]) * shape.kv_heads * shape.head_dim
+    basis, _ = np.linalg.qr(rng.standard_normal((width, 8)))
+    both = BundleCalibration(
+        parts=tuple(
+            StreamPart(name=name, heads=shape.kv_heads, dim=shape.head_dim) for name in ("k", "v")
+        ),
+        mean=np.zeros(width, np.float32),
+        basis=basis.astype(np.float16),
+        sigma=np.geomspace(8.0, 0.5, 8).astype(np.float32),
+    )
     return GroupCalibration(
         model_id=_Known.model_id,
         layers=layers,
         heads=(0, shape.kv_heads),
-        streams=streams,
+        bundles={both.name: both},
         ropes={},
         source="live traffic",
         tokens=1024,

@@ -10,8 +10,6 @@ from kvferry.codec.lab.calibrate import HeldText, Plan, calibrate, steps_for_bit
 from kvferry.codec.lab.evaluate import Evaluation, Setup, evaluate
 from kvferry.codec.lab.held import held_texts
 from kvferry.codec.lab.text import (
-    CalibrationText,
-    calibration_tokens,
     first_tokens,
     held_text,
     read_text,
@@ -194,14 +192,6 @@ def test_too_little_text_is_one_line(tiny: LoadedModel, text: list[int]) -> None
         Plan(tokens=100)
     with pytest.raises(ConfigError, match="context"):
         Setup(codec="raw", context=0)
-
-
-def test_held_text_comes_from_elsewhere_when_there_is_enough(tiny: LoadedModel) -> None:
-    code = tiny.tokenizer.encode
-    apart = CalibrationText("a" * 50, "b" * 50, "x")
-    assert calibration_tokens(tiny.tokenizer, apart, 20, 5) == code("a" * 20 + "b" * 5)
-    short = CalibrationText("a" * 20 + "c" * 30, "b", "x")
-    assert calibration_tokens(tiny.tokenizer, short, 20, 5) == code("a" * 20 + "c" * 5)
 
 
 def test_unreadable_text_is_one_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kvferry.codec.base import DType, FloatArray, PageTensors, Stream
-from kvferry.codec.calibration import GroupCalibration, StreamCalibration
+from kvferry.codec.calibration import BundleCalibration, GroupCalibration, StreamPart
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.lab.curve import code_group, metric_of, weighted_error
 from kvferry.codec.rope import RopeSpec, apply, positions_of
@@ -17,20 +17,19 @@ def group(diagonal: list[float]) -> GroupCalibration:
     """Two layers of one head of eight, each value weighed by ``diagonal``."""
     rng = np.random.default_rng(0)
     weight = np.broadcast_to(np.diag(diagonal), (2, 1, 8, 8)).astype(np.float32)
-    streams = {}
-    for name in ("k", "v"):
-        basis, _ = np.linalg.qr(rng.standard_normal((16, 16)))
-        streams[name] = StreamCalibration(
-            name=name,
-            heads=1,
-            dim=8,
-            mean=np.zeros(16, np.float32),
-            basis=basis.astype(np.float16),
-            sigma=np.full(16, 2.0, np.float32),
-            weight=weight,
-        )
+    basis, _ = np.linalg.qr(rng.standard_normal((32, 32)))
+    both = BundleCalibration(
+        parts=tuple(StreamPart(name=name, heads=1, dim=8, weight=weight) for name in ("k", "v")),
+        mean=np.zeros(32, np.float32),
+        basis=basis.astype(np.float16),
+        sigma=np.full(32, 2.0, np.float32),
+    )
     return GroupCalibration(
-        model_id=bytes(32), layers=(4, 6), heads=(0, 1), streams=streams, ropes={"k": (SPEC,) * 2}
+        model_id=bytes(32),
+        layers=(4, 6),
+        heads=(0, 1),
+        bundles={both.name: both},
+        ropes={"k": (SPEC,) * 2},
     )
 
 

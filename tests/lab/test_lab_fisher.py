@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvferry.codec.lab.compare import compare
-from kvferry.codec.lab.fisher import Fisher, outer_products
+from kvferry.codec.lab.fisher import Fisher, outer_products, token_energy, unrotated
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.rope import RopeSpec, apply, positions_of
@@ -65,10 +65,24 @@ def test_keys_count_as_they_were_before_rotation() -> None:
     plain = np.broadcast_to(vector, (1, HELD, 8))
     rotated = apply(plain, spec, positions_of((0, HELD)))  # scaled by 1.5 as keys are
     count = HELD - WINDOW_TOKENS - SINK_TOKENS
-    found = outer_products(mx.array(rotated[None]), spec)
+    found = outer_products(unrotated(mx.array(rotated[None]), spec))
     np.testing.assert_allclose(found[0], count * 1.5**4 * np.outer(vector, vector), rtol=1e-4)
-    values = outer_products(mx.array(plain[None]), None)
+    values = outer_products(unrotated(mx.array(plain[None]), None))
     np.testing.assert_allclose(values[0], count * np.outer(vector, vector), rtol=1e-4)
+
+
+def test_a_tokens_energy_is_its_share_whatever_the_heads_scale() -> None:
+    size = np.ones((2, HELD, 1), dtype=np.float32)
+    size[:, 50] = 3.0  # nine times the energy, in both heads
+    size[1] *= 1000.0
+    found = token_energy(np.broadcast_to(size, (2, HELD, 8)))
+    assert np.isnan(found[:SINK_TOKENS]).all()
+    assert np.isnan(found[HELD - WINDOW_TOKENS :]).all()
+    coded = found[SINK_TOKENS : HELD - WINDOW_TOKENS]
+    assert coded.mean() == pytest.approx(2.0)  # one for each head
+    assert found[50] == pytest.approx(9 * found[51])
+    silent = token_energy(np.zeros((2, HELD, 8), dtype=np.float32))
+    assert (silent[SINK_TOKENS : HELD - WINDOW_TOKENS] == 0).all()
 
 
 def test_weights_turn_squared_error_into_the_form(fisher: Fisher) -> None:

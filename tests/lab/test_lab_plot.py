@@ -188,9 +188,11 @@ def test_identity_weights_predict_nothing(
 ) -> None:
     from dataclasses import replace
 
-    plain = {name: replace(s, weight=None) for name, s in fitted[0].streams.items()}
+    both = fitted[0].bundles["k+v"]
+    plain = replace(both, parts=tuple(replace(part, weight=None) for part in both.parts))
+    group = replace(fitted[0], bundles={"k+v": plain})
     with pytest.raises(ConfigError, match="--weights identity"):
-        layer_map(texts["one"], [replace(fitted[0], streams=plain)], measured=False, report=silent)
+        layer_map(texts["one"], [group], measured=False, report=silent)
 
 
 def test_a_figure_that_cannot_be_written_is_one_line(

@@ -23,6 +23,8 @@ from kvferry.settings import user_dir
 FIRST_SPLIT = ((0, 20), (20, 30))
 OTHER_SPLITS = (((0, 15), (15, 30)), ((0, 10), (10, 30)))
 ACTS = 7
+# Half of what `kvferry calibrate` takes by default: the first demo is not to take long.
+CALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,7 @@ def _folder(keep: Path | None) -> Iterator[Path]:
 def ensure_calibration(model: str) -> None:
     """Calibrate once; kept in the user's cache folder. Shows its own progress."""
     command = [sys.executable, "-m", "kvferry", "calibrate", "--model", model, "--if-missing"]
+    command += ["--tokens", str(CALIBRATION_TOKENS)]
     done = subprocess.run(command, env=dict(os.environ) | model_environment(), stdout=sys.stderr)
     if done.returncode:
         raise FerryError("calibration failed, see above; try `kvferry calibrate --model smollm2`")

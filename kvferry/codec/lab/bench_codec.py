@@ -199,12 +199,13 @@ class _Subject:
             if page is usual:
                 self._one.append(blob)
         ranks: Any = codec.params["rank"]
-        for name, basis in group.streams.items():
-            self.dtype = usual.streams[name].dtype
-            rows = page_rows(usual, name, group.ropes.get(name), usual.tokens[0])
-            z = project(rows, basis.fold, ranks[name])
-            self._encode.append((rows, basis.fold, ranks[name]))
-            self._decode.append((np.hstack([np.ones((len(z), 1), np.float32), z]), basis.fold))
+        for name, bundle in group.bundles.items():
+            names = [part.name for part in bundle.parts]
+            self.dtype = usual.streams[names[0]].dtype
+            rows = page_rows(usual, names, group.ropes, usual.tokens[0])
+            z = project(rows, bundle.fold, ranks[name])
+            self._encode.append((rows, bundle.fold, ranks[name]))
+            self._decode.append((np.hstack([np.ones((len(z), 1), np.float32), z]), bundle.fold))
         for blobs in (self._one, self._run):  # decodes, or says why not
             self._decoded(blobs)
 

@@ -200,17 +200,18 @@ class _Run:
                     )
                 )
         made = rate_distortion(steps, found)
-        if self._plan.ridge is not None or made.prediction is None:
+        if made.prediction is None:
             return made
-        # Identity weights: squared error is in no unit, so it takes that of the KL measured.
+        # Weights say how errors compare, in no unit of their own: tokens were weighed
+        # against each other. The unit is taken from the KL that was measured.
         return rate_distortion(steps, found, scale=made.prediction.median)
 
 
 def steps_for_bits(groups: Sequence[GroupCalibration], bits: Sequence[float]) -> list[float]:
     """Steps that should give about so many bits per value, coefficients taken as Gaussian."""
-    streams = [stream for group in groups for stream in group.streams.values()]
-    sigma = np.concatenate([stream.sigma for stream in streams]).astype(np.float64)
-    width = sum(stream.width for stream in streams)
+    bundles = [bundle for group in groups for bundle in group.bundles.values()]
+    sigma = np.concatenate([bundle.sigma for bundle in bundles]).astype(np.float64)
+    width = sum(bundle.width for bundle in bundles)
 
     def estimated(step: float) -> float:
         return float(0.5 * np.log2(1 + 2 * math.pi * math.e * (sigma / step) ** 2).sum() / width)

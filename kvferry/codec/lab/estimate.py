@@ -27,7 +27,7 @@ def estimated_curve(
 ) -> tuple[CurvePoint, ...]:
     """Points to choose a step from, of groups with identity weights."""
     sigma = np.concatenate(
-        [stream.sigma for group in groups for stream in group.streams.values()]
+        [bundle.sigma for group in groups for bundle in group.bundles.values()]
     ).astype(np.float64)
     variance = float((sigma**2).sum())
     return tuple(

@@ -189,5 +189,5 @@ def _codecs(setup: Setup, shape: ModelShape) -> Mapping[LayerRange, Codec]:
 def _warm(groups: Sequence[GroupCalibration]) -> None:
     """Fold matrices now: a process does it once, so it is no part of a page's time."""
     for group in groups:
-        for stream in group.streams.values():
-            _ = stream.fold
+        for bundle in group.bundles.values():
+            _ = bundle.fold

@@ -9,7 +9,7 @@ second-order expansion of KL). Keys are taken with RoPE undone, as they are code
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +17,12 @@ import numpy.typing as npt
 from mlx_lm.models.cache import ConcatenateKVCache
 
 from kvferry.codec.base import FloatArray
+from kvferry.codec.importance import DEFAULT_ADAPT
 from kvferry.codec.rope import RopeSpec, positions_of, undo
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 
 _Float64 = npt.NDArray[np.float64]
+_Number = TypeVar("_Number", np.float32, np.float64)
 CONTINUATION = 128
 
 
@@ -32,25 +34,27 @@ class Fisher:
         ropes: stream -> one spec per layer; streams that are missing are not rotated.
         sums: stream -> (layers, heads, dim, dim) predicted KL per unit of error.
         passes: how many passes the sums are of.
+        groups: layer groups, in order; all layers are one if empty. Within each, tokens
+            that matter more will be coded finer (`kvferry.codec.importance`), and count
+            for less here by as much: else a few of them would decide what is kept of all.
     """
 
     ropes: Mapping[str, Sequence[RopeSpec]]
     sums: dict[str, _Float64] = field(default_factory=dict)
     passes: int = 0
+    groups: Sequence[tuple[int, int]] = ()
 
     def add(self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]) -> None:
         """`measure` one pass and `take` it in."""
         self.take(self.measure(model, cache, next_tokens))
 
-    def measure(
-        self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]
-    ) -> dict[str, _Float64]:
+    def measure(self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]) -> "FisherPass":
         """One backward pass: what ``next_tokens`` after ``cache`` would lose.
 
         Args:
             cache: plain k/v caches of all layers, filled; left as they are.
             next_tokens: what the text goes on with; a hundred or so.
-        Returns: stream -> (layers, heads, dim, dim), for `take`.
+        Returns: what `take` takes in.
         """
         held = cache[0].offset
         keys = [layer.keys[:, :, :held] for layer in cache]
@@ -60,16 +64,30 @@ class Fisher:
         slope = mx.grad(_log_likelihood(model, next_tokens, noise), argnums=(0, 1))
         gradients = dict(zip(("k", "v"), slope(keys, values), strict=True))
         mx.eval(gradients)
-        found = {}
+        plain, energy = {}, {}
         for name, layers in gradients.items():
             specs = self.ropes.get(name, [None] * len(layers))
-            total = np.stack([outer_products(g, s) for g, s in zip(layers, specs, strict=True)])
-            found[name] = total / (2 * len(next_tokens))
+            plain[name] = [unrotated(g, s) for g, s in zip(layers, specs, strict=True)]
+            energy[name] = np.stack([token_energy(g) for g in plain[name]])
+        found = FisherPass({}, energy)
+        scale = self._token_weights(found, len(keys))
+        for name, layers in plain.items():
+            total = np.stack([outer_products(g, w) for g, w in zip(layers, scale, strict=True)])
+            found.products[name] = total / (2 * len(next_tokens))
         return found
 
-    def take(self, found: Mapping[str, _Float64]) -> None:
+    def _token_weights(self, found: "FisherPass", layers: int) -> list[_Float64]:
+        """Per layer (tokens,): what is left of a token's error where it is coded finer."""
+        made: list[_Float64] = []
+        for first, last in self.groups or [(0, layers)]:
+            level = np.log(np.maximum(found.importance((first, last)), 1e-30))
+            weight = np.exp(-DEFAULT_ADAPT * (level - np.nanmean(level)))
+            made += [weight] * (last - first)
+        return made
+
+    def take(self, found: "FisherPass") -> None:
         """Take in what `measure` found."""
-        for name, total in found.items():
+        for name, total in found.products.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
         self.passes += 1
 
@@ -100,22 +118,74 @@ class Fisher:
         return made
 
 
-def outer_products(gradient: mx.array, spec: RopeSpec | None) -> _Float64:
-    """Sum of outer products over the tokens that are coded coarsely.
+@dataclass(frozen=True, slots=True, eq=False)
+class FisherPass:
+    """One backward pass.
+
+    Attributes:
+        products: stream -> (layers, heads, dim, dim), summed over tokens.
+        energy: stream -> (layers, tokens), how much each token matters; NaN for those
+            that are not coded coarsely.
+    """
+
+    products: dict[str, _Float64]
+    energy: Mapping[str, _Float64]
+
+    def importance(self, layers: tuple[int, int]) -> _Float64:
+        """(tokens,) how much each token's cache in these layers matters, all streams."""
+        parts = [energy[layers[0] : layers[1]].sum(axis=0) for energy in self.energy.values()]
+        total: _Float64 = np.sum(parts, axis=0)
+        return total
+
+
+def unrotated(gradient: mx.array, spec: RopeSpec | None) -> FloatArray:
+    """Gradients with respect to keys before rotation.
 
     Args:
         gradient: (1, heads, tokens, dim), with respect to what the cache holds.
-        spec: how the layer rotates; the sum is of gradients before rotation.
-    Returns: (heads, dim, dim).
+        spec: how the layer rotates, or None.
+    Returns: (heads, tokens, dim).
     """
     g = np.array(gradient[0].astype(mx.float32))
     if spec is not None:
         g = undo(g, spec, positions_of((0, g.shape[1])))
         # The gradient goes through the transposed rotation, which scales as it does.
         g[..., : spec.dims] *= spec.key_scale**2
-    coded = g[:, SINK_TOKENS : g.shape[1] - WINDOW_TOKENS].astype(np.float64)
-    product: _Float64 = coded.transpose(0, 2, 1) @ coded
+    return g
+
+
+def outer_products(gradient: FloatArray, weight: _Float64 | None = None) -> _Float64:
+    """Sum of outer products over the tokens that are coded coarsely.
+
+    Args:
+        gradient: (heads, tokens, dim).
+        weight: (tokens,), or None for 1.
+    Returns: (heads, dim, dim).
+    """
+    coded = _coded(gradient).astype(np.float64)
+    right = coded if weight is None else coded * _coded(weight[None])[0][:, None]
+    product: _Float64 = coded.transpose(0, 2, 1) @ right
     return product
+
+
+def token_energy(gradient: FloatArray) -> _Float64:
+    """How much each token matters to a layer: every head's mean token counts as 1.
+
+    Args:
+        gradient: (heads, tokens, dim).
+    Returns: (tokens,), NaN for those that are not coded coarsely.
+    """
+    squares = np.square(gradient, dtype=np.float64).sum(axis=2)
+    means = _coded(squares).mean(axis=1, keepdims=True)
+    shares = np.divide(squares, means, out=np.zeros_like(squares), where=means > 0)
+    out = np.full(squares.shape[1], np.nan)
+    _coded(out[None])[...] = _coded(shares).sum(axis=0)
+    return out
+
+
+def _coded(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
+    """(heads, tokens, ...) without the sinks and the window; a view."""
+    return values[:, SINK_TOKENS : values.shape[1] - WINDOW_TOKENS]
 
 
 def _cache_of(keys: list[mx.array], values: list[mx.array]) -> list[Any]:

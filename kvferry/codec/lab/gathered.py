@@ -8,7 +8,9 @@ import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration import GroupAccumulator, layer_groups
-from kvferry.codec.lab.fisher import Fisher
+from kvferry.codec.calibration_bundle import JOINER
+from kvferry.codec.importance import ImportanceSums
+from kvferry.codec.lab.fisher import Fisher, FisherPass
 from kvferry.codec.mlx.shape import ModelShape
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.transform import CovarianceAccumulator
@@ -53,30 +55,38 @@ class SeenGroup(GroupAccumulator):
 
     def layout(self, shape: ModelShape) -> Layout:
         """Names, shapes and dtypes of `tensors` once something was added."""
-        found: Layout = {}
-        for name, stream in shape.streams.items():
-            width = (self.layers[1] - self.layers[0]) * stream.heads * stream.dim
-            for part, kind in _Covariance.layout(width).items():
-                found[self._name(name, part)] = kind
-        return found
+        count = self.layers[1] - self.layers[0]
+        width = count * sum(stream.heads * stream.dim for stream in shape.streams.values())
+        parts = _Covariance.layout(width) | {
+            "importance": ((width,), "<f8"),
+            "weighed": ((1,), "<i8"),
+        }
+        return {self._name(part): kind for part, kind in parts.items()}
 
     def tensors(self) -> StateTensors:
         """Views of the state; empty before anything was added."""
-        return {
-            self._name(name, part): value
-            for name, covariance in self._streams.items()
-            for part, value in _Covariance.parts(covariance).items()
-        }
+        found: dict[str, npt.NDArray[Any]] = {}
+        for name, covariance in self._bundles.items():
+            sums = self._importance[name]
+            parts = dict(_Covariance.parts(covariance))
+            parts["importance"] = sums.products
+            parts["weighed"] = np.array([sums.count], dtype="<i8")
+            found |= {self._name(part): value for part, value in parts.items()}
+        return found
 
     def load(self, tensors: StateTensors, shape: ModelShape) -> None:
         """Take over what `tensors` gave. Raises: KeyError."""
-        for name, stream in shape.streams.items():
-            parts = {part: tensors[self._name(name, part)] for part in _Covariance.layout(1)}
-            self._streams[name] = _Covariance.of(parts)
-            self._shapes[name] = (stream.heads, stream.dim)
+        parts = {part: tensors[self._name(part)] for part in _Covariance.layout(1)}
+        covariance = _Covariance.of(parts)
+        sums = ImportanceSums(covariance.width)
+        sums.products = tensors[self._name("importance")]
+        sums.count = int(tensors[self._name("weighed")][0])
+        bundle = JOINER.join(sorted(shape.streams))
+        self._bundles, self._importance = {bundle: covariance}, {bundle: sums}
+        self._shapes = {name: (s.heads, s.dim) for name, s in shape.streams.items()}
 
-    def _name(self, stream: str, part: str) -> str:
-        return f"layers {self.layers[0]}-{self.layers[1]}/{stream}/{part}"
+    def _name(self, part: str) -> str:
+        return f"layers {self.layers[0]}-{self.layers[1]}/{part}"
 
 
 class Gathered:
@@ -98,8 +108,9 @@ class Gathered:
         """``layers``: only groups that lie wholly within; all groups if None."""
         self.shape = shape
         self.covered = 0
-        self.fisher = Fisher(ropes)
         first, last = layers or (0, shape.layers)
+        spans = layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
+        self.fisher = Fisher(ropes, groups=spans)
         self.groups = [
             SeenGroup(
                 model_id=model_id,
@@ -107,17 +118,23 @@ class Gathered:
                 heads=(0, shape.kv_heads),
                 ropes={name: tuple(specs[a:b]) for name, specs in ropes.items()},
             )
-            for a, b in layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
+            for a, b in spans
             if first <= a and b <= last
         ]
 
-    def add(self, pages: Sequence[PageTensors], found: Mapping[str, Any] | None, to: int) -> None:
+    def add(self, pages: Sequence[PageTensors], found: FisherPass | None, to: int) -> None:
         """Take in a sequence's pages (one per group) and its backward pass."""
         for group, page in zip(self.groups, pages, strict=True):
-            group.add(page)
+            group.add(page, None if found is None else found.importance(group.layers))
         if found is not None:
             self.fisher.take(found)
         self.covered = to
+
+    def weigh(self, page: PageTensors, found: FisherPass) -> None:
+        """Take in a backward pass of a sequence whose pages come by themselves."""
+        self.fisher.take(found)
+        for group in list(self.groups):
+            group.weigh(page, found.importance(group.layers))
 
     def weights(self, layers: tuple[int, int], ridge: float) -> dict[str, FloatArray] | None:
         """See `Fisher.weights`; None where no pass was taken in."""

@@ -23,7 +23,7 @@ from kvferry.proto.keys import WINDOW_TOKENS
 _FLOAT, _DOUBLE, _HALF = 4, 8, 2
 # Matrices of p x p float64 alive at once in a fit: the covariance, two of it weighted,
 # and what the eigensolver works in.
-_FIT_MATRICES = 7
+_FIT_MATRICES = 5
 GIB = 1 << 30
 
 
@@ -95,9 +95,8 @@ def resident_memory() -> int:
 def memory_need(loaded: LoadedModel, shape: ModelShape, plan: Plan) -> MemoryNeed:
     """What `calibrate` is going to need with this plan."""
     widths = [
-        (b - a) * stream.heads * stream.dim
+        (b - a) * sum(stream.heads * stream.dim for stream in shape.streams.values())
         for a, b in layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
-        for stream in shape.streams.values()
     ]
     widest = max(widths)
     per_token = sum(widths)

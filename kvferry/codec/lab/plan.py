@@ -41,11 +41,11 @@ class Plan:
 
     tokens: int = 8192
     sequence: int = 1024
-    passes: int = 8
-    ridge: float | None = 1.0
-    held_context: int = 768
-    held_continuation: int = 160
-    curve_bits: tuple[float, ...] = (1.6, 0.9, 0.6, 0.4, 0.25)
+    passes: int = 16
+    ridge: float | None = 0.3
+    held_context: int = 640
+    held_continuation: int = 128
+    curve_bits: tuple[float, ...] = (1.0, 0.6, 0.4, 0.25, 0.15)
 
     def __post_init__(self) -> None:
         if self.tokens < MIN_TOKENS:

@@ -76,7 +76,7 @@ class LiveCalibration:
     ) -> None:
         self._gathered, self._options = gathered, options
         self._counters, self._wanted, self._finish = counters, wanted, finish
-        self._idle = IdleWork(model, gathered.fisher, options.gather_passes)
+        self._idle = IdleWork(model, gathered, options.gather_passes)
         self._queue: queue.Queue[tuple[tuple[int, ...], CacheSnapshot, int]] = queue.Queue(1)
         self._seen: set[bytes] = set()
         self._held: list[Sample] = []

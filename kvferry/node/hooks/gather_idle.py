@@ -17,7 +17,7 @@ from kvferry.codec.lab.calibrate import steps_for_bits
 from kvferry.codec.lab.coding import group_codecs, join_layers
 from kvferry.codec.lab.compare import compare
 from kvferry.codec.lab.curve import code_group, rate_distortion, stream_curves, total_bits
-from kvferry.codec.lab.fisher import Fisher
+from kvferry.codec.lab.gathered import Gathered
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.proto.keys import WINDOW_TOKENS
@@ -92,8 +92,8 @@ class IdleWork:
         passes: backward passes wanted.
     """
 
-    def __init__(self, model: Any | None, fisher: Fisher, passes: int) -> None:
-        self._model, self._fisher, self._passes = model, fisher, passes
+    def __init__(self, model: Any | None, gathered: Gathered, passes: int) -> None:
+        self._model, self._gathered, self._passes = model, gathered, passes
         self.called = False
         self._samples: deque[Sample] = deque(maxlen=2)
         self._curve: _Curve | None = None
@@ -108,7 +108,7 @@ class IdleWork:
     @property
     def weighed(self) -> bool:
         """Whether all backward passes are done."""
-        return self._fisher.passes >= self._passes
+        return self._gathered.fisher.passes >= self._passes
 
     def enough(self) -> None:
         """No more passes: the sums are about to be read."""
@@ -154,12 +154,14 @@ class IdleWork:
         if not fitting:
             return
         # The first one is the smallest: nothing is known of its pace yet.
-        held, follow = fitting[-1] if self._fisher.passes else fitting[0]
+        held, follow = fitting[-1] if self._gathered.fisher.passes else fitting[0]
         started = time.monotonic()
         cache = make_prompt_cache(self._model)
         adapters.restore(cache, [sample.page.cut_tokens((0, held))])
-        found = self._fisher.measure(self._model, cache, sample.tokens[held : held + follow])
-        self._fisher.take(found)
+        found = self._gathered.fisher.measure(
+            self._model, cache, sample.tokens[held : held + follow]
+        )
+        self._gathered.weigh(sample.page.cut_tokens((0, held)), found)
         self._pass_pace.add(held + follow, time.monotonic() - started)
 
 
