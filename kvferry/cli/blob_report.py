@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
+from kvferry.codec.calibration_bundle import JOINER
 from kvferry.errors import CodecError, FerryError
 from kvferry.proto.container import (
     DEFAULT_LIMITS,
@@ -213,13 +214,21 @@ def _shorter(finding: Finding) -> Finding:
 
 
 def _streams(header: blob_pb2.BlobHeader) -> list[StreamSize]:
-    found = []
-    for stream in header.streams:
-        shape = tuple(stream.shape)
-        values = math.prod(shape) if len(shape) == _SHAPE_DIMS else 0
-        size = sum(s.length for s in header.sections if s.name.startswith(f"{stream.name}/"))
-        found.append(StreamSize(stream.name, shape, stream.dtype, values, size))
-    return found
+    """Bytes by stream; those of streams that are coded together go by their values."""
+    shapes = {stream.name: tuple(stream.shape) for stream in header.streams}
+    values = {
+        name: math.prod(shape) if len(shape) == _SHAPE_DIMS else 0 for name, shape in shapes.items()
+    }
+    sizes = dict.fromkeys(shapes, 0.0)
+    for section in header.sections:
+        owners = [n for n in section.name.partition("/")[0].split(JOINER) if n in sizes]
+        total = sum(values[name] for name in owners)
+        for name in owners:
+            sizes[name] += section.length * (values[name] / total if total else 1 / len(owners))
+    return [
+        StreamSize(s.name, shapes[s.name], s.dtype, values[s.name], round(sizes[s.name]))
+        for s in header.streams
+    ]
 
 
 def _layers(header: blob_pb2.BlobHeader) -> list[LayerSize]:

@@ -102,10 +102,8 @@ def rate(
         }
         found = rate_points(texts, codecs, points, done, note)
         bar.update(work)
-    below = (
-        f"{context:,} tokens coded, the {continuation} after the window predicted, "
-        f"on {', '.join(labels)}; further down and right is better"
-    )
+    below = f"{context:,} tokens coded, {continuation} predicted; down and right is better"
+    below += f"\non {', '.join(labels)}" if len(labels) <= 4 else f"\non {len(labels)} texts"
     size = draw_rate(found, f"{model}: bytes against fidelity of the KV cache", below, out)
     if json is not None:
         write_json(

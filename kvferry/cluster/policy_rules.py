@@ -30,6 +30,13 @@ def _positive(text: str) -> bool:
         return False
 
 
+def _adapt(text: str) -> bool:
+    try:
+        return 0 <= float(text) <= 2
+    except ValueError:
+        return False
+
+
 def _whole(*allowed: int) -> Callable[[str], bool]:
     return lambda text: text in {str(number) for number in allowed}
 
@@ -37,11 +44,13 @@ def _whole(*allowed: int) -> Callable[[str], bool]:
 Check = tuple[Callable[[str], bool], str]
 _POSITIVE: Check = (_positive, "a number above 0")
 _BITS: Check = (_whole(2, 3, 4, 8), "one of 2, 3, 4, 8")
+_ADAPT: Check = (_adapt, "a number from 0 to 2")
 _LEVEL: Check = (_whole(*range(1, 23)), "a whole number from 1 to 22")
 
-# What the codecs of `kvferry.codec.registry` take; a test holds the two together.
+# What the codecs of `kvferry.codec.registry` take; a test holds the two together. Not
+# kvtc: it is there to be compared with, and its blobs span all layers of a model.
 CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
-    "ferry": {"target_kl": _POSITIVE, "step": _POSITIVE},
+    "ferry": {"target_kl": _POSITIVE, "step": _POSITIVE, "adapt": _ADAPT},
     "zstd": {"level": _LEVEL},
     "raw": {},
     "affine": {"bits": _BITS},

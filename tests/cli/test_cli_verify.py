@@ -16,7 +16,7 @@ from kvferry.proto import container
 from kvferry.proto.keys import BlobKey
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-NAMES = ("raw", "zstd", "affine8", "ferry", "calibration")
+NAMES = ("raw", "zstd", "affine8", "ferry", "calibration_ferry")
 
 
 def _kvferry(*arguments: str, status: int = 0) -> "subprocess.CompletedProcess[str]":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvferry.codec.mlx.device import DeviceProducts, device_products
-from kvferry.codec.transform import Basis, Fold, fold, project, reconstruct
+from kvferry.codec.transform import Basis, Fold, fold, project, reconstruct, row_weight
 
 WIDTH, RANK, TOKENS = 192, 80, 100
 
@@ -18,7 +18,7 @@ def made(products: DeviceProducts | None) -> Fold:
     sigma = np.geomspace(10, 0.01, RANK).astype(np.float32)
     basis = Basis(rng.standard_normal(WIDTH).astype(np.float32), vectors.astype(np.float32), sigma)
     weight = rng.standard_normal((3, 1, 64, 64)) * 0.05 + np.eye(64)
-    return fold(basis, weight.astype(np.float32), products)
+    return fold(basis, [row_weight(weight.astype(np.float32))], products)
 
 
 def rows() -> np.ndarray:

@@ -42,7 +42,7 @@ def made(tiny: LoadedModel, text: list[int]) -> KvtcCalibration:
 
 def test_one_basis_a_stream_covers_the_whole_model(made: KvtcCalibration) -> None:
     assert (made.layers, made.heads) == ((0, 3), (0, 2))
-    assert {name: s.rank for name, s in made.streams.items()} == {"k": 96, "v": 96}
+    assert {name: b.rank for name, b in made.bundles.items()} == {"k": 96, "v": 96}
     assert all(stream.weight is None for stream in made.streams.values())
     assert made.tokens == TOKENS - 2 * 4  # two sequences, four sinks in each
 

@@ -11,7 +11,7 @@ from kvferry.errors import ConfigError
 
 Options = Mapping[str, object]
 # Estimated bits per value of the steps that a curve is drawn through.
-_CURVE_BITS = (1.6, 1.0, 0.7, 0.5, 0.38, 0.28, 0.2)
+_CURVE_BITS = (1.6, 1.0, 0.7, 0.5, 0.38, 0.28, 0.2, 0.14)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

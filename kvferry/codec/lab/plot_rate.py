@@ -129,7 +129,7 @@ def draw_rate(points: Sequence[RatePoint], headline: str, below: str, path: Path
     axes.set_xlabel("compression ratio (fp16 bytes / bytes shipped, headers included)")
     axes.set_ylabel("mean KL (nats per token)")
     spread = f"line: median of {texts} texts, band: their spread" if texts > 1 else "one text"
-    axes.legend(title=spread, frameon=False, loc="upper left", title_fontsize=8, alignment="left")
+    axes.legend(title=spread, frameon=False, loc="lower right", title_fontsize=8, alignment="left")
     style.tidy(axes)
     return style.save_png(figure, path)
 
