@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
+from kvferry.codec.importance import Predictor, predictor
 from kvferry.codec.transform import Basis, Fold, Products, Weights, cut_basis, fold, row_weight
 from kvferry.errors import CalibrationCorruptError
 
@@ -133,6 +134,13 @@ class BundleCalibration:
     def fold(self) -> Fold:
         """Weights, basis and mean as one float32 matrix each way; made once and kept."""
         return fold(self._float32_basis(), self.weights, self.products)
+
+    @cached_property
+    def predictor(self) -> Predictor | None:
+        """Of the importance of tokens; made once and kept."""
+        if self.importance is None:
+            return None
+        return predictor(self.fold, self.sigma, self.importance)
 
     def _float32_basis(self) -> Basis:
         return Basis(self.mean, self.basis.astype(np.float32), self.sigma, self.importance)

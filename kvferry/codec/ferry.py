@@ -167,7 +167,7 @@ class FerryCodec:
         with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses those
             rows = page_rows(page, names, self._known.ropes, first)
             by = bundle.fold
-            chosen = exponents(rows, by, bundle.sigma, bundle.importance, self.adapt)
+            chosen = exponents(rows, bundle.predictor, self.adapt)
             steps = np.float32(self.step) * factors(chosen)
             z = project(rows, by, rank_at(bundle.sigma, self.step))
             settled = partial(settle, rows=rows, by=by, steps=steps)

@@ -10,6 +10,8 @@ makes less the best (measured in ``benchmarks/codec.md``). What was chosen trave
 the page, so a reader predicts nothing.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -68,29 +70,43 @@ class ImportanceSums:
         return (correlation / _SHRINKAGE).astype(np.float32)
 
 
-def exponents(
-    rows: FloatArray, by: Fold, sigma: FloatArray, importance: FloatArray | None, adapt: float
-) -> Exponents:
-    """How much finer or coarser each token is coded, in quarters of an octave.
+@dataclass(frozen=True, slots=True, eq=False)
+class Predictor:
+    """Logarithm of a token's importance: ``rows @ direction - offset``.
 
     In float64: a coefficient's last bits depend on how many threads computed it, and
     what is stored must not.
 
-    Args:
-        rows: (tokens, p) as `kvferry.codec.transform.project` takes them.
-        by, sigma, importance: of the basis; importance None: no token differs.
-        adapt: 0: none does.
-    Returns: (tokens,) int16 within `MAX_EXPONENT`; negative is finer.
+    Attributes:
+        direction: (p,) float64.
     """
-    out: Exponents = np.zeros(len(rows), dtype=np.int16)
-    if importance is None or not adapt:
-        return out
+
+    direction: Float64Array
+    offset: float
+
+
+def predictor(by: Fold, sigma: FloatArray, importance: FloatArray) -> Predictor:
+    """What a basis knows of importance, as one direction in the space of rows."""
     count = len(importance)
     scaled = np.zeros(count, dtype=np.float64)
     np.divide(importance, sigma[:count], out=scaled, where=sigma[:count] > 0)
     direction = by.encode[:, :count].astype(np.float64) @ scaled
-    level = rows.astype(np.float64) @ direction - by.offset[:count] @ scaled
-    octaves = level * (-adapt / (2 * np.log(2.0)))
+    return Predictor(direction, float(by.offset[:count] @ scaled))
+
+
+def exponents(rows: FloatArray, by: Predictor | None, adapt: float) -> Exponents:
+    """How much finer or coarser each token is coded, in quarters of an octave.
+
+    Args:
+        rows: (tokens, p) as `kvferry.codec.transform.project` takes them.
+        by: None: no token differs from another.
+        adapt: 0: none does.
+    Returns: (tokens,) int16 within `MAX_EXPONENT`; negative is finer.
+    """
+    out: Exponents = np.zeros(len(rows), dtype=np.int16)
+    if by is None or not adapt:
+        return out
+    octaves = (rows.astype(np.float64) @ by.direction - by.offset) * (-adapt / (2 * np.log(2.0)))
     np.clip(np.rint(octaves * PER_OCTAVE), -MAX_EXPONENT, MAX_EXPONENT, out=octaves)
     if np.isfinite(octaves).all():  # else `quantize` refuses the page
         np.copyto(out, octaves, casting="unsafe")

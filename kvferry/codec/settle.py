@@ -25,14 +25,14 @@ def settle(levels: FloatArray, rows: FloatArray, by: Fold, steps: FloatArray) ->
         steps: (tokens,) float32.
     """
     rank = levels.shape[1]
-    size = float((np.sqrt(np.einsum("ij,ij->i", rows, rows)) / steps).max())
-    if not np.isfinite(size):
+    size = np.sqrt(np.einsum("ij,ij->i", rows, rows)) / steps * np.float32(_SUM_ERROR)
+    if not np.isfinite(size).all():
         return  # refused when quantized
-    edge = np.float32(0.5) - np.float32(_SUM_ERROR * size) * by.reach[:rank]
     distance = np.rint(levels)
     distance -= levels
     np.abs(distance, out=distance)
-    i, j = np.nonzero(distance > edge)
+    distance += np.multiply.outer(size, by.reach[:rank])
+    i, j = np.nonzero(distance > np.float32(0.5))
     if 100 * len(i) > levels.size:  # values far beyond their calibration
         exact = rows.astype(np.float64) @ by.encode[:, :rank].astype(np.float64)
         levels[...] = np.rint((exact - by.offset[:rank]) / steps[:, None])

@@ -48,7 +48,7 @@ def chosen(known: GroupCalibration, page: PageTensors, adapt: float) -> np.ndarr
     from kvferry.codec.rows import page_rows
 
     rows = page_rows(page, ["k", "v"], known.ropes, page.tokens[0])
-    return exponents(rows, bundle.fold, bundle.sigma, bundle.importance, adapt)
+    return exponents(rows, bundle.predictor, adapt)
 
 
 def test_important_tokens_come_back_better() -> None:
