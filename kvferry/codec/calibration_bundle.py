@@ -12,7 +12,7 @@ from kvferry.codec.importance import Predictor, predictor
 from kvferry.codec.transform import Basis, Fold, Products, Weights, cut_basis, fold, row_weight
 from kvferry.errors import CalibrationCorruptError
 
-MAX_WIDTH = 1 << 16
+MAX_WIDTH = 1 << 17
 JOINER = "+"
 
 
