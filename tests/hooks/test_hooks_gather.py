@@ -275,16 +275,21 @@ def test_ranks_put_their_groups_together_through_the_store(
     assert len(spans) == 2
     with NodeClient(cluster.sockets[0]) as client:
 
-        def finish(rank: int) -> CalibrationSet | None:
+        def finish(rank: int, patience_s: float = 0.0) -> CalibrationSet | None:
             made = Made([wide_group(spans[rank], shape)], None, 1024)
             folder = tmp_path / f"rank{rank}"
             known = Calibrations(client, folder)
-            give_up = lambda _: True  # noqa: E731
-            return finish_rank(made, _Known.model_id, shape, folder, known, client, give_up)
+            end = time.monotonic() + patience_s
+
+            def pause(_: float) -> bool:
+                time.sleep(0.02)
+                return time.monotonic() > end
+
+            return finish_rank(made, _Known.model_id, shape, folder, known, client, pause)
 
         assert finish(0) is None  # the other rank's group is not there yet
         assert finish(1) is None  # the rank with the first layer does it
-        whole = finish(0)
+        whole = finish(0, patience_s=30.0)  # daemons upload behind the put
         assert whole is not None
         assert [group.layers for group in whole.groups] == spans
         found = Calibrations(client, tmp_path / "rank0").find(_Known.model_id)
