@@ -132,18 +132,18 @@ class BundleCalibration:
 
     @cached_property
     def fold(self) -> Fold:
-        """Weights, basis and mean as one float32 matrix each way; made once and kept."""
-        return fold(self._float32_basis(), self.weights, self.products)
+        """Weights, basis and mean as one float32 matrix each way; kept."""
+        return fold(self._as_basis(), self.weights, self.products)
 
     @cached_property
     def predictor(self) -> Predictor | None:
         """Of the importance of tokens; made once and kept."""
         if self.importance is None:
             return None
-        return predictor(self.fold, self.sigma, self.importance)
+        return predictor(self.fold.forward, self.sigma, self.importance)
 
-    def _float32_basis(self) -> Basis:
-        return Basis(self.mean, self.basis.astype(np.float32), self.sigma, self.importance)
+    def _as_basis(self) -> Basis:
+        return Basis(self.mean, self.basis, self.sigma, self.importance)
 
     def cut(self, layers: slice, heads: slice, whole_heads: int) -> "BundleCalibration":
         """Only these layers and heads (indices within the group).
@@ -162,7 +162,7 @@ class BundleCalibration:
             if weight is not None:
                 weight = np.ascontiguousarray(weight[layers, kept])
             parts.append(replace(part, heads=rows.shape[1], weight=weight))
-        made = bundle_calibration(parts, cut_basis(self._float32_basis(), np.concatenate(index)))
+        made = bundle_calibration(parts, cut_basis(self._as_basis(), np.concatenate(index)))
         return replace(made, products=self.products)
 
 

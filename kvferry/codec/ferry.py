@@ -170,7 +170,7 @@ class FerryCodec:
             chosen = exponents(rows, bundle.predictor, self.adapt)
             steps = np.float32(self.step) * factors(chosen)
             z = project(rows, by, rank_at(bundle.sigma, self.step))
-            settled = partial(settle, rows=rows, by=by, steps=steps)
+            settled = partial(settle, rows=rows, by=by.forward, steps=steps)
             q = quantize(z, steps, bundle.name, settled)
         sections = [SectionData(f"{bundle.name}/q", pack_columns(q), q.nbytes)]
         if chosen.any():

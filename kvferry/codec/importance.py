@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
-from kvferry.codec.transform import Basis, Float64Array, Fold, Weights, apply_weights
+from kvferry.codec.transform import Basis, Float64Array, Forward, Weights, apply_weights
 
 DEFAULT_ADAPT = 0.5
 # Leading coefficients that the prediction looks at.
@@ -85,12 +85,12 @@ class Predictor:
     offset: float
 
 
-def predictor(by: Fold, sigma: FloatArray, importance: FloatArray) -> Predictor:
+def predictor(by: Forward, sigma: FloatArray, importance: FloatArray) -> Predictor:
     """What a basis knows of importance, as one direction in the space of rows."""
     count = len(importance)
     scaled = np.zeros(count, dtype=np.float64)
     np.divide(importance, sigma[:count], out=scaled, where=sigma[:count] > 0)
-    direction = by.encode[:, :count].astype(np.float64) @ scaled
+    direction = by.matrix[:, :count].astype(np.float64) @ scaled
     return Predictor(direction, float(by.offset[:count] @ scaled))
 
 

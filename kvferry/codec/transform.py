@@ -5,9 +5,11 @@ together, stream after stream, each ordered (layer, head, dim): its width p is t
 layers x heads x dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from threading import Lock
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ Float64Array = npt.NDArray[np.float64]
 # bytes and half the matrix time of a tenth; a half takes 5 % more bytes again.
 SURVIVING_SIGMA = 1 / 3
 _ROWS_PER_PRODUCT = 4096
+_ROWS_AT_ONCE = 384  # of a basis while it is folded
 
 
 class CovarianceAccumulator:
@@ -97,13 +100,13 @@ class Basis:
 
     Attributes:
         mean: (p,) mean of the weighted rows.
-        vectors: (p, r) orthonormal columns.
+        vectors: (p, r) orthonormal columns, float32 or float16.
         sigma: (r,) standard deviation of the coefficients, falling.
         importance: (n,) with n <= r, or None: see `kvferry.codec.importance`.
     """
 
     mean: FloatArray
-    vectors: FloatArray
+    vectors: npt.NDArray[np.float16] | FloatArray
     sigma: FloatArray
     importance: FloatArray | None = None
 
@@ -130,7 +133,7 @@ Weights = Sequence[RowWeight]
 
 
 def apply_weights(
-    weights: Weights, columns: Float64Array, *, transposed: bool = False
+    weights: Weights, columns: npt.NDArray[np.floating[Any]], *, transposed: bool = False
 ) -> Float64Array:
     """Block-diagonal matrix times (p, n) columns; a new array.
 
@@ -230,27 +233,54 @@ class Products(Protocol):
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Forward:
+    """Rows to coefficients: ``z = x @ matrix - offset``.
+
+    Attributes:
+        matrix: (p, r) float32, maybe a view of the way back.
+        offset: (r,) float32.
+        reach: (r,) float32, lengths of the columns of ``matrix``.
+    """
+
+    matrix: FloatArray
+    offset: FloatArray
+    reach: FloatArray
+
+
 class Fold:
     """Weight, basis and mean as one matrix each way; serves every step and rank.
 
     The step stays outside: it scales the few coefficients while they change type
-    anyway, and one pair of matrices serves all steps that a policy may choose.
+    anyway, and one pair of matrices serves all steps that a policy may choose. The way
+    forward is made when it is first asked for, since a machine that only restores never
+    needs it. Any thread may ask.
 
     Attributes:
-        encode: (p, r) float32, maybe a view of ``decode``; ``z = x @ encode - offset``.
-        offset: (r,) float32.
-        reach: (r,) float32, lengths of the columns of ``encode``.
         decode: (p, 1 + r) float32, the mean in its first column;
             ``x = [1, z] @ decode.T``. Rows can be sliced for some layers, leading
             columns for a smaller rank.
-        products: where its products run.
+        products: where its products run; None: numpy on the host.
     """
 
-    encode: FloatArray
-    offset: FloatArray
-    reach: FloatArray
-    decode: FloatArray
-    products: Products | None = None
+    def __init__(
+        self,
+        decode: FloatArray,
+        make_forward: Callable[[], Forward],
+        products: Products | None = None,
+    ) -> None:
+        self.decode = decode
+        self.products = products
+        self._make_forward = make_forward
+        self._forward: Forward | None = None
+        self._lock = Lock()
+
+    @property
+    def forward(self) -> Forward:
+        """Raises: CalibrationCorruptError: a weight that makes infinite values."""
+        with self._lock:
+            if self._forward is None:
+                self._forward = self._make_forward()
+            return self._forward
 
 
 def fold(basis: Basis, weights: Weights = (), products: Products | None = None) -> Fold:
@@ -259,27 +289,58 @@ def fold(basis: Basis, weights: Weights = (), products: Products | None = None) 
     Raises: CalibrationCorruptError: a weight that has no inverse.
     """
     width, rank = basis.vectors.shape
-    offset = (basis.mean.astype(np.float64) @ basis.vectors).astype(np.float32)
     decode = np.empty((width, 1 + rank), dtype=np.float32)
-    decode[:, 0] = basis.mean
-    decode[:, 1:] = basis.vectors
-    if not weights:
-        return Fold(decode[:, 1:], offset, _lengths(decode[:, 1:]), decode, products)
+    vectors = decode[:, 1:]
     try:
         inverse = [RowWeight(w.start, np.linalg.inv(w.blocks.astype(np.float64))) for w in weights]
     except np.linalg.LinAlgError as exc:
         raise CalibrationCorruptError("weight", "a matrix has no inverse") from exc
     with np.errstate(over="ignore", invalid="ignore"):
-        vectors = basis.vectors.astype(np.float64)
-        encode = apply_weights(weights, vectors, transposed=True).astype(np.float32)
-        decode = apply_weights(inverse, decode.astype(np.float64)).astype(np.float32)
-    if not (np.isfinite(encode).all() and np.isfinite(decode).all()):
+        _weighted_into(vectors, inverse, basis.vectors)
+        decode[:, 0] = apply_weights(inverse, basis.mean[:, None])[:, 0]
+    _check_finite(decode)
+    return Fold(decode, partial(_forward, basis, weights, None if weights else vectors), products)
+
+
+def _forward(basis: Basis, weights: Weights, unweighted: FloatArray | None) -> Forward:
+    """Args: unweighted: the basis in float32 where there are no weights."""
+    matrix = unweighted
+    if matrix is None:
+        matrix = np.empty(basis.vectors.shape, dtype=np.float32)
+        back = [RowWeight(w.start, w.blocks.transpose(0, 2, 1)) for w in weights]
+        with np.errstate(over="ignore", invalid="ignore"):
+            _weighted_into(matrix, back, basis.vectors)
+        _check_finite(matrix)
+    mean = basis.mean.astype(np.float64)
+    offset = np.zeros(matrix.shape[1], dtype=np.float64)
+    for start in range(0, len(mean), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        offset += mean[rows] @ basis.vectors[rows].astype(np.float64)
+    lengths = np.sqrt(np.einsum("ij,ij->j", matrix, matrix))
+    return Forward(matrix, offset.astype(np.float32), lengths.astype(np.float32))
+
+
+def _weighted_into(
+    out: FloatArray, weights: Weights, columns: npt.NDArray[np.floating[Any]]
+) -> None:
+    """`apply_weights` a few blocks at a time: what lies between stays in the cache."""
+    at = 0
+    for weight in sorted(weights, key=lambda w: w.start):
+        out[at : weight.start] = columns[at : weight.start]
+        count, dim, _ = weight.blocks.shape
+        step = max(1, _ROWS_AT_ONCE // dim)
+        for first in range(0, count, step):
+            blocks = weight.blocks[first : first + step]
+            start = weight.start + first * dim
+            rows = slice(start, start + len(blocks) * dim)
+            out[rows] = apply_weights([RowWeight(0, blocks)], columns[rows])
+        at = weight.rows.stop
+    out[at:] = columns[at:]
+
+
+def _check_finite(matrix: FloatArray) -> None:
+    if not np.isfinite(matrix).all():
         raise CalibrationCorruptError("weight", "a matrix is close to singular")
-    return Fold(encode, offset, _lengths(encode), decode, products)
-
-
-def _lengths(columns: FloatArray) -> FloatArray:
-    return np.asarray(np.sqrt(np.einsum("ij,ij->j", columns, columns)), dtype=np.float32)
 
 
 def row_weight(weight: FloatArray, start: int = 0) -> RowWeight:
@@ -301,8 +362,9 @@ def project(x: FloatArray, by: Fold, rank: int) -> FloatArray:
     """(tokens, p) float32 -> coefficients (tokens, rank) float32, in one matmul."""
     if by.products is not None:
         return by.products.project(x, by, rank)
-    z: FloatArray = x @ by.encode[:, :rank]
-    z -= by.offset[:rank]
+    forward = by.forward
+    z: FloatArray = x @ forward.matrix[:, :rank]
+    z -= forward.offset[:rank]
     return z
 
 

@@ -119,7 +119,7 @@ class Calibrations:
         return self._store.get(calibration_id)
 
     def warm(self, calibration_id: bytes) -> None:
-        """Have it and its folded matrices in memory. Raises: as `get`."""
+        """Have it and the matrices that decode in memory. Raises: as `get`."""
         for bundle in self.get(calibration_id).bundles.values():
             _ = bundle.fold
 

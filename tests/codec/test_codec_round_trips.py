@@ -152,7 +152,7 @@ def test_ferry_is_within_half_a_step_in_its_own_space(
         z = project(before, basis.fold, basis.rank)
         difference = np.abs(project(after, basis.fold, basis.rank) - z)
         # Rounding to the cache's type, and a basis whose columns are stored in float16.
-        reach = np.linalg.norm(basis.fold.encode, axis=0)
+        reach = np.linalg.norm(basis.fold.forward.matrix, axis=0)
         rounding = ROUNDING[dtype] * np.linalg.norm(before, axis=1)[:, None] * reach
         slack = 2e-3 * np.linalg.norm(z, axis=1)[:, None] + 1e-4
         assert (difference <= step / 2 + rounding + slack).all()

@@ -74,11 +74,11 @@ def test_levels_at_an_edge_are_those_of_float64() -> None:
     known = random_calibration(layers=(0, 4), heads=(0, 3), dim=64, rank=300)
     bundle = known.bundles["k+v"]
     rows = page_rows(page_of(known, (4, 260)), ["k", "v"], known.ropes, 4)
-    by = bundle.fold
-    exact = rows.astype(np.float64) @ by.encode.astype(np.float64) - by.offset
+    by = bundle.fold.forward
+    exact = rows.astype(np.float64) @ by.matrix.astype(np.float64) - by.offset
     for step in (2e-3, 1e-5):  # few and nearly all levels near an edge
         steps = np.full(256, step, dtype=np.float32)
-        levels = project(rows, by, bundle.rank) * np.float32(1 / step)
+        levels = project(rows, bundle.fold, bundle.rank) * np.float32(1 / step)
         plain = np.rint(levels)
         settle(levels, rows, by, steps)
         wanted = np.rint(exact / steps[:, None])

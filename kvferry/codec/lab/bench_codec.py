@@ -250,7 +250,7 @@ class _Subject:
 
 def _encode_product(x: FloatArray, by: Fold, rank: int) -> object:
     """Nothing but the product; on a device with what moves its operands."""
-    return x @ by.encode[:, :rank] if by.products is None else project(x, by, rank)
+    return x @ by.forward.matrix[:, :rank] if by.products is None else project(x, by, rank)
 
 
 def _decode_product(z: FloatArray, by: Fold) -> object:

@@ -190,4 +190,4 @@ def _warm(groups: Sequence[GroupCalibration]) -> None:
     """Fold matrices now: a process does it once, so it is no part of a page's time."""
     for group in groups:
         for bundle in group.bundles.values():
-            _ = bundle.fold
+            _ = bundle.fold.forward

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvferry.codec.base import FloatArray
-from kvferry.codec.transform import Fold, Products
+from kvferry.codec.transform import Fold, Forward, Products
 
 
 class DeviceProducts:
@@ -20,32 +20,35 @@ class DeviceProducts:
 
     def __init__(self, device: mx.Device | None = None) -> None:
         self._device = device or mx.default_device()
-        self._kept: WeakKeyDictionary[Fold, tuple[mx.array, mx.array, mx.array]] = (
-            WeakKeyDictionary()
-        )
+        self._forward: WeakKeyDictionary[Forward, tuple[mx.array, mx.array]] = WeakKeyDictionary()
+        self._decode: WeakKeyDictionary[Fold, mx.array] = WeakKeyDictionary()
         self._lock = Lock()
         self._turn = Lock()  # a device does one product at a time anyway
 
     def project(self, x: FloatArray, by: Fold, rank: int) -> FloatArray:
         """(tokens, p) -> (tokens, rank), float32."""
-        encode, offset, _ = self._matrices(by)
+        forward = by.forward
+        with self._lock:
+            if forward not in self._forward:
+                self._forward[forward] = self._put(forward.matrix), self._put(forward.offset)
+            matrix, offset = self._forward[forward]
         with self._turn, mx.stream(self._device):
-            return self._host(mx.array(x) @ encode[:, :rank] - offset[:rank])
+            return self._host(mx.array(x) @ matrix[:, :rank] - offset[:rank])
 
     def reconstruct(self, augmented: FloatArray, by: Fold, rows: slice) -> FloatArray:
         """(tokens, 1 + rank) -> (tokens, rows), float32."""
-        decode = self._matrices(by)[2]
+        with self._lock:
+            if by not in self._decode:
+                self._decode[by] = self._put(by.decode)
+            decode = self._decode[by]
         with self._turn, mx.stream(self._device):
             return self._host(mx.array(augmented) @ decode[rows, : augmented.shape[1]].T)
 
-    def _matrices(self, by: Fold) -> tuple[mx.array, mx.array, mx.array]:
-        with self._lock:
-            if by not in self._kept:
-                with mx.stream(self._device):
-                    made = mx.array(by.encode), mx.array(by.offset), mx.array(by.decode)
-                    mx.eval(made)
-                self._kept[by] = made
-            return self._kept[by]
+    def _put(self, matrix: FloatArray) -> mx.array:
+        with mx.stream(self._device):
+            made = mx.array(matrix)
+            mx.eval(made)
+            return made
 
     def _host(self, result: mx.array) -> FloatArray:
         mx.eval(result)
