@@ -10,6 +10,7 @@ from kvferry.cluster.repository import (
     LookupResult,
     PutSpec,
     RepositoryStat,
+    StateFound,
     TailFound,
 )
 from kvferry.errors import BlobTooLargeError, ProtocolError
@@ -169,6 +170,8 @@ def query_to_proto(query: LookupQuery) -> store_pb2.LookupRequest:
         head_start=query.heads[0],
         head_end=query.heads[1],
         local_only=query.local_only,
+        state_start=query.states[0],
+        state_end=query.states[1],
     )
 
 
@@ -185,6 +188,7 @@ def query_from_proto(request: store_pb2.LookupRequest) -> LookupQuery:
         layers=_range("layers", request.layer_start, request.layer_end, MAX_LAYERS),
         heads=_range("heads", request.head_start, request.head_end, MAX_HEADS),
         local_only=request.local_only,
+        states=_range("states", request.state_start, request.state_end, MAX_LAYERS),
     )
 
 
@@ -204,6 +208,12 @@ def result_to_proto(query: LookupQuery, result: LookupResult) -> store_pb2.Looku
             return reply
         entries = [info_to_proto(b) for b in tail.blobs]
         reply.tails.add(tail_key=tail.tail_key, tokens=tail.tokens, blobs=entries)
+    for state in result.states:
+        left -= _listing_bytes(state.blobs)
+        if left < 0:
+            return reply
+        entries = [info_to_proto(b) for b in state.blobs]
+        reply.states.add(key=state.key, pages=state.pages, tokens=state.tokens, blobs=entries)
     return reply
 
 
@@ -226,6 +236,15 @@ def result_from_proto(query: LookupQuery, reply: store_pb2.LookupReply) -> Looku
                 blobs=_infos(tail.blobs),
             )
             for tail in reply.tails
+        ],
+        states=[
+            StateFound(
+                key=_digest("state key", state.key),
+                pages=state.pages,
+                tokens=state.tokens,
+                blobs=_infos(state.blobs),
+            )
+            for state in reply.states
         ],
         partial=reply.partial,
     )

@@ -147,7 +147,7 @@ class Index:
         parts = [(h.info.layers, h.info.heads) for h in held]
         complete = unit.kind == "calibration" or covers(parts, unit.model_layers, unit.model_heads)
         db.execute("UPDATE units SET complete = ? WHERE id = ?", (int(complete), unit_id))
-        if not complete or unit.kind != "tail":
+        if not complete or unit.kind not in ("tail", "state"):
             return []
         return self._drop(db, replaced_by(db, unit, now_s))
 

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kvferry.cluster.blob_name import blob_name
@@ -13,6 +13,7 @@ from kvferry.cluster.repository import (
     ListQuery,
     LookupQuery,
     LookupResult,
+    StateFound,
     TailFound,
 )
 from kvferry.proto.keys import BlobKey
@@ -20,6 +21,8 @@ from kvferry.proto.keys import BlobKey
 PAGE_BATCH = 128
 LIST_UNITS = 256
 MAX_TAILS = 64
+MAX_STATES = 16
+EXACT_STATES = "zstd"
 
 _BLOB_COLUMNS = (
     "b.unit_id, b.layer_start, b.layer_end, b.head_start, b.head_end, b.codec_ref, b.size, "
@@ -193,7 +196,7 @@ def _listing(
 def lookup(
     db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
 ) -> tuple[LookupResult, list[Unit]]:
-    """The longest run of complete pages, the tails at its end, and the units of both."""
+    """The longest run of complete pages, the tails at its end, states, and their units."""
     pages: list[list[BlobInfo]] = []
     used: list[Unit] = []
     previous = query.root
@@ -219,7 +222,45 @@ def lookup(
             break
     anchor = query.page_keys[len(pages) - 1] if pages else query.root
     tails, tail_units = _tails(db, codecs, anchor, query, now_s)
-    return LookupResult(pages=pages, tails=tails), used + tail_units
+    states, state_units = _states(db, codecs, query, now_s)
+    return LookupResult(pages=pages, tails=tails, states=states), used + tail_units + state_units
+
+
+def of_states(query: LookupQuery) -> LookupQuery:
+    """What ``query`` asks of states: recurrent ones are exact whatever else is accepted."""
+    codecs = query.codecs | {EXACT_STATES} if query.codecs else query.codecs
+    return replace(query, layers=query.states, heads=(0, 0), codecs=codecs)
+
+
+def _states(
+    db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
+) -> tuple[list[StateFound], list[Unit]]:
+    """Those anchored last, whether or not the pages before them are complete."""
+    found: list[StateFound] = []
+    used: list[Unit] = []
+    if query.states == (0, 0):
+        return found, used
+    wanted = of_states(query)
+    anchors = [query.root, *query.page_keys]
+    for end in range(len(anchors), 0, -PAGE_BATCH):
+        batch = {anchors[i]: i for i in range(max(0, end - PAGE_BATCH), end)}
+        clause = (
+            f"kind = 'state' AND complete = 1 AND previous_key IN ({marks(list(batch))}) "
+            "ORDER BY token_end DESC LIMIT ?"
+        )
+        units = units_where(db, clause, (*batch, MAX_STATES - len(found)))
+        held = held_of(db, codecs, units)
+        for unit in units:
+            listing = _listing(unit, held[unit.id], wanted, now_s)
+            if listing is not None:
+                pages, tokens = batch[unit.previous_key], unit.token_end - unit.token_start
+                found.append(
+                    StateFound(key=unit.page_key, pages=pages, tokens=tokens, blobs=listing)
+                )
+                used.append(unit)
+        if len(found) >= MAX_STATES:
+            break
+    return found, used
 
 
 def _tails(

@@ -1,4 +1,4 @@
-"""Units of the index: what the blobs of one page, tail or calibration share."""
+"""Units of the index: what the blobs of one page, tail, state or calibration share."""
 
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ _NOT_PINNED = (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A blob to be indexed. ``replaces``: page key of the tail whose place it takes."""
+    """A blob to be indexed. ``replaces``: page key of the tail or state whose place it takes."""
 
     info: BlobInfo
     charged: int
@@ -93,12 +93,12 @@ def check_all_agree(infos: Iterable[BlobInfo]) -> None:
 
 
 def replaced_by(db: sqlite3.Connection, unit: Unit, now_s: float) -> list[Unit]:
-    """The older tail whose place ``unit`` takes, unless it is leased."""
+    """The older tail or state whose place ``unit`` takes, unless it is leased."""
     clause = (
-        "kind = 'tail' AND id != ? AND model_id = ? AND page_key = "  # noqa: S608
+        "kind = ? AND id != ? AND model_id = ? AND page_key = "  # noqa: S608
         f"(SELECT replaces FROM units WHERE id = ?) AND {_NOT_PINNED}"
     )
-    return rows.units_where(db, clause, (unit.id, unit.model_id, unit.id, now_s))
+    return rows.units_where(db, clause, (unit.kind, unit.id, unit.model_id, unit.id, now_s))
 
 
 @dataclass(frozen=True, slots=True)

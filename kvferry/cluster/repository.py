@@ -54,7 +54,8 @@ class BlobInfo:
 class LookupQuery:
     """A chain of page keys, and which part of the complete pages to list.
 
-    ``layers`` or ``heads`` of (0, 0) mean all. ``codecs`` empty means any.
+    ``layers`` or ``heads`` of (0, 0) mean all. ``codecs`` empty means any. ``states``:
+    layers of states to list, of any head; (0, 0) means none.
     """
 
     root: bytes
@@ -63,6 +64,7 @@ class LookupQuery:
     layers: tuple[int, int] = (0, 0)
     heads: tuple[int, int] = (0, 0)
     local_only: bool = False
+    states: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +77,28 @@ class TailFound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateFound:
+    """A complete state anchored anywhere along the chain.
+
+    Attributes:
+        key: that of a tail of the same tokens.
+        pages: how many come before those tokens.
+        tokens: how many they are.
+    """
+
+    key: bytes
+    pages: int
+    tokens: int
+    blobs: Sequence[BlobInfo]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LookupResult:
     """The longest run of complete pages; ``pages[i]`` lists blobs of page i."""
 
     pages: Sequence[Sequence[BlobInfo]]
     tails: Sequence[TailFound] = ()
+    states: Sequence[StateFound] = ()
     partial: bool = False
 
     @property

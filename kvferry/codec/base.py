@@ -13,6 +13,10 @@ from kvferry.proto.container import SectionData
 
 FloatArray = npt.NDArray[np.float32]
 
+# Streams that belong to a position and not to a run of tokens: recurrent state, rings.
+STATE_PREFIX = "state."
+RING_KEYS, RING_VALUES = f"{STATE_PREFIX}k", f"{STATE_PREFIX}v"
+
 
 class DType(enum.StrEnum):
     """Element types of a cache. numpy has no bfloat16: its bits travel as uint16."""
@@ -34,7 +38,8 @@ class Stream:
     Attributes:
         name: "k", "v", "latent", "rope_key", "index_key" or "state.*".
         data: (layers, heads, tokens, dim), in ``dtype.storage``; keys as the cache has
-            them, that is with RoPE applied.
+            them, that is with RoPE applied. Of a "state.*" stream only the first axis has
+            a meaning.
         dtype: what the elements mean.
     """
 
@@ -90,7 +95,8 @@ class PageTensors:
     Attributes:
         layers, heads, tokens: absolute, half-open.
         streams: name -> stream; each (layers, heads, tokens, dim) with these counts
-            (a stream that heads do not divide, as MLA's, has one head).
+            (a stream that heads do not divide, as MLA's, has one head; "state.*"
+            streams have layers only).
     """
 
     layers: tuple[int, int]
@@ -108,9 +114,13 @@ class PageTensors:
             shape = stream.data.shape
             if name != stream.name or shape[0] != layers:
                 raise UnsupportedTensorError(name, f"{shape[0]} layers of {layers}")
+            if not all(shape):
+                raise UnsupportedTensorError(name, f"shape {shape} has no elements")
+            if name.startswith(STATE_PREFIX):
+                continue
             if shape[1] not in (heads, 1):
                 raise UnsupportedTensorError(name, f"{shape[1]} heads of {heads}")
-            if shape[2] != tokens or not shape[3]:
+            if shape[2] != tokens:
                 raise UnsupportedTensorError(name, f"shape {shape} for {tokens} tokens")
 
     def cut_layers(self, layers: tuple[int, int]) -> "PageTensors":
@@ -141,6 +151,7 @@ class PageTensors:
         streams = {}
         for name, stream in self.streams.items():
             replicated = axis == 1 and stream.data.shape[1] != whole
+            replicated |= axis > 0 and name.startswith(STATE_PREFIX)
             index = (slice(None),) * axis + (slice(None) if replicated else part,)
             streams[name] = Stream(name, stream.data[index], stream.dtype)
         return PageTensors(layers, heads, tokens, streams)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvferry import __version__
 from kvferry.codec.base import (
+    STATE_PREFIX,
     CalibrationSource,
     Codec,
     CodedPage,
@@ -37,8 +38,8 @@ class BlobMeta:
     """What a blob says about its place in the model and in the sequence.
 
     Attributes:
-        kind: "page" or "tail".
-        page_key: key of the page, or of the tail.
+        kind: "page", "tail" or "state".
+        page_key: key of the page, or of the tail or state.
         previous_key: key of the page before, or the root.
         model_layers, model_heads: of the whole model: completeness is judged by them.
     """
@@ -214,7 +215,7 @@ def _check_identity(header: blob_pb2.BlobHeader, blob: StoredBlob, model_id: byt
     if found != blob.key:
         raise IdentityMismatchError("key", str(found), str(blob.key))
     if blob.key.kind == "calibration":
-        raise IdentityMismatchError("kind", "calibration", "page or tail")
+        raise IdentityMismatchError("kind", "calibration", "page, tail or state")
     if header.model_id != model_id:
         raise IdentityMismatchError("model", header.model_id.hex()[:16], model_id.hex()[:16])
     tokens = (header.token_start, header.token_end)
@@ -258,7 +259,10 @@ def _streams(
         if len(stream.shape) != 4 or stream.name in shapes:
             raise CorruptBlobError(field, f"shape {list(stream.shape)[:8]}, or stands twice")
         a, b, c, d = stream.shape
-        if (a, c) != (layers, tokens) or b not in (heads, 1) or not 1 <= d <= MAX_DIM:
+        fits = a == layers and min(b, c) >= 1 and 1 <= d <= MAX_DIM
+        if not stream.name.startswith(STATE_PREFIX):
+            fits = fits and c == tokens and b in (heads, 1)
+        if not fits:
             raise CorruptBlobError(field, f"shape {[a, b, c, d]} does not fit the ranges")
         total += 4 * a * b * c * d
         if total > limits.max_raw:

@@ -1,14 +1,14 @@
 """From a policy to codecs: which layers of a shard are coded together, and how."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from kvferry.cluster.policy import layer_rules
-from kvferry.codec.base import Codec
+from kvferry.codec.base import RING_KEYS, RING_VALUES, Codec
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration, layer_groups
 from kvferry.codec.registry import make_codec
 from kvferry.errors import CodecError
-from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, root_key
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, pages_behind_window, root_key
 from kvferry.proto.v1 import coordinator_pb2
 
 NOT_STORED = "none"
@@ -17,7 +17,12 @@ UNCALIBRATED = ("affine", {"bits": 8})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What one rank holds of which model. Ranges absolute, half-open."""
+    """What one rank holds of which model. Ranges absolute, half-open.
+
+    Attributes:
+        layers: page layers, those with rows of tokens; (a, a) where there are none.
+        states: state layers, likewise.
+    """
 
     model_id: bytes
     model_layers: int
@@ -26,6 +31,12 @@ class Shard:
     layers: tuple[int, int]
     heads: tuple[int, int]
     page_tokens: int = DEFAULT_PAGE_TOKENS
+    model_states: int = 0
+    states: tuple[int, int] = (0, 0)
+
+    def pages_before_tail(self, tokens: int) -> int:
+        """Pages of a sequence that are coded as pages; without page layers there are none."""
+        return pages_behind_window(tokens, self.page_tokens) if self.model_layers else 0
 
     def root(self, salt: bytes) -> bytes:
         """Root of the key chain in the namespace of ``salt``."""
@@ -72,6 +83,18 @@ def page_coding(
                 codec = _codec(rule, layers, shard, calibration, group_id, cut_group)
                 coded.append(CodedRange(layers, codec))
     return coded
+
+
+def stores(policy: coordinator_pb2.Policy, shard: Shard) -> bool:
+    """Whether anything of this model is to be stored."""
+    whole = layer_rules(policy, shard.model_id, (0, max(1, shard.model_layers)))
+    return all(rule.codec != NOT_STORED for _, rule in whole)
+
+
+def state_codec(streams: Collection[str], tail: Codec) -> Codec:
+    """Rings are cached keys and values, and coded as tails are. Recurrent state is exact:
+    an error in it stays for all tokens to come."""
+    return tail if {RING_KEYS, RING_VALUES} == set(streams) else make_codec("zstd", {})
 
 
 def tail_codec(policy: coordinator_pb2.Policy) -> Codec | None:

@@ -5,14 +5,16 @@ because every rank looks for its own layers and all act on the minimum.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from kvferry.cluster.coverage import covers
+from kvferry.cluster.index_rows import of_states
 from kvferry.cluster.repository import (
     BlobInfo,
     ListQuery,
     LookupQuery,
     LookupResult,
+    StateFound,
     TailFound,
 )
 from kvferry.node.tiers import Tiers
@@ -44,16 +46,38 @@ async def look_up_locally(tiers: Tiers, query: LookupQuery) -> LookupResult:
         if not found:
             break
         pages.append(found)
-    anchors = {query.root, *query.page_keys}
-    by_tail: defaultdict[bytes, list[BlobInfo]] = defaultdict(list)
-    for info in await tiers.list(ListQuery(kind="tail")):
-        if info.previous_key in anchors and _accepted([info], query):
-            by_tail[info.key.page_key].append(info)
+    anchors = _anchors(query)
     tails = [
-        TailFound(tail_key=key, tokens=blobs[0].tokens[1] - blobs[0].tokens[0], blobs=blobs)
-        for key, blobs in by_tail.items()
+        TailFound(tail_key=key, tokens=_length(blobs), blobs=blobs)
+        for key, blobs in (await _anchored(tiers, "tail", anchors, query)).items()
     ]
-    return LookupResult(pages=pages, tails=tails, partial=True)
+    states = [
+        StateFound(
+            key=key, pages=anchors[blobs[0].previous_key], tokens=_length(blobs), blobs=blobs
+        )
+        for key, blobs in (await _anchored(tiers, "state", anchors, of_states(query))).items()
+        if query.states != (0, 0)
+    ]
+    return LookupResult(pages=pages, tails=tails, states=states, partial=True)
+
+
+def _anchors(query: LookupQuery) -> dict[bytes, int]:
+    """Key -> pages up to it."""
+    return {key: index for index, key in enumerate([query.root, *query.page_keys])}
+
+
+async def _anchored(
+    tiers: Tiers, kind: str, anchors: Container[bytes], query: LookupQuery
+) -> dict[bytes, list[BlobInfo]]:
+    found: defaultdict[bytes, list[BlobInfo]] = defaultdict(list)
+    for info in await tiers.list(ListQuery(kind=kind)):
+        if info.previous_key in anchors and _accepted([info], query):
+            found[info.key.page_key].append(info)
+    return found
+
+
+def _length(blobs: Sequence[BlobInfo]) -> int:
+    return blobs[0].tokens[1] - blobs[0].tokens[0]
 
 
 def merge_local(results: Sequence[LookupResult], query: LookupQuery) -> LookupResult:
@@ -67,22 +91,38 @@ def merge_local(results: Sequence[LookupResult], query: LookupQuery) -> LookupRe
             break
         pages.append(list(together.values()))
     anchor = query.page_keys[len(pages) - 1] if pages else query.root
-    by_tail: defaultdict[bytes, dict[str, BlobInfo]] = defaultdict(dict)
-    for result in results:
-        for tail in result.tails:
-            for info in tail.blobs:
-                if info.previous_key == anchor:
-                    by_tail[tail.tail_key][str(info.key)] = info
+    by_tail = _together(
+        (tail.tail_key, info)
+        for result in results
+        for tail in result.tails
+        for info in tail.blobs
+        if info.previous_key == anchor
+    )
     tails = [
-        TailFound(
-            tail_key=key,
-            tokens=(first := next(iter(blobs.values()))).tokens[1] - first.tokens[0],
-            blobs=list(blobs.values()),
-        )
+        TailFound(tail_key=key, tokens=_length(blobs), blobs=blobs)
         for key, blobs in by_tail.items()
-        if covers_wanted(blobs.values(), query)
+        if covers_wanted(blobs, query)
     ]
-    return LookupResult(pages=pages, tails=tails, partial=True)
+    by_state = _together(
+        (state.key, info) for result in results for state in result.states for info in state.blobs
+    )
+    wanted, anchors = of_states(query), _anchors(query)
+    states = [
+        StateFound(
+            key=key, pages=anchors[blobs[0].previous_key], tokens=_length(blobs), blobs=blobs
+        )
+        for key, blobs in by_state.items()
+        if blobs[0].previous_key in anchors and covers_wanted(blobs, wanted)
+    ]
+    return LookupResult(pages=pages, tails=tails, states=states, partial=True)
+
+
+def _together(blobs: Iterable[tuple[bytes, BlobInfo]]) -> dict[bytes, list[BlobInfo]]:
+    """By unit, each blob once."""
+    found: defaultdict[bytes, dict[str, BlobInfo]] = defaultdict(dict)
+    for unit, info in blobs:
+        found[unit][str(info.key)] = info
+    return {unit: list(infos.values()) for unit, infos in found.items()}
 
 
 def _accepted(blobs: Iterable[BlobInfo], query: LookupQuery) -> list[BlobInfo]:

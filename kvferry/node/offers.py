@@ -12,16 +12,16 @@ import queue
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvferry.codec.base import PageTensors
+from kvferry.codec.base import Codec, PageTensors
 from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
-from kvferry.node.coding import CodedRange, Shard
-from kvferry.proto.keys import BlobKey, page_keys, pages_behind_window, tail_key
+from kvferry.node.coding import CodedRange, Shard, state_codec
+from kvferry.proto.keys import BlobKey, page_keys, tail_key
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class TensorSource(Protocol):
 
     def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
         """Host tensors of absolute layers and tokens."""
+
+    def state_pages(self, tokens: tuple[int, int]) -> Iterable[PageTensors]:
+        """States at the end of ``tokens``, of consecutive state layers of one form."""
 
 
 class OfferClient(Protocol):
@@ -70,24 +73,32 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How offers are coded now: a policy made concrete for one shard and namespace."""
+    """How offers are coded now: a policy made concrete for one shard and namespace.
+
+    Attributes:
+        pages: how pages of this shard are coded.
+        tail: codec of tails; None: they are computed again.
+        enabled: False: the policy stores nothing.
+    """
 
     shard: Shard
     root: bytes
     pages: Sequence[CodedRange]
-    tail: CodedRange | None
+    tail: Codec | None
     tail_ttl_s: int
+    enabled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class _Tail:
-    """A tail that was put, to be replaced when its conversation goes on."""
+    """A tail that was put, with its states, to be replaced when its conversation goes on."""
 
     start: int
     previous: bytes
     tail_key: bytes
     tokens: int
-    key: BlobKey
+    key: BlobKey | None
+    states: Mapping[tuple[int, int], BlobKey]
 
 
 @dataclass(slots=True)
@@ -180,11 +191,11 @@ class Offers:
 
     def _process(self, offer: Offer) -> None:
         coding = self._coding()
-        if coding is None or not coding.pages:
+        if coding is None or not coding.enabled:
             self._counters["policy"] += 1
             return
         shard = coding.shard
-        count = pages_behind_window(len(offer.tokens), shard.page_tokens)
+        count = shard.pages_before_tail(len(offer.tokens))
         keys = page_keys(coding.root, offer.tokens, shard.page_tokens)[:count]
         puts = _Puts(self._counters)
         try:
@@ -215,40 +226,63 @@ class Offers:
     def _put_tail(
         self, offer: Offer, coding: Coding, previous: bytes, pages: int, puts: _Puts
     ) -> None:
-        shard, coded = coding.shard, coding.tail
-        assert coded is not None  # noqa: S101 - narrowed by the caller
-        start, end = pages * shard.page_tokens, len(offer.tokens)
-        identity = tail_key(previous, offer.tokens[start:end])
-        meta = _meta(shard, "tail", identity, previous)
-        key = blob_key(coded.codec, meta, coded.layers, shard.heads)
-        replaces = self._outdated(offer.tokens)
-        page = offer.source.page(coded.layers, (start, end))
-        key, data = encode_blob(coded.codec, page, meta)
-        put = self._client.put_later(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
-        puts.add(put, len(data), page.raw_bytes_fp16)
+        """The tail and the states after it, in the place of those that they go on from."""
+        shard, codec = coding.shard, coding.tail
+        assert codec is not None  # noqa: S101 - narrowed by the caller
+        span = pages * shard.page_tokens, len(offer.tokens)
+        identity = tail_key(previous, offer.tokens[slice(*span)])
+        old = self._outdated(offer.tokens)
+        key, states = None, {}
+        if shard.layers[0] < shard.layers[1]:
+            meta = _meta(shard, "tail", identity, previous)
+            page = offer.source.page(shard.layers, span)
+            replaces = old.key if old is not None else None
+            key = self._put_short(codec, page, meta, coding, replaces, puts)
+        if shard.states[0] < shard.states[1]:
+            meta = _meta(shard, "state", identity, previous)
+            for page in offer.source.state_pages(span):
+                coded = state_codec(page.streams, codec)
+                replaces = old.states.get(page.layers) if old is not None else None
+                put = self._put_short(coded, page, meta, coding, replaces, puts)
+                states[page.layers] = put
         puts.finish()
-        self._tails[identity] = _Tail(start, previous, identity, end - start, key)
+        self._tails[identity] = _Tail(span[0], previous, identity, span[1] - span[0], key, states)
         while len(self._tails) > REMEMBERED_TAILS:
             self._tails.popitem(last=False)
 
-    def _outdated(self, tokens: Sequence[int]) -> BlobKey | None:
+    def _put_short(
+        self,
+        codec: Codec,
+        page: PageTensors,
+        meta: BlobMeta,
+        coding: Coding,
+        replaces: BlobKey | None,
+        puts: _Puts,
+    ) -> BlobKey:
+        key, data = encode_blob(codec, page, meta)
+        put = self._client.put_later(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
+        puts.add(put, len(data), page.raw_bytes_fp16)
+        return key
+
+    def _outdated(self, tokens: Sequence[int]) -> _Tail | None:
         """The newest tail of ours that these tokens go on from; forgotten here."""
         for identity, tail in reversed(self._tails.items()):
             end = tail.start + tail.tokens
             if end < len(tokens) and tail_key(tail.previous, tokens[tail.start : end]) == identity:
                 del self._tails[identity]
-                return tail.key
+                return tail
         return None
 
 
 def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
+    states = kind == "state"
     return BlobMeta(
         kind=kind,
         model_id=shard.model_id,
         page_key=key,
         previous_key=previous,
-        model_layers=shard.model_layers,
-        model_heads=shard.model_heads,
+        model_layers=shard.model_states if states else shard.model_layers,
+        model_heads=1 if states else shard.model_heads,
     )
 
 

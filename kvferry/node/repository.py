@@ -41,6 +41,11 @@ PEER_GET_S = 5.0
 PARALLEL_FETCHES = 8
 
 
+def _reach(found: LookupResult) -> tuple[int, int, int]:
+    states = max((state.pages for state in found.states), default=-1)
+    return found.complete_pages, len(found.tails), states
+
+
 class NodeRepository:
     """What hooks on this machine are served. Belongs to the event loop.
 
@@ -171,8 +176,7 @@ class NodeRepository:
         if not self.uploads.count:
             return found
         own = await self.tiers.complete_run(query)
-        longer = (own.complete_pages, len(own.tails)) > (found.complete_pages, len(found.tails))
-        return own if longer else found
+        return own if _reach(own) > _reach(found) else found
 
     async def _ask_peers(self, query: LookupQuery) -> list[LookupResult]:
         asked = LookupQuery(
@@ -182,6 +186,7 @@ class NodeRepository:
             layers=query.layers,
             heads=query.heads,
             local_only=True,
+            states=query.states,
         )
 
         async def ask(peer: Remote) -> LookupResult:

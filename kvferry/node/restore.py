@@ -62,6 +62,20 @@ class RestorePlan:
         """All pieces, in token order."""
         return [piece for segment in self.segments for piece in segment.pieces]
 
+    def upto(self, tokens: int) -> "RestorePlan":
+        """Without the segments that begin at ``tokens`` or later."""
+        kept = tuple(s for s in self.segments if s.tokens[0] < tokens)
+        return RestorePlan(kept, self.has_tail and len(kept) == len(self.segments))
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlan:
+    """The states after ``tokens`` tokens; ``start``: where their blobs say they begin."""
+
+    start: int
+    tokens: int
+    pieces: tuple[Piece, ...]
+
 
 def choose_pieces(
     blobs: Iterable[BlobInfo], layers: tuple[int, int], heads: tuple[int, int]
@@ -112,6 +126,32 @@ def plan_restore(
             segments.append(Segment((start, end), pieces))
             return RestorePlan(tuple(segments), has_tail=True)
     return RestorePlan(tuple(segments))
+
+
+def plan_states(
+    found: LookupResult,
+    page_keys: Sequence[bytes],
+    root: bytes,
+    tokens: Sequence[int],
+    page_tokens: int,
+    states: tuple[int, int],
+) -> list[StatePlan]:
+    """States keyed by exactly these tokens, the longest first.
+
+    Args:
+        states: state layers wanted; (a, a): none, only where they stand.
+    """
+    plans = []
+    for state in found.states:
+        start = state.pages * page_tokens
+        end = start + state.tokens
+        previous = page_keys[state.pages - 1] if state.pages else root
+        if end > len(tokens) or tail_key(previous, tokens[start:end]) != state.key:
+            continue
+        pieces = choose_pieces(state.blobs, states, (0, 1))
+        if pieces is not None:
+            plans.append(StatePlan(start, end, pieces))
+    return sorted(plans, key=lambda plan: plan.tokens, reverse=True)
 
 
 def runs_of(plan: RestorePlan) -> list[Run]:

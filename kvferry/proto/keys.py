@@ -34,17 +34,21 @@ _ROOT_DOMAIN = b"kvferry/root/1"
 _TAIL_DOMAIN = b"kvferry/tail/1"
 _CODEC_DOMAIN = b"kvferry/codec/1"
 _CODEC_ID = re.compile(r"[a-z][a-z0-9_]{0,31}\.[0-9]{1,5}-[0-9a-f]{16}")
-_RANGED_KEY = re.compile(r"(page|tail)/([0-9a-f]{64})/L([0-9]+)-([0-9]+)/H([0-9]+)-([0-9]+)/(.+)")
+_RANGED_KEY = re.compile(
+    r"(page|tail|state)/([0-9a-f]{64})/L([0-9]+)-([0-9]+)/H([0-9]+)-([0-9]+)/(.+)"
+)
 _CALIBRATION_KEY = re.compile(r"calibration/([0-9a-f]{64})")
 _KIND_NAMES: dict[int, str] = {
     blob_pb2.BLOB_KIND_PAGE: "page",
     blob_pb2.BLOB_KIND_TAIL: "tail",
     blob_pb2.BLOB_KIND_CALIBRATION: "calibration",
+    blob_pb2.BLOB_KIND_STATE: "state",
 }
 _KINDS: dict[str, "blob_pb2.BlobKind.ValueType"] = {
     "page": blob_pb2.BLOB_KIND_PAGE,
     "tail": blob_pb2.BLOB_KIND_TAIL,
     "calibration": blob_pb2.BLOB_KIND_CALIBRATION,
+    "state": blob_pb2.BLOB_KIND_STATE,
 }
 
 
@@ -53,9 +57,10 @@ class BlobKey:
     """The address of a blob.
 
     Attributes:
-        kind: "page", "tail" or "calibration".
+        kind: "page", "tail", "state" or "calibration".
         page_key: 32 bytes; a calibration's id where kind is "calibration".
-        layers: absolute, half-open; (0, 0) for a calibration.
+        layers: absolute, half-open; (0, 0) for a calibration. Pages and tails count the
+            layers that hold rows of tokens, states those that hold a state.
         heads: KV heads, absolute, half-open; (0, 0) for a calibration.
         codec_id: see `codec_id`; empty for a calibration.
     """

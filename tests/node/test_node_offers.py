@@ -25,7 +25,7 @@ CODING = Coding(
     shard=SHARD,
     root=SHARD.root(b"s" * 32),
     pages=[CodedRange((0, 1), RawCodec()), CodedRange((1, 2), RawCodec())],
-    tail=CodedRange((0, 2), RawCodec()),
+    tail=RawCodec(),
     tail_ttl_s=60,
 )
 
@@ -41,6 +41,10 @@ class Cache:
         shape = (layers[1] - layers[0], 1, tokens[1] - tokens[0], 4)
         streams = {n: Stream(n, np.zeros(shape, np.float32), DType.FLOAT32) for n in "kv"}
         return PageTensors(layers, (0, 1), tokens, streams)
+
+    def state_pages(self, tokens: tuple[int, int]) -> Iterator[PageTensors]:
+        state = Stream("state.0.2d", np.zeros((2, 1, 1, 4), np.float32), DType.FLOAT32)
+        yield PageTensors((0, 2), (0, 1), tokens, {state.name: state})
 
 
 class Daemon:

@@ -1,11 +1,16 @@
-"""Live mlx-lm caches to page tensors and back: the one place that knows cache classes.
+"""Live mlx-lm caches to page and state tensors, and back.
 
 `snapshot` runs on the model's thread and makes no copies; converting to host arrays
 happens later, on any thread. `restore` stages everything before it touches a cache.
+
+Layers are counted twice over: *page layers* are those that hold rows of tokens, *state
+layers* are the caches (several may lie in one layer) that can only be restored at the
+position where they were read. A model of plain attention has no state layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -13,65 +18,70 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.mlx.leaves import (
+    RowsAdapter,
+    StateAdapter,
+    extracted,
+    leaves,
+    rows_adapter,
+    state_adapter,
+)
 from kvferry.errors import ModelError
 
-STEP = 256  # mlx-lm's KVCache grows in steps of so many tokens
 _DTYPES = {mx.float16: DType.FLOAT16, mx.bfloat16: DType.BFLOAT16, mx.float32: DType.FLOAT32}
-_MLX_DTYPES = {kind: dtype for dtype, kind in _DTYPES.items()}
 _HostArray = npt.NDArray[np.generic]
+_View = tuple[mx.array, DType]
+
+PLAIN = (("k", "v"),)
+LATENT = (("latent", "rope_key"),)
+SECOND = (("index_key", "index_value"),)
 
 
 @dataclass(frozen=True, slots=True)
-class _Adapter:
-    """How one cache class is read and filled.
+class CacheParts:
+    """The leaves of a cache, sorted.
 
     Attributes:
-        read: cache -> stream name -> buffer (batch, heads, at least length, dim).
-        fill: (cache, stream name -> buffer, length) -> None; must not fail.
-        step: buffers are made a multiple of so many tokens.
+        rows: for each page layer, its leaves that hold rows.
+        states: for each state layer, its leaf.
     """
 
-    read: Callable[[Any], Mapping[str, mx.array]]
-    fill: Callable[[Any, Mapping[str, mx.array], int], None]
-    step: int
+    rows: Sequence[Sequence[Any]]
+    states: Sequence[Any]
 
 
-def _read_kv(cache: Any) -> Mapping[str, mx.array]:
-    # .state has changed its layout between releases; these attributes have not.
-    return {"k": cache.keys, "v": cache.values}
+def parts_of(cache: Sequence[Any]) -> CacheParts:
+    """Raises: ModelError: a cache class that is not known."""
+    rows: list[list[Any]] = []
+    states: list[Any] = []
+    for layer in cache:
+        held: list[Any] = []
+        for leaf in leaves(layer):
+            (states if rows_adapter(leaf) is None else held).append(leaf)
+        if held:
+            rows.append(held)
+    return CacheParts(rows, states)
 
 
-def _fill_kv(cache: Any, buffers: Mapping[str, mx.array], length: int) -> None:
-    cache.keys, cache.values, cache.offset = buffers["k"], buffers["v"], length
+def _rows(leaf: Any) -> RowsAdapter:
+    found = rows_adapter(leaf)
+    if found is None:  # `parts_of` has sorted them
+        raise ModelError(f"{type(leaf).__name__} holds no rows")
+    return found
 
 
-_ADAPTERS: Mapping[str, _Adapter] = {
-    "KVCache": _Adapter(_read_kv, _fill_kv, STEP),
-    "ConcatenateKVCache": _Adapter(_read_kv, _fill_kv, 1),
-}
+def length(cache: Sequence[Any]) -> int | None:
+    """Tokens that all layers hold; None where no layer says (recurrent state only).
 
-
-def check_supported(cache: Any) -> None:
-    """Raises: ModelError for a cache class that cannot be stored yet."""
-    _adapter(cache)
-
-
-def _adapter(cache: Any) -> _Adapter:
-    # By exact name: a subclass may keep its tokens in another order.
-    name = type(cache).__name__
-    if name not in _ADAPTERS:
-        raise ModelError(
-            f"cache class {name} is not supported yet: only {', '.join(_ADAPTERS)} can be stored"
-        )
-    return _ADAPTERS[name]
-
-
-def length(cache: Sequence[Any]) -> int:
-    """Tokens that all layers hold. Raises: ModelError (layers differ, or no layers)."""
-    lengths = {int(layer.offset) if _adapter(layer) else 0 for layer in cache}
-    if len(lengths) != 1:
+    Raises: ModelError: layers differ, or an unknown cache class.
+    """
+    parts = parts_of(cache)
+    lengths = {int(leaf.offset) for held in parts.rows for leaf in held}
+    counted = (state_adapter(leaf).length(leaf) for leaf in parts.states)
+    lengths |= {count for count in counted if count is not None}
+    if len(lengths) > 1:
         raise ModelError(f"layers of one cache hold different numbers of tokens: {lengths}")
-    return lengths.pop()
+    return lengths.pop() if lengths else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,18 +89,22 @@ class CacheSnapshot:
     """Views of a cache as it was; later writes of the model go to buffers of their own.
 
     Attributes:
-        layers: absolute, half-open.
+        layers: page layers, absolute, half-open; empty (a, a) where there are none.
         tokens: positions 0 to ``tokens`` are held.
         heads: absolute, half-open.
+        states: state layers, absolute, half-open; none are held if the cache went on
+            beyond ``tokens``.
     """
 
     layers: tuple[int, int]
     tokens: int
     heads: tuple[int, int]
-    _views: Sequence[Mapping[str, tuple[mx.array, DType]]]
+    _views: Sequence[Mapping[str, _View]]
+    states: tuple[int, int] = (0, 0)
+    _states: Sequence[Mapping[str, _View]] = ()
 
     def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
-        """Host copies of absolute layers and tokens. Any thread may call it.
+        """Host copies of absolute page layers and tokens. Any thread may call it.
 
         Raises: ModelError for ranges that the snapshot does not hold.
         """
@@ -107,99 +121,221 @@ class CacheSnapshot:
             streams[name] = Stream(name, np.stack(parts), held[0][1])
         return PageTensors(layers, self.heads, tokens, streams)
 
+    def state_pages(self, tokens: tuple[int, int]) -> Iterator[PageTensors]:
+        """States of consecutive layers of one form; ``heads`` is (0, 1). Any thread.
+
+        Args:
+            tokens: what a blob of them is to say; they stand at its end.
+        """
+        at = self.states[0]
+        for _, run in groupby(self._states, key=_form):
+            held = list(run)
+            streams = {}
+            for name in held[0]:
+                parts = [_padded(np.asarray(layer[name][0])[0]) for layer in held]
+                streams[name] = Stream(name, np.stack(parts), held[0][name][1])
+            if streams:
+                yield PageTensors((at, at + len(held)), (0, 1), tokens, streams)
+            at += len(held)
+
+
+def _form(layer: Mapping[str, _View]) -> object:
+    return [(name, view.shape, dtype) for name, (view, dtype) in layer.items()]
+
+
+def _padded(array: _HostArray) -> _HostArray:
+    return array.reshape((1,) * (3 - array.ndim) + array.shape)
+
 
 def snapshot(
-    cache: Sequence[Any], tokens: int, layer_start: int = 0, head_start: int = 0
+    cache: Sequence[Any],
+    tokens: int,
+    layer_start: int = 0,
+    head_start: int = 0,
+    *,
+    latent: bool = False,
+    state_start: int = 0,
+    row: int | None = None,
 ) -> CacheSnapshot:
     """Hold on to the first ``tokens`` positions of a cache. Runs on the model's thread.
 
     Args:
         cache: caches of consecutive layers.
-        layer_start: absolute index of the first of them.
+        layer_start: absolute page layer of the first that holds rows.
         head_start: absolute index of the first KV head (tensor parallelism).
+        latent: whether rows are MLA's, latents and rotated keys.
+        state_start: absolute state layer of the first state.
+        row: which sequence of a batch cache; None: batch caches are refused, since
+            tokens and rows might not belong together.
     Raises:
         ModelError: another cache class, more than one sequence, too few tokens.
     """
+    if row is not None:
+        cache = [extracted(layer, row) for layer in cache]
     held = length(cache)
-    if not 0 < tokens <= held:
+    if tokens < 1 or (held is not None and tokens > held):
         raise ModelError(f"{tokens} tokens wanted of a cache that holds {held}")
-    views: list[dict[str, tuple[mx.array, DType]]] = []
-    for index, layer in enumerate(cache):
-        views.append({})
-        for name, buffer in _adapter(layer).read(layer).items():
-            views[-1][name] = _view(buffer, name, tokens, layer_start + index)
-    mx.eval([view for layer in views for view, _ in layer.values()])
-    heads = views[0]["k"][0].shape[1]
-    layers = (layer_start, layer_start + len(cache))
-    return CacheSnapshot(layers, tokens, (head_start, head_start + heads), views)
+    parts = parts_of(cache)
+    views = [_row_views(held, tokens, latent) for held in parts.rows]
+    states: list[dict[str, _View]] = []
+    if held is None or held == tokens:
+        states = [_state_views(leaf) for leaf in parts.states]
+    mx.eval([view for layer in [*views, *states] for view, _ in layer.values()])
+    heads = max((v.shape[1] for v, _ in views[0].values()), default=1) if views else 1
+    return CacheSnapshot(
+        (layer_start, layer_start + len(views)),
+        tokens,
+        (head_start, head_start + heads),
+        views,
+        (state_start, state_start + len(states)),
+        states,
+    )
 
 
-def _view(buffer: mx.array, name: str, tokens: int, layer: int) -> tuple[mx.array, DType]:
-    if buffer.shape[0] != 1:
-        raise ModelError(f"a cache of {buffer.shape[0]} sequences at once cannot be stored")
-    if buffer.dtype not in _DTYPES:
-        raise ModelError(f"layer {layer}, {name}: elements of {buffer.dtype} are not supported")
-    view = buffer[:, :, :tokens]
-    if buffer.dtype == mx.bfloat16:  # numpy has none
+def _row_views(held: Sequence[Any], tokens: int, latent: bool) -> dict[str, _View]:
+    views = {}
+    for leaf, names in zip(held, _names(len(held), latent), strict=True):
+        for name, buffer in zip(names, _rows(leaf).read(leaf), strict=True):
+            if buffer.shape[3]:  # an indexer has no values
+                views[name] = _view(buffer[:, :, :tokens], name)
+    return views
+
+
+def _names(count: int, latent: bool) -> Sequence[tuple[str, str]]:
+    names = ((LATENT if latent else PLAIN) + SECOND)[:count]
+    if len(names) < count:
+        raise ModelError(f"a layer with {count} caches of rows is not supported")
+    return names
+
+
+def _state_views(leaf: Any) -> dict[str, _View]:
+    return {name: _view(array, name) for name, array in state_adapter(leaf).read(leaf).items()}
+
+
+def _view(view: mx.array, name: str) -> _View:
+    if view.shape[0] != 1:
+        raise ModelError(f"a cache of {view.shape[0]} sequences at once cannot be stored")
+    if view.dtype not in _DTYPES:
+        raise ModelError(f"stream {name}: elements of {view.dtype} are not supported")
+    kind = _DTYPES[view.dtype]
+    if view.dtype == mx.bfloat16:  # numpy has none
         view = view.view(mx.uint16)
-    return view, _DTYPES[buffer.dtype]
+    return view, kind
 
 
-def restore(cache: Sequence[Any], pages: Sequence[PageTensors], layer_start: int = 0) -> int:
+def restore(
+    cache: Sequence[Any],
+    pages: Sequence[PageTensors],
+    layer_start: int = 0,
+    *,
+    states: Sequence[PageTensors] = (),
+    state_start: int = 0,
+    tokens: int | None = None,
+) -> int:
     """Fill fresh caches, in place; all of them or none.
 
     Args:
         cache: empty caches of consecutive layers; the objects themselves are filled.
-        pages: in order, from token 0 on without gaps, each with all these layers.
-        layer_start: absolute index of the first layer.
+        pages: in order, from token 0 on without gaps, each with all page layers.
+        layer_start: absolute index of the first page layer.
+        states: of all state layers, as `CacheSnapshot.state_pages` gave them.
+        state_start: absolute index of the first state layer.
+        tokens: the position of the states; by default where the pages end.
     Returns: tokens that the caches hold now.
     Raises:
-        ModelError: the pages do not fit; the caches are as they were.
+        ModelError: pages or states do not fit; the caches are as they were.
     """
-    adapters = [_adapter(layer) for layer in cache]
+    parts = parts_of(cache)
     if length(cache):
         raise ModelError(f"the cache to be filled holds {length(cache)} tokens already")
-    if not pages:
+    total = tokens if tokens is not None else pages[-1].tokens[1] if pages else 0
+    if not total:
         return 0
-    _check(pages, (layer_start, layer_start + len(cache)))
-    total = pages[-1].tokens[1]
-    staged = [
-        {name: _buffer(pages, name, index, total, adapter.step) for name in pages[0].streams}
-        for index, adapter in enumerate(adapters)
-    ]
-    mx.eval(staged)
-    for layer, adapter, buffers in zip(cache, adapters, staged, strict=True):
-        adapter.fill(layer, buffers, total)
+    if parts.rows:
+        _check(pages, (layer_start, layer_start + len(parts.rows)), total)
+    rows = [_staged_rows(pages, index, total, held) for index, held in enumerate(parts.rows)]
+    kept = _staged_states(parts.states, states, state_start)
+    mx.eval([(first, second) for layer in rows for _, _, first, second in layer])
+    mx.eval([arrays for _, _, arrays in kept])
+    for layer in rows:
+        for leaf, adapter, first, second in layer:
+            adapter.fill(leaf, first, second, total)
+    for leaf, state, arrays in kept:
+        state.fill(leaf, arrays, total)
     return total
 
 
-def _check(pages: Sequence[PageTensors], layers: tuple[int, int]) -> None:
+def _staged_rows(
+    pages: Sequence[PageTensors], index: int, total: int, held: Sequence[Any]
+) -> list[tuple[Any, RowsAdapter, mx.array, mx.array]]:
+    latent = "latent" in pages[0].streams
+    staged = []
+    for leaf, names in zip(held, _names(len(held), latent), strict=True):
+        adapter = _rows(leaf)
+        first, second = (_buffer(pages, name, index, total, adapter.step) for name in names)
+        if first is None:
+            raise ModelError(f"pages without stream {names[0]!r} do not fit this cache")
+        if second is None:
+            second = mx.zeros((*first.shape[:3], 0), dtype=first.dtype)
+        staged.append((leaf, adapter, first, second))
+    return staged
+
+
+def _staged_states(
+    leaves_: Sequence[Any], states: Sequence[PageTensors], start: int
+) -> list[tuple[Any, StateAdapter, dict[str, mx.array]]]:
+    staged: list[tuple[Any, StateAdapter, dict[str, mx.array]]] = []
+    found = {layer: page for page in states for layer in range(*page.layers)}
+    for layer, leaf in enumerate(leaves_, start):
+        page, adapter = found.get(layer), state_adapter(leaf)
+        if page is None or not adapter.fits(leaf, list(page.streams)):
+            raise ModelError(f"no state that fits the {type(leaf).__name__} of state layer {layer}")
+        arrays = {
+            name: _array(stream.data[layer - page.layers[0]][None], stream.dtype)
+            for name, stream in page.streams.items()
+        }
+        staged.append((leaf, adapter, arrays))
+    return staged
+
+
+def _check(pages: Sequence[PageTensors], layers: tuple[int, int], total: int) -> None:
     end = 0
-    kinds = {name: (s.data.shape[1], s.data.shape[3], s.dtype) for name, s in _streams(pages[0])}
-    if set(kinds) != {"k", "v"}:
-        raise ModelError(f"pages of streams {sorted(kinds)} do not fit a cache of k and v")
+    if not pages:
+        raise ModelError("there are no pages for a cache that holds rows of tokens")
+    kinds = _kinds(pages[0])
+    if not {"k", "v"} <= set(kinds) and not {"latent", "rope_key"} <= set(kinds):
+        raise ModelError(f"pages of streams {sorted(kinds)} do not fit a cache")
     for page in pages:
         if page.layers != layers:
             raise ModelError(f"a page of layers {page.layers} does not fit layers {layers}")
         if page.tokens[0] != end:
             raise ModelError(f"a page starts at token {page.tokens[0]}, {end} wanted")
         end = page.tokens[1]
-        found = {n: (s.data.shape[1], s.data.shape[3], s.dtype) for n, s in _streams(page)}
-        if found != kinds:
+        if _kinds(page) != kinds:
             raise ModelError("pages differ in heads, dimensions or element type")
+    if end != total:
+        raise ModelError(f"pages end at token {end}, {total} wanted")
 
 
-def _streams(page: PageTensors) -> list[tuple[str, Stream]]:
-    return list(page.streams.items())
+def _kinds(page: PageTensors) -> dict[str, tuple[int, int, DType]]:
+    return {n: (s.data.shape[1], s.data.shape[3], s.dtype) for n, s in page.streams.items()}
 
 
-def _buffer(pages: Sequence[PageTensors], name: str, layer: int, total: int, step: int) -> mx.array:
-    """(1, heads, total rounded up to ``step``, dim), zeros behind ``total``."""
+def _buffer(
+    pages: Sequence[PageTensors], name: str, layer: int, total: int, step: int
+) -> mx.array | None:
+    """(1, heads, total rounded up to ``step``, dim), zeros behind ``total``; None: no stream."""
+    if name not in pages[0].streams:
+        return None
     first = pages[0].streams[name]
     heads, dim = first.data.shape[1], first.data.shape[3]
     host: _HostArray = np.empty((1, heads, -(-total // step) * step, dim), first.data.dtype)
     for page in pages:
         host[0, :, page.tokens[0] : page.tokens[1]] = page.streams[name].data[layer]
     host[:, :, total:] = 0
+    return _array(host, first.dtype)
+
+
+def _array(host: _HostArray, kind: DType) -> mx.array:
     made = mx.array(host)
-    return made.view(mx.bfloat16) if first.dtype is DType.BFLOAT16 else made
+    return made.view(mx.bfloat16) if kind is DType.BFLOAT16 else made

@@ -4,7 +4,7 @@ Read from the module, not from the config: it is the module that made the keys. 
 spec is then compared with what its module really does to a random vector.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,16 +24,29 @@ _PROBE_OFFSETS = (0, 3, 1021)
 _PROBE_TOLERANCE = 2e-3  # a GPU's frequencies differ from a CPU's by 1e-7 of themselves
 
 
-def rope_specs(model: Any) -> list[RopeSpec]:
+def page_ropes(model: Any, layers: Sequence[int]) -> list[RopeSpec]:
+    """Of those layers of the model that hold rows of tokens; raises as `rope_specs`."""
+    specs = rope_specs(model, layers)
+    return [specs[layer] for layer in layers]
+
+
+def rope_specs(model: Any, rows: Container[int] | None = None) -> list[RopeSpec]:
     """One spec per layer of the model, by absolute index.
 
+    Args:
+        rows: layers whose keys are coded; others need no attention. All if None.
     Raises: ModelError: a layer without attention, or a rope that is not known.
     """
     checked: set[tuple[type[Any], RopeSpec]] = set()
     specs = []
     for index, layer in enumerate(model.layers):
-        module = _rope_of(layer, index)
-        spec = NO_ROPE if module is None else spec_of(module)
+        try:
+            module = _rope_of(layer, index)
+            spec = NO_ROPE if module is None else spec_of(module)
+        except ModelError:
+            if rows is None or index in rows:
+                raise
+            module, spec = None, NO_ROPE
         if module is not None and (type(module), spec) not in checked:
             _probe(module, spec)
             checked.add((type(module), spec))

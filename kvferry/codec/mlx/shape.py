@@ -1,18 +1,27 @@
-"""The shape of a model's cache: layers, KV heads, and what streams it holds."""
+"""The shape of a model's cache: layers, KV heads, and what streams it holds.
 
-from collections.abc import Mapping
+Nothing is typed in per model: a token is sent through it, lazily, so that shapes are known
+and nothing is computed. Where weights are missing (a rank of a pipeline has its own layers
+only) a skeleton without any is made from the config.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvferry.codec.mlx.adapters import check_supported
+import mlx.core as mx
+
+from kvferry.codec.mlx.adapters import LATENT, PLAIN, SECOND, CacheParts, parts_of
+from kvferry.codec.mlx.leaves import leaves, rows_adapter, state_adapter
 from kvferry.errors import ModelError
 
-_MLA_KEYS = ("kv_lora_rank",)
+Range = tuple[int, int]
+_ROTATED = ("k", "rope_key")
 
 
 @dataclass(frozen=True, slots=True)
 class StreamShape:
-    """One stream of each layer: its KV heads, values per head, and whether it is rotated."""
+    """One stream of each page layer: its KV heads, values per head, and whether it is rotated."""
 
     name: str
     heads: int
@@ -21,61 +30,201 @@ class StreamShape:
 
 
 @dataclass(frozen=True, slots=True)
+class StateShape:
+    """One state layer.
+
+    Attributes:
+        entry: which entry of the model's cache it lies in.
+        kind: the cache class.
+        arrays: stream name -> shape after one token, without the batch.
+        window: tokens that a ring keeps; 0: no ring.
+    """
+
+    entry: int
+    kind: str
+    arrays: Mapping[str, tuple[int, ...]]
+    window: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a range of model layers holds: entries of the cache, page and state layers."""
+
+    entries: Range
+    pages: Range
+    states: Range
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What the cache of the whole model looks like.
 
     Attributes:
-        layers: of the whole model.
+        layers: page layers of the whole model, those that hold rows of tokens.
         kv_heads: of the whole model, as completeness of a page counts them.
-        head_dim: of the first stream.
+        head_dim: values per layer and token, divided by ``kv_heads`` and two.
         streams: name -> shape, in the order that blobs list them.
+        model_layers: layers of the model itself; equal to ``layers`` if 0.
+        page_entries: entry of the model's cache for each page layer; all of them if empty.
+        entry_layers: model layer of each entry; the same numbers if empty.
+        states: state layers.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     streams: Mapping[str, StreamShape]
+    model_layers: int = 0
+    page_entries: Sequence[int] = ()
+    entry_layers: Sequence[int] = ()
+    states: Sequence[StateShape] = ()
+
+    @property
+    def latent(self) -> bool:
+        """Whether rows are MLA's."""
+        return "latent" in self.streams
+
+    @property
+    def all_layers(self) -> int:
+        """Layers of the model itself."""
+        return self.model_layers or self.layers
+
+    @property
+    def page_layers(self) -> Sequence[int]:
+        """Model layer of each page layer."""
+        entries = self.page_entries or range(self.layers)
+        return [self._layer(entry) for entry in entries]
+
+    def _layer(self, entry: int) -> int:
+        return self.entry_layers[entry] if self.entry_layers else entry
+
+    def span(self, layers: Range) -> Span:
+        """What ``layers`` of the model (half-open) hold."""
+        count = len(self.entry_layers) or self.all_layers
+        entries = [e for e in range(count) if layers[0] <= self._layer(e) < layers[1]]
+        before = sum(self._layer(e) < layers[0] for e in range(count))
+        pages = [self._layer(e) for e in (self.page_entries or range(self.layers))]
+        states = [self._layer(state.entry) for state in self.states]
+        return Span((before, before + len(entries)), _part(pages, layers), _part(states, layers))
+
+
+def _part(places: Sequence[int], layers: Range) -> Range:
+    """Which of ``places`` lie within ``layers``, as a range of their numbers."""
+    start = sum(place < layers[0] for place in places)
+    return start, start + sum(layers[0] <= place < layers[1] for place in places)
 
 
 def describe(model: Any, config: Mapping[str, Any]) -> ModelShape:
-    """Read a live model. Nothing is run, so layers may be without weights.
+    """What the cache of a live model looks like, whole even where weights are missing.
 
-    Raises: ModelError: a kind of cache or attention that is not supported yet.
+    Raises: ModelError: a kind of cache that is not supported.
     """
+    try:
+        cache = _probed(model)
+    except ModelError:
+        raise
+    except Exception:  # layers without weights fail in as many ways as there are models
+        model, cache = _skeleton(config)
+    return _shape(model, cache, config)
+
+
+def describe_config(config: Mapping[str, Any]) -> ModelShape:
+    """`describe` without a model. Raises: ModelError."""
+    model, cache = _skeleton(config)
+    return _shape(model, cache, config)
+
+
+def _skeleton(config: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    from mlx_lm import utils
+
+    try:
+        get_classes: Any = utils._get_classes
+        model_class, args_class = get_classes(dict(config))
+        model = model_class(args_class.from_dict(dict(config)))
+        return model, _probed(model)
+    except ModelError:
+        raise
+    except Exception as exc:
+        first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise ModelError(
+            f"the cache of a {config.get('model_type')} model cannot be told from its config: "
+            f"{first}"
+        ) from exc
+
+
+def _probed(model: Any) -> list[Any]:
+    """A cache that has seen one token; no array of it is computed."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    for cache in make_prompt_cache(model):
-        check_supported(cache)
+    cache = make_prompt_cache(model)
+    parts_of(cache)  # refuses classes that are not known
+    model(mx.array([[0]]), cache=cache)
+    return cache
+
+
+def _shape(model: Any, cache: Sequence[Any], config: Mapping[str, Any]) -> ModelShape:
+    parts = parts_of(cache)
+    streams = _streams(parts, config)
+    page_entries, states = [], []
+    for entry, layer in enumerate(cache):
+        held = [leaf for leaf in leaves(layer) if rows_adapter(leaf) is not None]
+        page_entries += [entry] if held else []
+        states += [_state(entry, leaf) for leaf in leaves(layer) if rows_adapter(leaf) is None]
+    heads = max((stream.heads for stream in streams.values()), default=1)
+    width = sum(stream.heads * stream.dim for stream in streams.values())
+    return ModelShape(
+        layers=len(page_entries),
+        kv_heads=heads,
+        head_dim=-(-width // (2 * heads)),
+        streams=streams,
+        model_layers=len(model.layers),
+        page_entries=page_entries,
+        entry_layers=_entry_layers(model.layers, len(cache)),
+        states=states,
+    )
+
+
+def _streams(parts: CacheParts, config: Mapping[str, Any]) -> dict[str, StreamShape]:
+    """Of each page layer. Raises: ModelError: layers differ."""
+    found: dict[str, StreamShape] = {}
+    for index, held in enumerate(parts.rows):
+        pairs = [(leaf.keys, leaf.values) for leaf in held]
+        names = ((LATENT if _latent(pairs[0], config) else PLAIN) + SECOND)[: len(pairs)]
+        if len(names) < len(pairs):
+            raise ModelError(f"a layer with {len(pairs)} caches of rows is not supported")
+        here = {}
+        for pair, both in zip(pairs, names, strict=True):
+            for array, name in zip(pair, both, strict=True):
+                if array.shape[3]:
+                    heads, dim = array.shape[1], array.shape[3]
+                    here[name] = StreamShape(name, heads, dim, name in _ROTATED)
+        if index and here != found:
+            raise ModelError(
+                f"page layers 0 and {index} differ in streams, heads or dims: not supported yet"
+            )
+        found = here
+    counts = {stream.heads for stream in found.values()} - {1}
+    if len(counts) > 1:
+        raise ModelError(f"streams of {sorted(counts)} heads in one layer are not supported")
+    return found
+
+
+def _latent(pair: tuple[mx.array, mx.array], config: Mapping[str, Any]) -> bool:
+    """MLA keeps latents where keys are kept, and rotated keys where values are."""
     text = {**config, **(config.get("text_config") or {})}
-    if any(text.get(key) for key in _MLA_KEYS):
-        raise ModelError(f"{config.get('model_type')}: latent attention is not supported yet")
-    heads, dim = _heads(model), _head_dim(model, text)
-    streams = {
-        "k": StreamShape("k", heads, dim, rotated=True),
-        "v": StreamShape("v", heads, int(text.get("v_head_dim") or dim), rotated=False),
-    }
-    return ModelShape(len(model.layers), heads, dim, streams)
+    sizes = text.get("kv_lora_rank"), text.get("qk_rope_head_dim")
+    return (pair[0].shape[1], pair[0].shape[3], pair[1].shape[3]) == (1, *sizes)
 
 
-def _heads(model: Any) -> int:
-    counts = {_attribute(layer, ("n_kv_heads", "num_key_value_heads")) for layer in model.layers}
-    if len(counts) != 1:
-        raise ModelError(f"layers with {sorted(counts)} KV heads are not supported yet")
-    return counts.pop()
+def _state(entry: int, leaf: Any) -> StateShape:
+    arrays = {name: a.shape[1:] for name, a in state_adapter(leaf).read(leaf).items()}
+    return StateShape(entry, type(leaf).__name__, arrays, int(getattr(leaf, "max_size", 0)))
 
 
-def _attribute(layer: Any, names: tuple[str, ...]) -> int:
-    attention = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
-    for name in names:
-        value = getattr(attention, name, None)
-        if isinstance(value, int):
-            return value
-    raise ModelError(f"{type(layer).__name__} does not say how many KV heads it has")
-
-
-def _head_dim(model: Any, config: Mapping[str, Any]) -> int:
-    attention = getattr(model.layers[0], "self_attn", None) or model.layers[0].attention
-    value = getattr(attention, "head_dim", None) or config.get("head_dim")
-    if value is None:
-        value = int(config["hidden_size"]) // int(config["num_attention_heads"])
-    return int(value)
+def _entry_layers(layers: Sequence[Any], entries: int) -> list[int]:
+    """Models whose last layers share caches, or that have layers without any, have fewer."""
+    if entries < len(layers):
+        having = [i for i, layer in enumerate(layers) if getattr(layer, "block_type", "*") in "M*"]
+        if len(having) == entries:
+            return having
+    return list(range(entries))

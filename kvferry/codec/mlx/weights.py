@@ -64,7 +64,7 @@ def fingerprint(
         ModelError: files of these layers are missing or damaged.
     """
     held = layers or loaded.layers
-    specs = rope_specs(loaded.model)
+    specs = rope_specs(loaded.model, ())
     groups = _digests(loaded, range(*held), cache_dir or user_dir("cache"))
     numbered = {int(name): digest for name, digest in groups.items() if name.isdigit()}
     missing = sorted(set(range(*held)) - set(numbered))

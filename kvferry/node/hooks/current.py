@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from kvferry.codec.mlx.shape import ModelShape
+from kvferry.codec.mlx.shape import ModelShape, Span
 from kvferry.errors import FerryError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
-from kvferry.node.coding import CodedRange, Shard, page_coding, tail_codec
+from kvferry.node.coding import Shard, page_coding, stores, tail_codec
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.offers import Coding
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -23,7 +23,7 @@ class CurrentCoding:
     """Kept until policy, namespace or calibration change. Any thread may ask.
 
     Args:
-        layers: absolute layers of this rank.
+        span: what this rank holds.
         alone: no other rank has to enter `Standing.identify` with this one.
 
     Attributes:
@@ -34,13 +34,13 @@ class CurrentCoding:
         self,
         standing: Standing,
         shape: ModelShape,
-        layers: tuple[int, int],
+        span: Span,
         client: NodeClient,
         cache_dir: Path,
         *,
         alone: bool,
     ) -> None:
-        self._standing, self._shape, self._layers = standing, shape, layers
+        self._standing, self._shape, self._span = standing, shape, span
         self._client, self._cache_dir, self._alone = client, cache_dir, alone
         self.calibrations = Calibrations(client, cache_dir)
         self._lock = threading.Lock()
@@ -72,8 +72,10 @@ class CurrentCoding:
             model_layers=self._shape.layers,
             model_heads=self._shape.kv_heads,
             head_dim=self._shape.head_dim,
-            layers=self._layers,
+            layers=self._span.pages,
             heads=(0, self._shape.kv_heads),
+            model_states=len(self._shape.states),
+            states=self._span.states,
         )
 
     def renew(self) -> None:
@@ -116,6 +118,7 @@ class CurrentCoding:
             shard=shard,
             root=shard.root(self._standing.salt),
             pages=pages,
-            tail=None if tail is None else CodedRange(shard.layers, tail),
+            tail=tail,
             tail_ttl_s=policy.tail.ttl_s or DAY_S,
+            enabled=stores(policy, shard),
         )

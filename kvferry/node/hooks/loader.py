@@ -15,16 +15,26 @@ from typing import Protocol, TypeVar
 
 from kvferry.cluster.repository import LookupQuery, LookupResult
 from kvferry.codec.base import CalibrationSource, PageTensors
-from kvferry.codec.blob import StoredBlob, decode_blobs
+from kvferry.codec.blob import StoredBlob, decode_blob, decode_blobs
 from kvferry.errors import CodecError, FerryError
 from kvferry.node.coding import Shard
-from kvferry.node.restore import Assembly, Parts, RestorePlan, Run, plan_restore, runs_of
+from kvferry.node.restore import (
+    Assembly,
+    Parts,
+    RestorePlan,
+    Run,
+    StatePlan,
+    plan_restore,
+    plan_states,
+    runs_of,
+)
 from kvferry.proto.keys import BlobKey, page_keys
 
 T = TypeVar("T")
 Data = bytes | memoryview
 
 _MOST_THREADS = 4
+_STATES_TRIED = 2
 
 
 class LoadClient(Protocol):
@@ -52,6 +62,8 @@ class Loaded:
 
     Attributes:
         tensors: streams (layers, heads, tokens, dim) of tokens from 0, or None.
+        states: position -> state layers of this rank, those that were loaded.
+        positions: where there are states, the longest prefix first.
         tokens: how many; 0 for a miss.
         pages: whole pages among them.
         reason: why there is not more; empty if the plan held.
@@ -61,6 +73,8 @@ class Loaded:
     """
 
     tensors: PageTensors | None = None
+    states: dict[int, list[PageTensors]] = field(default_factory=dict)
+    positions: Sequence[StatePlan] = ()
     tokens: int = 0
     pages: int = 0
     reason: str = ""
@@ -80,36 +94,110 @@ class Loader:
     accept: frozenset[str]
     rope: Mapping[int, bytes]
 
-    def load(self, tokens: Sequence[int], deadline_s: float) -> Loaded:
+    def load(self, tokens: Sequence[int], deadline_s: float, limit: int | None = None) -> Loaded:
         """The longest prefix of ``tokens`` that can be had whole within the deadline.
 
+        Args:
+            limit: no state beyond so many tokens is of use.
         Raises: FerryError where not even the lookup worked.
         """
         loaded = Loaded()
-        started = time.monotonic()
+        end = time.monotonic() + deadline_s
         shard = self.shard
         keys = page_keys(self.root, tokens, shard.page_tokens)
         query = LookupQuery(
             root=self.root,
             page_keys=keys,
             codecs=self.accept,
-            layers=shard.layers,
+            layers=shard.layers if shard.layers[0] < shard.layers[1] else (0, 0),
             heads=shard.heads,
+            states=shard.states if shard.states[0] < shard.states[1] else (0, shard.model_states),
         )
         found = _timed(loaded, "lookup", lambda: self.client.lookup(query))
         plan = plan_restore(
             found, keys, self.root, tokens, shard.page_tokens, shard.layers, shard.heads
         )
-        if not plan.segments:
+        if shard.model_states:
+            states = plan_states(found, keys, self.root, tokens, shard.page_tokens, shard.states)
+            most = len(tokens) if limit is None else limit
+            reach = min(most, plan.tokens) if shard.model_layers else most
+            loaded.positions = [state for state in states if state.tokens <= reach]
+            if not loaded.positions:
+                loaded.reason = "no_state" if plan.segments else "not_stored"
+                return loaded
+            plan = plan.upto(loaded.positions[0].tokens)
+        elif not plan.segments:
             loaded.reason = "not_stored"
             return loaded
-        left = deadline_s - (time.monotonic() - started)
+        self._load_rows(plan, loaded, end)
+        if shard.model_states:
+            self._load_longest_state(loaded, end)
+        return loaded
+
+    def _load_rows(self, plan: RestorePlan, loaded: Loaded, end: float) -> None:
+        if self.shard.layers[0] == self.shard.layers[1]:
+            loaded.tokens = loaded.positions[0].tokens
+            return
         threads = ThreadPoolExecutor(_threads(), "kvferry-decode")
         try:
-            _Restore(self, plan, loaded, threads).run(max(left, 0.0))
+            _Restore(self, plan, loaded, threads).run(max(end - time.monotonic(), 0.0))
         finally:  # a calibration that is still being read serves the next restore
             threads.shutdown(wait=False, cancel_futures=True)
-        return loaded
+
+    def _load_longest_state(self, loaded: Loaded, end: float) -> None:
+        """The longest position that rows reach and whose states are here and whole."""
+        rows, loaded.tokens = loaded.tokens, 0
+        for plan in loaded.positions[:_STATES_TRIED]:
+            if plan.tokens <= rows and self.load_state(plan.tokens, loaded, end):
+                loaded.tokens = plan.tokens
+                return
+        loaded.reason = loaded.reason or "no_state"
+
+    def load_state(self, tokens: int, loaded: Loaded, end: float) -> bool:
+        """Have the states at one of ``loaded.positions``; False: they cannot be had whole.
+
+        Args:
+            end: until when, on the monotonic clock.
+        """
+        if tokens in loaded.states:
+            return True
+        plan = next((plan for plan in loaded.positions if plan.tokens == tokens), None)
+        if plan is None:
+            return False
+        blobs: list[StoredBlob] = []
+        span = (plan.start, plan.tokens)
+        answers = self.client.get_each(
+            [piece.info.key for piece in plan.pieces], max(end - time.monotonic(), 0.0)
+        )
+        with contextlib.closing(answers):
+            for key, answer in answers:
+                if isinstance(answer, FerryError):
+                    loaded.problems.append(answer.reason)
+                    return False
+                loaded.bytes += len(answer)
+                blobs.append(StoredBlob(answer, key, span))
+        cuts = {piece.info.key: piece.cut for piece in plan.pieces}
+        pages = []
+        for blob in blobs:
+            try:
+                pages.append(
+                    decode_blob(
+                        blob.data,
+                        key=blob.key,
+                        model_id=self.shard.model_id,
+                        tokens=span,
+                        cut=cuts[blob.key],
+                        calibrations=self.calibrations,
+                    )
+                )
+            except CodecError as exc:
+                loaded.problems.append(exc.reason)
+                return False
+        if len(pages) < len(plan.pieces):
+            loaded.problems.append("not_found")
+            return False
+        loaded.states[tokens] = pages
+        return True
 
 
 class _Restore:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.rope import rope_specs
+from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.mlx.shape import describe
 from kvferry.errors import FerryError
 from kvferry.node.client import NodeClient
@@ -84,10 +84,10 @@ class PrefixCache:
         self.last_restore: RestoreReport | None = None
         self._loaded, self._group = loaded, group or Alone()
         self._shape = describe(loaded.model, loaded.config)
-        self._layers = layers or (0, self._shape.layers)
+        self._span = self._shape.span(layers or (0, self._shape.all_layers))
         self._make_cache = make_cache or _prompt_cache_maker(loaded.model)
-        specs = rope_specs(loaded.model)
-        self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._layers)}
+        specs = page_ropes(loaded.model, self._shape.page_layers)
+        self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._span.pages)}
         self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
         self._prefill = Rate()
@@ -95,8 +95,8 @@ class PrefixCache:
             self._client,
             loaded,
             self._group,
-            self._layers,
-            self._shape.layers,
+            layers or (0, self._shape.all_layers),
+            self._shape.all_layers,
             self.options.cache_dir,
             identified=lambda: self._current.start_warming(),
             triggered=self._trigger,
@@ -105,7 +105,7 @@ class PrefixCache:
         self._current = CurrentCoding(
             self._standing,
             self._shape,
-            self._layers,
+            self._span,
             self._client,
             self.options.cache_dir,
             alone=alone,
@@ -115,7 +115,7 @@ class PrefixCache:
             loaded.model,
             self._shape,
             specs,
-            self._layers,
+            self._span.pages,
             self.options,
             self.counters,
             alone=alone,
@@ -171,12 +171,15 @@ class PrefixCache:
         loaded = self._load(tokens)
         cache = self._make_cache()
         limit = max(0, len(tokens) - self.options.keep_last)
-        mine = min(loaded.tokens, limit)
+        # States stand at their position or nowhere: rows can be cut to any.
+        mine = loaded.tokens if self._shape.states else min(loaded.tokens, limit)
         agreeing = time.monotonic()
         agreed = self._group.all_min([mine])[0]
         loaded.seconds["agree"] = time.monotonic() - agreeing
         if agreed < mine:
             loaded.reason = loaded.reason or "agreement"
+        if self._shape.states:
+            agreed = self._group.all_min([self._at_position(loaded, agreed)])[0]
         committed = self._commit(cache, loaded, agreed)
         # A rank that failed to commit must not go on alone: all learn of it together.
         if self._group.size > 1 and agreed:
@@ -191,7 +194,8 @@ class PrefixCache:
         try:
             loader = self._loader()
             deadline = self._prefill.seconds_for(len(tokens), self.options.max_restore_s)
-            return loader.load(tokens, min(deadline, self.options.max_restore_s))
+            seconds = min(deadline, self.options.max_restore_s)
+            return loader.load(tokens, seconds, max(0, len(tokens) - self.options.keep_last))
         except FerryError as exc:
             return Loaded(reason=exc.reason, problems=[exc.reason])
         except Exception:
@@ -211,13 +215,32 @@ class PrefixCache:
             rope=self._rope,
         )
 
+    def _at_position(self, loaded: Loaded, agreed: int) -> int:
+        """``agreed``, if this rank has states there or can get them; else 0."""
+        if not agreed or loaded.tokens == agreed:
+            return agreed
+        end = time.monotonic() + self.options.max_restore_s
+        try:
+            found = self._loader().load_state(agreed, loaded, end)
+        except Exception:
+            # Collectives follow that every rank must enter.
+            log.exception("no state at %d tokens", agreed)
+            found = False
+        return agreed if found else 0
+
     def _commit(self, cache: list[Any], loaded: Loaded, agreed: int) -> int:
-        if not agreed or loaded.tensors is None:
+        if not agreed:
             return 0
         started = time.monotonic()
         try:
+            rows = [] if loaded.tensors is None else [loaded.tensors.cut_tokens((0, agreed))]
             return adapters.restore(
-                cache, [loaded.tensors.cut_tokens((0, agreed))], self._layers[0]
+                cache,
+                rows,
+                self._span.pages[0],
+                states=loaded.states.get(agreed, ()),
+                state_start=self._span.states[0],
+                tokens=agreed,
             )
         except FerryError as exc:
             loaded.reason = exc.reason
@@ -229,7 +252,8 @@ class PrefixCache:
         return 0
 
     def _remember(self, cache: list[Any], tokens: int, pages: int) -> None:
-        self._restored[cache[0]] = _Restored(tokens, pages, time.monotonic())
+        if cache:  # a rank may hold layers that need none
+            self._restored[cache[0]] = _Restored(tokens, pages, time.monotonic())
 
     def _finish(self, tokens: list[int], restored: int, loaded: Loaded, seconds: float) -> None:
         outcome = "hit" if restored else loaded.reason or "not_stored"
@@ -262,7 +286,8 @@ class PrefixCache:
 
         Args:
             tokens: token ids that ``cache`` was filled with; more than the cache holds
-                are cut off.
+                are cut off. A cache of recurrent state alone does not tell how many it
+                has seen: for that these must be exactly as many.
             cache: of the local layers.
             event: "prefill" (right after prefill) or "turn_end".
         Returns:
@@ -278,8 +303,9 @@ class PrefixCache:
         return False
 
     def _offer(self, tokens: Sequence[int], cache: list[Any], event: str) -> bool:
-        held = min(len(tokens), adapters.length(cache))
-        restored = self._restored.get(cache[0])
+        filled = adapters.length(cache)
+        held = len(tokens) if filled is None else min(len(tokens), filled)
+        restored = self._restored.get(cache[0]) if cache else None
         if restored is not None and event == "prefill":
             self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
         policy = self.policy
@@ -290,7 +316,13 @@ class PrefixCache:
         if not now and not wanted_later(policy):
             self.counters["drop_policy"] += 1
             return False
-        snapshot = adapters.snapshot(cache, held, self._layers[0])
+        snapshot = adapters.snapshot(
+            cache,
+            held,
+            self._span.pages[0],
+            latent=self._shape.latent,
+            state_start=self._span.states[0],
+        )
         known = restored.tokens if restored else 0
         self._live.offered(self._standing, tokens[:held], snapshot, known)
         offer = Offer(tuple(tokens[:held]), snapshot, restored.pages if restored else 0)

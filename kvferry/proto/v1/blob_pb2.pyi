@@ -35,6 +35,10 @@ class _BlobKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """The unfinished page and the exact window at the end of a sequence."""
     BLOB_KIND_CALIBRATION: _BlobKind.ValueType  # 3
     """A calibration artifact, content-addressed by its id."""
+    BLOB_KIND_STATE: _BlobKind.ValueType  # 4
+    """What cannot be cut at a token (recurrent state, rings that have wrapped), as it is
+    after exactly the tokens of the tail of the same key.
+    """
 
 class BlobKind(_BlobKind, metaclass=_BlobKindEnumTypeWrapper): ...
 
@@ -45,13 +49,18 @@ BLOB_KIND_TAIL: BlobKind.ValueType  # 2
 """The unfinished page and the exact window at the end of a sequence."""
 BLOB_KIND_CALIBRATION: BlobKind.ValueType  # 3
 """A calibration artifact, content-addressed by its id."""
+BLOB_KIND_STATE: BlobKind.ValueType  # 4
+"""What cannot be cut at a token (recurrent state, rings that have wrapped), as it is
+after exactly the tokens of the tail of the same key.
+"""
 Global___BlobKind: typing_extensions.TypeAlias = BlobKind
 
 @typing.final
 class BlobKey(google.protobuf.message.Message):
     """The address of a blob. Ranges are half-open and absolute: layers of the model,
     KV heads of the model. A calibration has page_key = calibration id and empty
-    ranges.
+    ranges. Layers of pages and tails are counted among those that hold rows of tokens,
+    layers of states among those that hold a state.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

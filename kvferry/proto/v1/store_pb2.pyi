@@ -235,6 +235,8 @@ class LookupRequest(google.protobuf.message.Message):
     HEAD_START_FIELD_NUMBER: builtins.int
     HEAD_END_FIELD_NUMBER: builtins.int
     LOCAL_ONLY_FIELD_NUMBER: builtins.int
+    STATE_START_FIELD_NUMBER: builtins.int
+    STATE_END_FIELD_NUMBER: builtins.int
     root: builtins.bytes
     """32 bytes; anchors tails of sequences without a page"""
     layer_start: builtins.int
@@ -247,6 +249,9 @@ class LookupRequest(google.protobuf.message.Message):
     head_end: builtins.int
     """0: all"""
     local_only: builtins.bool
+    state_start: builtins.int
+    """States of these layers, wherever along the chain they are anchored; 0-0: none."""
+    state_end: builtins.int
     @property
     def page_keys(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """32 bytes each, in order"""
@@ -266,8 +271,10 @@ class LookupRequest(google.protobuf.message.Message):
         head_start: builtins.int = ...,
         head_end: builtins.int = ...,
         local_only: builtins.bool = ...,
+        state_start: builtins.int = ...,
+        state_end: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "head_end", b"head_end", "head_start", b"head_start", "layer_end", b"layer_end", "layer_start", b"layer_start", "local_only", b"local_only", "page_keys", b"page_keys", "root", b"root"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "head_end", b"head_end", "head_start", b"head_start", "layer_end", b"layer_end", "layer_start", b"layer_start", "local_only", b"local_only", "page_keys", b"page_keys", "root", b"root", "state_end", b"state_end", "state_start", b"state_start"]) -> None: ...
 
 Global___LookupRequest: typing_extensions.TypeAlias = LookupRequest
 
@@ -313,12 +320,40 @@ class TailListing(google.protobuf.message.Message):
 Global___TailListing: typing_extensions.TypeAlias = TailListing
 
 @typing.final
+class StateListing(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: builtins.int
+    PAGES_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    BLOBS_FIELD_NUMBER: builtins.int
+    key: builtins.bytes
+    """that of a tail of the same tokens"""
+    pages: builtins.int
+    """before its tokens"""
+    tokens: builtins.int
+    @property
+    def blobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BlobEntry]: ...
+    def __init__(
+        self,
+        *,
+        key: builtins.bytes = ...,
+        pages: builtins.int = ...,
+        tokens: builtins.int = ...,
+        blobs: collections.abc.Iterable[Global___BlobEntry] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs", "key", b"key", "pages", b"pages", "tokens", b"tokens"]) -> None: ...
+
+Global___StateListing: typing_extensions.TypeAlias = StateListing
+
+@typing.final
 class LookupReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     COMPLETE_PAGES_FIELD_NUMBER: builtins.int
     PAGES_FIELD_NUMBER: builtins.int
     TAILS_FIELD_NUMBER: builtins.int
+    STATES_FIELD_NUMBER: builtins.int
     PARTIAL_FIELD_NUMBER: builtins.int
     complete_pages: builtins.int
     partial: builtins.bool
@@ -333,15 +368,20 @@ class LookupReply(google.protobuf.message.Message):
     def tails(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TailListing]:
         """complete tails anchored at the end of the run"""
 
+    @property
+    def states(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StateListing]:
+        """complete states anchored at any page of the chain"""
+
     def __init__(
         self,
         *,
         complete_pages: builtins.int = ...,
         pages: collections.abc.Iterable[Global___PageListing] | None = ...,
         tails: collections.abc.Iterable[Global___TailListing] | None = ...,
+        states: collections.abc.Iterable[Global___StateListing] | None = ...,
         partial: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["complete_pages", b"complete_pages", "pages", b"pages", "partial", b"partial", "tails", b"tails"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complete_pages", b"complete_pages", "pages", b"pages", "partial", b"partial", "states", b"states", "tails", b"tails"]) -> None: ...
 
 Global___LookupReply: typing_extensions.TypeAlias = LookupReply
 
