@@ -22,40 +22,35 @@ from kvferry.codec.base import (
     CalibrationSource,
     CodedPage,
     Encoded,
-    FloatArray,
     PageTensors,
     Stream,
     Wanted,
+)
+from kvferry.codec.calibrated import (
+    Calibrated,
+    Span,
+    calibration_of,
+    join_tokens,
+    split_page,
 )
 from kvferry.codec.calibration import (
     BundleCalibration,
     CurvePoint,
     GroupAccumulator,
     GroupCalibration,
-    StreamPart,
     fit_group,
     step_on_curve,
 )
 from kvferry.codec.entropy import pack_columns
-from kvferry.codec.ferry_parts import (
-    ReadPlan,
-    calibration_of,
-    check_page,
-    read_coefficients,
-    read_plan,
-)
+from kvferry.codec.ferry_parts import ReadPlan, check_page, read_coefficients, read_plan
 from kvferry.codec.importance import DEFAULT_ADAPT, exponents, factors
 from kvferry.codec.quantize import quantize
-from kvferry.codec.rope import RopeSpec
-from kvferry.codec.rows import page_rows, store_rows
+from kvferry.codec.rows import page_rows
 from kvferry.codec.settle import settle
-from kvferry.codec.sinks import pack_sinks, read_sinks, sink_count
 from kvferry.codec.transform import project, rank_at, reconstruct
 from kvferry.errors import (
     CalibrationMissingError,
     ConfigError,
-    CorruptBlobError,
-    UnsupportedTensorError,
 )
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
@@ -65,7 +60,7 @@ _TOO_LARGE = 1e38
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FerryCodec:
+class FerryCodec(Calibrated):
     """Transform codec over one layer group.
 
     Attributes:
@@ -115,17 +110,6 @@ class FerryCodec:
             "step": self.step,
         }
 
-    @property
-    def calibration_id(self) -> bytes:
-        """Id of the calibration of just these layers and heads."""
-        return self._known.id
-
-    @property
-    def _known(self) -> GroupCalibration:
-        if self.calibration is None:
-            raise CalibrationMissingError("")
-        return self.calibration
-
     def fit(self, sample: Iterable[PageTensors]) -> GroupCalibration:
         """Bases refitted on other pages of the same model and group."""
         old = self._known
@@ -145,21 +129,11 @@ class FerryCodec:
         """Raises: UnsupportedTensorError for another range than the calibration's, for
         streams that it lacks, and for NaN or infinite values behind the sinks."""
         known = self._known
-        if (page.layers, page.heads) != (known.layers, known.heads):
-            raise UnsupportedTensorError("*", f"layers {page.layers} differ from the calibration's")
-        if set(page.streams) != set(known.streams):
-            raise UnsupportedTensorError("*", f"streams {sorted(page.streams)} are not calibrated")
-        exact = sink_count(page.tokens, SINK_TOKENS)
-        sections: list[SectionData] = []
-        for name, part in known.streams.items():
-            stream = page.streams[name]
-            if stream.data.shape[1::2] != (part.heads, part.dim):
-                raise UnsupportedTensorError(name, f"shape {stream.data.shape} is not calibrated")
-            if exact:
-                sections.append(pack_sinks(f"{name}/sinks", stream, exact))
-        if page.tokens[1] - page.tokens[0] > exact:
+        span, exact = split_page(page, known)
+        sections = list(exact.values())
+        if span.coded:
             for _, bundle in sorted(known.bundles.items()):
-                sections += self._coded(page, page.tokens[0] + exact, bundle)
+                sections += self._coded(page, span.tokens[0], bundle)
         return Encoded(sections, known.rope_fingerprint)
 
     def _coded(self, page: PageTensors, first: int, bundle: BundleCalibration) -> list[SectionData]:
@@ -197,7 +171,7 @@ class FerryCodec:
         for page in pages:
             check_page(page, known, plan)
         joined: dict[str, npt.NDArray[np.generic]] = {}
-        with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` refuses those
+        with np.errstate(over="ignore", invalid="ignore"):  # `join_tokens` refuses those
             for bundle in known.bundles.values():
                 joined |= _decode_bundle(bundle, pages, known, plan)
         result, at = [], 0
@@ -218,7 +192,7 @@ def _decode_bundle(
     known: GroupCalibration,
     plan: ReadPlan,
 ) -> dict[str, npt.NDArray[np.generic]]:
-    spans = [_Span.of(page.wanted, plan) for page in pages]
+    spans = [Span.of(page.wanted.tokens, plan.sinks) for page in pages]
     z = np.empty((sum(s.coded for s in spans), 1 + plan.rank[bundle.name]), dtype=np.float32)
     z[:, 0] = 1.0
     at = 0
@@ -227,63 +201,8 @@ def _decode_bundle(
             read_coefficients(page, bundle.name, plan, z[at : at + span.coded, 1:])
         at += span.coded
     layers = sec.layer_slice(pages[0].wanted)
-    return {
-        part.name: _decode_part(
-            part, reconstruct(z, bundle.fold, bundle.rows_of(part.name, layers)), pages, known, plan
-        )
-        for part in bundle.parts
-    }
-
-
-def _decode_part(
-    part: StreamPart,
-    rows: FloatArray,
-    pages: Sequence[CodedPage],
-    known: GroupCalibration,
-    plan: ReadPlan,
-) -> npt.NDArray[np.generic]:
-    """(layers, heads, tokens, dim) of all pages, in the blobs' own dtype."""
-    _check_finite(rows, part.name)
-    first = pages[0].wanted
-    dtype, layers = first.dtypes[part.name], sec.layer_slice(first)
-    tokens = sum(page.wanted.tokens[1] - page.wanted.tokens[0] for page in pages)
-    count = layers.stop - layers.start
-    out = np.empty((count, part.heads, tokens, part.dim), dtype=dtype.storage)
-    ropes: Sequence[RopeSpec] | None = known.ropes.get(part.name)
-    ropes = None if ropes is None else ropes[layers]
-    at = row = 0
-    for page in pages:
-        span = _Span.of(page.wanted, plan)
-        if span.exact:
-            whole = (page.wanted.shapes[part.name][0], part.heads, span.exact, part.dim)
-            sinks = read_sinks(page.sections[f"{part.name}/sinks"], whole, dtype)
-            out[:, :, at : at + span.exact] = sinks[layers]
-        at += span.exact
-        if span.coded:
-            coded = rows[row : row + span.coded]
-            store_rows(out[:, :, at : at + span.coded], dtype, coded, ropes, span.tokens)
-        at += span.coded
-        row += span.coded
-    return out
-
-
-def _check_finite(rows: FloatArray, name: str) -> None:
-    """Raises: CorruptBlobError. No page of ours decodes to this, a forged one might."""
-    peak = max(float(rows.max()), -float(rows.min())) if rows.size else 0.0
-    if not peak < _TOO_LARGE:  # also true of NaN
-        raise CorruptBlobError(f"stream {name!r}", "decodes to NaN or infinite values")
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """A page's tokens: how many are exact, how many coded, and which the coded are."""
-
-    exact: int
-    coded: int
-    tokens: tuple[int, int]
-
-    @classmethod
-    def of(cls, wanted: Wanted, plan: ReadPlan) -> "_Span":
-        exact = sink_count(wanted.tokens, plan.sinks)
-        begin, end = wanted.tokens
-        return cls(exact, end - begin - exact, (begin + exact, end))
+    joined = {}
+    for part in bundle.parts:
+        rows = reconstruct(z, bundle.fold, bundle.rows_of(part.name, layers))
+        joined[part.name] = join_tokens(part.name, rows, pages, known, plan.sinks)
+    return joined

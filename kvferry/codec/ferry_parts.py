@@ -1,4 +1,4 @@
-"""Reading `ferry` blobs: parameters, lengths, coefficients and exact tokens, checked.
+"""Reading `ferry` blobs: parameters, lengths and coefficients, checked.
 
 Apart from the codec, so that a device decoder can do its own matrix products.
 """
@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvferry.codec import sections as sec
-from kvferry.codec.base import CalibrationSource, CodedPage, FloatArray, Wanted
+from kvferry.codec.base import CodedPage, FloatArray, Wanted
+from kvferry.codec.calibrated import Span, check_exact, read_sink_count
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.entropy import unpack_columns
 from kvferry.codec.importance import MAX_EXPONENT, factors
-from kvferry.codec.sinks import check_sinks, sink_count
-from kvferry.errors import CorruptBlobError, IdentityMismatchError
+from kvferry.errors import CorruptBlobError
 
 PARAMS = ("adapt", "rank", "sinks", "step")
-_MAX_SINKS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,30 +26,6 @@ class ReadPlan:
     step: float
     sinks: int
     rank: Mapping[str, int]
-
-
-def calibration_of(wanted: Wanted, calibrations: CalibrationSource) -> GroupCalibration:
-    """The calibration that a blob names, if it fits the blob.
-
-    Raises: CalibrationMissingError, CorruptBlobError, IdentityMismatchError.
-    """
-    if not wanted.calibration_id:
-        raise CorruptBlobError("calibration id", "is empty")
-    known = calibrations.get(wanted.calibration_id)
-    if not isinstance(known, GroupCalibration):
-        raise CorruptBlobError("calibration id", "names no calibration of a layer group")
-    if (known.layers, known.heads) != (wanted.layers, wanted.heads):
-        found = f"layers {known.layers}, heads {known.heads}"
-        raise IdentityMismatchError("calibration", found, f"{wanted.layers}, {wanted.heads}")
-    if known.rope_fingerprint != wanted.rope_fingerprint:
-        found = wanted.rope_fingerprint.hex()[:16]
-        raise IdentityMismatchError("rope", found, known.rope_fingerprint.hex()[:16])
-    if set(known.streams) != set(wanted.shapes):
-        raise CorruptBlobError("streams", f"{sorted(wanted.shapes)} are not calibrated")
-    for name, shape in wanted.shapes.items():
-        if shape[1::2] != (known.streams[name].heads, known.streams[name].dim):
-            raise CorruptBlobError(f"stream {name!r}", f"shape {shape} is not calibrated")
-    return known
 
 
 def read_plan(wanted: Wanted, known: GroupCalibration) -> ReadPlan:
@@ -64,22 +39,19 @@ def read_plan(wanted: Wanted, known: GroupCalibration) -> ReadPlan:
     for name, value in rank.items():
         if type(value) is not int or not 1 <= value <= known.bundles[name].rank:
             raise CorruptBlobError("codec parameters", f"rank {value!r} of streams {name!r}")
-    return ReadPlan(float(str(step)), sec.integer(wanted, "sinks", 0, _MAX_SINKS), rank)
+    return ReadPlan(float(str(step)), read_sink_count(wanted), rank)
 
 
 def check_page(page: CodedPage, known: GroupCalibration, plan: ReadPlan) -> None:
     """Section names and lengths. Raises: CorruptBlobError."""
     wanted = page.wanted
-    exact = sink_count(wanted.tokens, plan.sinks)
-    coded = wanted.tokens[1] - wanted.tokens[0] - exact
-    names = [f"{name}/sinks" for name in known.streams] if exact else []
+    span = Span.of(wanted.tokens, plan.sinks)
+    coded = span.coded
+    names = [f"{name}/sinks" for name in known.streams] if span.exact else []
     names += [f"{name}/q" for name in known.bundles] if coded else []
     steps = [f"{name}/steps" for name in known.bundles if coded]
     sec.check_names(page.sections, (*names, *(name for name in steps if name in page.sections)))
-    if exact:
-        for name, (layers, heads, _, dim) in wanted.shapes.items():
-            section = page.sections[f"{name}/sinks"]
-            check_sinks(section, layers * heads * exact * dim, wanted.dtypes[name])
+    check_exact(wanted, page.sections, span.exact)
     if not coded:
         return
     for name in known.bundles:

@@ -23,21 +23,29 @@ from kvferry.codec import options as opts
 from kvferry.codec import sections as sec
 from kvferry.codec.base import (
     CalibrationSource,
+    CodedPage,
     Encoded,
     FloatArray,
     PageTensors,
     Stream,
     Wanted,
 )
-from kvferry.codec.calibration import BundleCalibration, CurvePoint, GroupCalibration
-from kvferry.codec.ferry_parts import calibration_of
+from kvferry.codec.calibrated import (
+    Calibrated,
+    Span,
+    calibration_of,
+    check_exact,
+    join_tokens,
+    read_sink_count,
+    split_page,
+)
+from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.kvtc_calibration import KvtcCalibration
 from kvferry.codec.kvtc_fit import KvtcFit
 from kvferry.codec.kvtc_pack import ENTROPIES, pack, raw_size, unpack
 from kvferry.codec.kvtc_plan import BitPlan
 from kvferry.codec.kvtc_quantize import dequantize, quantize
-from kvferry.codec.rows import page_rows, store_rows
-from kvferry.codec.sinks import check_sinks, pack_sinks, read_sinks, sink_count
+from kvferry.codec.rows import page_rows
 from kvferry.codec.transform import project, reconstruct
 from kvferry.errors import (
     CalibrationMissingError,
@@ -49,12 +57,10 @@ from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
 
 _PARAMS = ("entropy", "plan", "sinks")
-_MAX_SINKS = 4096
-_TOO_LARGE = 1e38
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KvtcCodec:
+class KvtcCodec(Calibrated):
     """The published transform codec, over all layers and heads of a model.
 
     Attributes:
@@ -104,17 +110,6 @@ class KvtcCodec:
             "sinks": SINK_TOKENS,
         }
 
-    @property
-    def calibration_id(self) -> bytes:
-        """Id of the calibration; its part that readers need."""
-        return self._known.id
-
-    @property
-    def _known(self) -> GroupCalibration:
-        if self.calibration is None:
-            raise CalibrationMissingError("")
-        return self.calibration
-
     def fit(self, sample: Iterable[PageTensors]) -> KvtcCalibration:
         """Basis and errors anew, from other pages of the same model."""
         old = self._known
@@ -128,22 +123,18 @@ class KvtcCodec:
         streams that it lacks, and for values behind the sinks that are no numbers or
         whose coefficients leave float16."""
         known = self._known
-        if (page.layers, page.heads) != (known.layers, known.heads):
-            raise UnsupportedTensorError("*", f"layers {page.layers} differ from the calibration's")
-        if set(page.streams) != set(known.streams) or set(page.streams) != set(self.plans):
+        span, exact = split_page(page, known)
+        if set(page.streams) != set(self.plans):
             raise UnsupportedTensorError("*", f"streams {sorted(page.streams)} are not calibrated")
-        exact = sink_count(page.tokens, SINK_TOKENS)
         sections: list[SectionData] = []
-        for name, part in known.streams.items():
-            stream, basis = page.streams[name], known.bundles[name]
-            if stream.data.shape[1::2] != (part.heads, part.dim):
-                raise UnsupportedTensorError(name, f"shape {stream.data.shape} is not calibrated")
-            if exact:
-                sections.append(pack_sinks(f"{name}/sinks", stream, exact))
-            if stream.data.shape[2] > exact:
-                begin, plan = page.tokens[0] + exact, self.plans[name]
+        for name in known.streams:
+            basis = known.bundles[name]
+            if span.exact:
+                sections.append(exact[name])
+            if span.coded:
+                plan = self.plans[name]
                 with np.errstate(over="ignore", invalid="ignore"):  # `quantize` refuses those
-                    rows = page_rows(page, [name], known.ropes, begin)
+                    rows = page_rows(page, [name], known.ropes, span.tokens[0])
                     q = quantize(project(rows, basis.fold, plan.rank), plan, name)
                 size = raw_size(plan, len(rows))
                 sections.append(SectionData(f"{name}/q", pack(q, self.entropy), size))
@@ -158,19 +149,23 @@ class KvtcCodec:
         """Raises: CorruptBlobError, CalibrationMissingError, IdentityMismatchError."""
         known = calibration_of(wanted, calibrations)
         reading = _reading(wanted, sections, known)
-        streams = {
-            name: _decode_stream(wanted, sections, known, reading, name) for name in known.streams
-        }
+        streams, layers = {}, sec.layer_slice(wanted)
+        for name in known.streams:
+            rows = np.empty((0, 0), dtype=np.float32)
+            if reading.coded:
+                rows = _decode_rows(sections[f"{name}/q"], reading, name, known, layers)
+            data = join_tokens(name, rows, [CodedPage(wanted, sections)], known, reading.sinks)
+            streams[name] = Stream(name, data, wanted.dtypes[name])
         return PageTensors(wanted.cut, wanted.heads, wanted.tokens, streams)
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """The checked parameters of a blob, and how many of its tokens are exact or coded."""
+    """The checked parameters of a blob, and how many of its tokens are coded."""
 
     plans: Mapping[str, BitPlan]
     entropy: str
-    exact: int
+    sinks: int
     coded: int
 
 
@@ -181,18 +176,15 @@ def _reading(
     entropy, plans = wanted.params["entropy"], _plans(wanted.params["plan"], known)
     if not isinstance(entropy, str) or entropy not in ENTROPIES:
         raise CorruptBlobError("codec parameters", "'entropy' is unknown")
-    exact = sink_count(wanted.tokens, sec.integer(wanted, "sinks", 0, _MAX_SINKS))
-    coded = wanted.tokens[1] - wanted.tokens[0] - exact
-    parts = ["sinks"] * bool(exact) + ["q"] * bool(coded)
+    sinks = read_sink_count(wanted)
+    span = Span.of(wanted.tokens, sinks)
+    parts = ["sinks"] * bool(span.exact) + ["q"] * bool(span.coded)
     sec.check_names(sections, (f"{name}/{part}" for name in known.streams for part in parts))
-    for name, (layers, heads, _, dim) in wanted.shapes.items():
-        if exact:
-            check_sinks(
-                sections[f"{name}/sinks"], layers * heads * exact * dim, wanted.dtypes[name]
-            )
-        if coded:
-            sec.check_raw(sections[f"{name}/q"], raw_size(plans[name], coded))
-    return _Reading(plans, entropy, exact, coded)
+    check_exact(wanted, sections, span.exact)
+    if span.coded:
+        for name in known.streams:
+            sec.check_raw(sections[f"{name}/q"], raw_size(plans[name], span.coded))
+    return _Reading(plans, entropy, sinks, span.coded)
 
 
 def _plans(value: object, known: GroupCalibration) -> Mapping[str, BitPlan]:
@@ -209,39 +201,13 @@ def _plans(value: object, known: GroupCalibration) -> Mapping[str, BitPlan]:
     return plans
 
 
-def _decode_stream(
-    wanted: Wanted,
-    sections: Mapping[str, SectionData],
-    known: GroupCalibration,
-    reading: _Reading,
-    name: str,
-) -> Stream:
-    basis, dtype, layers = known.bundles[name], wanted.dtypes[name], sec.layer_slice(wanted)
-    _, heads, _, dim = wanted.shapes[name]
-    count, tokens, exact = layers.stop - layers.start, wanted.tokens, reading.exact
-    out = np.empty((count, heads, tokens[1] - tokens[0], dim), dtype=dtype.storage)
-    if exact:
-        whole = (wanted.shapes[name][0], heads, exact, dim)
-        out[:, :, :exact] = read_sinks(sections[f"{name}/sinks"], whole, dtype)[layers]
-    if reading.coded:
-        rows = _decode_rows(sections[f"{name}/q"], reading, name, basis, layers)
-        ropes = known.ropes.get(name)
-        ropes = None if ropes is None else ropes[layers]
-        store_rows(out[:, :, exact:], dtype, rows, ropes, (tokens[0] + exact, tokens[1]))
-    return Stream(name, out, dtype)
-
-
 def _decode_rows(
-    section: SectionData, reading: _Reading, name: str, basis: BundleCalibration, layers: slice
+    section: SectionData, reading: _Reading, name: str, known: GroupCalibration, layers: slice
 ) -> FloatArray:
-    plan = reading.plans[name]
+    plan, basis = reading.plans[name], known.bundles[name]
     q = unpack(section.data, plan, reading.coded, reading.entropy, f"section {section.name!r}")
     z = np.empty((reading.coded, 1 + plan.rank), dtype=np.float32)
     z[:, 0] = 1.0
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # `join_tokens` refuses those
         dequantize(q, plan, z[:, 1:])
-        rows = reconstruct(z, basis.fold, basis.rows_of(name, layers))
-    peak = max(float(rows.max()), -float(rows.min())) if rows.size else 0.0
-    if not peak < _TOO_LARGE:  # also true of NaN; no page of ours decodes to this
-        raise CorruptBlobError(f"stream {name!r}", "decodes to NaN or infinite values")
-    return rows
+        return reconstruct(z, basis.fold, basis.rows_of(name, layers))
