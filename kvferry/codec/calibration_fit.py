@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Self
 
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration_bundle import (
     JOINER,
+    BundleCalibration,
     StreamPart,
     bundle_calibration,
     part_weights,
@@ -67,6 +69,17 @@ class GroupAccumulator:
         self._bundles: dict[str, CovarianceAccumulator] = {}
         self._importance: dict[str, ImportanceSums] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+
+    @classmethod
+    def like(cls, old: GroupCalibration) -> Self:
+        """Empty, for other pages of the group that ``old`` is a calibration of."""
+        return cls(
+            model_id=old.model_id,
+            layers=old.layers,
+            heads=old.heads,
+            ropes=old.ropes,
+            joint=any(len(bundle.parts) > 1 for bundle in old.bundles.values()),
+        )
 
     @property
     def bundles(self) -> Mapping[str, CovarianceAccumulator]:
@@ -147,6 +160,24 @@ class GroupAccumulator:
             sums = self._importance.setdefault(name, ImportanceSums(seen.width))
             sums.merge(other.importance[name])
 
+    def calibration(
+        self, bundles: Mapping[str, BundleCalibration], source: str
+    ) -> GroupCalibration:
+        """The group's calibration out of ``bundles`` that were fitted to what was seen.
+
+        Args:
+            source: where the text came from, for people.
+        """
+        return GroupCalibration(
+            model_id=self.model_id,
+            layers=self.layers,
+            heads=self.heads,
+            bundles=bundles,
+            ropes=self.ropes,
+            source=source,
+            tokens=self.tokens,
+        )
+
 
 def fit_group(
     seen: GroupAccumulator,
@@ -179,15 +210,7 @@ def fit_group(
         basis = eigenbasis(accumulator, max_rank, at)
         basis = replace(basis, importance=seen.importance[name].fit(basis, at))
         bundles[name] = bundle_calibration(parts, basis)
-    return GroupCalibration(
-        model_id=seen.model_id,
-        layers=seen.layers,
-        heads=seen.heads,
-        bundles=bundles,
-        ropes=seen.ropes,
-        source=source,
-        tokens=seen.tokens,
-    )
+    return seen.calibration(bundles, source)
 
 
 def _contiguous(weight: FloatArray | None) -> FloatArray | None:

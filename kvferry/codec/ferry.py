@@ -113,13 +113,7 @@ class FerryCodec(Calibrated):
     def fit(self, sample: Iterable[PageTensors]) -> GroupCalibration:
         """Bases refitted on other pages of the same model and group."""
         old = self._known
-        seen = GroupAccumulator(
-            model_id=old.model_id,
-            layers=old.layers,
-            heads=old.heads,
-            ropes=old.ropes,
-            joint=any(len(bundle.parts) > 1 for bundle in old.bundles.values()),
-        )
+        seen = GroupAccumulator.like(old)
         for page in sample:
             seen.add(page)
         weights = {n: s.weight for n, s in old.streams.items() if s.weight is not None}

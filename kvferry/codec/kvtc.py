@@ -39,7 +39,7 @@ from kvferry.codec.calibrated import (
     read_sink_count,
     split_page,
 )
-from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.calibration import CurvePoint, GroupAccumulator, GroupCalibration
 from kvferry.codec.kvtc_calibration import KvtcCalibration
 from kvferry.codec.kvtc_fit import KvtcFit
 from kvferry.codec.kvtc_pack import ENTROPIES, pack, raw_size, unpack
@@ -113,7 +113,7 @@ class KvtcCodec(Calibrated):
     def fit(self, sample: Iterable[PageTensors]) -> KvtcCalibration:
         """Basis and errors anew, from other pages of the same model."""
         old = self._known
-        seen = KvtcFit(model_id=old.model_id, layers=old.layers, heads=old.heads, ropes=old.ropes)
+        seen = KvtcFit(GroupAccumulator.like(old))
         for page in sample:
             seen.add(page)
         return seen.finish(old.source)

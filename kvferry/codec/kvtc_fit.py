@@ -1,15 +1,14 @@
 """From pages of a model to a calibration of `kvtc`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
-from kvferry.codec.calibration import GroupAccumulator, GroupCalibration
+from kvferry.codec.calibration import GroupAccumulator
 from kvferry.codec.calibration_bundle import StreamPart, bundle_calibration
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.kvtc_quantize import measured_errors
-from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows
 from kvferry.codec.transform import Basis, CovarianceAccumulator, project
 from kvferry.errors import ConfigError, UnsupportedTensorError
@@ -34,18 +33,11 @@ class KvtcFit:
     Memory: one covariance per stream, and the rows on which errors are measured.
     """
 
-    def __init__(
-        self,
-        *,
-        model_id: bytes,
-        layers: tuple[int, int],
-        heads: tuple[int, int],
-        ropes: Mapping[str, Sequence[RopeSpec]],
-    ) -> None:
-        """As `GroupAccumulator`."""
-        self._seen = GroupAccumulator(
-            model_id=model_id, layers=layers, heads=heads, ropes=ropes, joint=False
-        )
+    def __init__(self, seen: GroupAccumulator) -> None:
+        """``seen``: an empty one, whose streams are not joint. Raises: ConfigError."""
+        if seen.joint:
+            raise ConfigError("joint", seen.joint, "False for kvtc: a basis for each stream")
+        self._seen = seen
         self._kept: dict[str, FloatArray] = {}
         self._apart: dict[str, FloatArray] = {}
         self._stride = 1
@@ -104,15 +96,7 @@ class KvtcFit:
             )
             for name, accumulator in seen.bundles.items()
         }
-        group = GroupCalibration(
-            model_id=seen.model_id,
-            layers=seen.layers,
-            heads=seen.heads,
-            bundles=bundles,
-            ropes=seen.ropes,
-            source=source,
-            tokens=seen.tokens,
-        )
+        group = seen.calibration(bundles, source)
         errors = {}
         for name, bundle in group.bundles.items():
             z = project(self.kept[name], bundle.fold, bundle.rank)

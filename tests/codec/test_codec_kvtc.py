@@ -1,6 +1,7 @@
 """The published codec: what it stores, what it refuses, and what comes back."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from kvferry.codec.blob import decode_blob, encode_blob
 from kvferry.codec.calibration import (
     BundleCalibration,
     CalibrationSet,
+    GroupAccumulator,
     GroupCalibration,
     StreamPart,
 )
@@ -50,6 +52,10 @@ def made(ratio: float, known: KvtcCalibration = KNOWN, entropy: str = "zlib") ->
     codec = make_codec("kvtc", {"ratio": ratio, "entropy": entropy}, known)
     assert isinstance(codec, KvtcCodec)
     return codec
+
+
+def a_fit(**group: Any) -> KvtcFit:
+    return KvtcFit(GroupAccumulator(model_id=MODEL_ID, joint=False, **group))
 
 
 def restore(
@@ -295,7 +301,7 @@ def sample(tokens: int = 900, seed: int = 3) -> list[PageTensors]:
 
 def fitted(pages: list[PageTensors]) -> KvtcCalibration:
     ropes = {"k": (rope_spec(16),) * 2}
-    seen = KvtcFit(model_id=MODEL_ID, layers=(0, 2), heads=(0, 2), ropes=ropes)
+    seen = a_fit(layers=(0, 2), heads=(0, 2), ropes=ropes)
     for page in pages:
         seen.add(page)
     return seen.finish("made up")
@@ -325,7 +331,7 @@ def test_fitting_again_by_the_codec_is_the_same() -> None:
 
 
 def test_errors_are_measured_on_rows_from_everywhere() -> None:
-    seen = KvtcFit(model_id=MODEL_ID, layers=(0, 1), heads=(0, 1), ropes={})
+    seen = a_fit(layers=(0, 1), heads=(0, 1), ropes={})
     count = 5 * KEPT_ROWS
     for start in range(0, count, 777):
         end = min(start + 777, count)
@@ -342,7 +348,7 @@ def test_errors_are_measured_on_rows_from_everywhere() -> None:
 
 def test_errors_are_measured_apart_from_what_was_fitted() -> None:
     ropes = {"k": (rope_spec(16),) * 2}
-    seen = KvtcFit(model_id=MODEL_ID, layers=(0, 2), heads=(0, 2), ropes=ropes)
+    seen = a_fit(layers=(0, 2), heads=(0, 2), ropes=ropes)
     fitted_on, apart = sample(), random_page(layers=(0, 2), tokens=(0, 304), dim=16)
     for page in fitted_on:
         seen.add(page)
@@ -357,12 +363,14 @@ def test_errors_are_measured_apart_from_what_was_fitted() -> None:
 
 
 def test_too_little_or_too_wide() -> None:
-    seen = KvtcFit(model_id=MODEL_ID, layers=(0, 1), heads=(0, 64), ropes={})
+    seen = a_fit(layers=(0, 1), heads=(0, 64), ropes={})
     with pytest.raises(UnsupportedTensorError, match="no tokens"):
         seen.finish("")
     wide = random_page(layers=(0, 1), heads=(0, 64), tokens=(0, 5), dim=256)
     with pytest.raises(ConfigError, match="use ferry"):
         seen.add(wide)
+    with pytest.raises(ConfigError, match="a basis for each stream"):
+        KvtcFit(GroupAccumulator(model_id=MODEL_ID, layers=(0, 1), heads=(0, 1), ropes={}))
 
 
 def test_it_comes_back_from_a_folder(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvferry.codec.base import PageTensors
+from kvferry.codec.calibration import GroupAccumulator
 from kvferry.codec.kvtc_calibration import KvtcCalibration
 from kvferry.codec.kvtc_fit import KvtcFit
 from kvferry.codec.lab.forward import prefill
@@ -53,7 +54,10 @@ def calibrate(
     shape = describe(loaded.model, loaded.config)
     ropes = {name: rope_specs(loaded.model) for name, s in shape.streams.items() if s.rotated}
     whole = (0, shape.layers)
-    seen = KvtcFit(model_id=model_id, layers=whole, heads=(0, shape.kv_heads), ropes=ropes)
+    heads = (0, shape.kv_heads)
+    seen = KvtcFit(
+        GroupAccumulator(model_id=model_id, layers=whole, heads=heads, ropes=ropes, joint=False)
+    )
     done = 0
 
     def advance(count: int) -> None:
