@@ -16,10 +16,11 @@ from kvferry.codec.calibration_bundle import (
     part_weights,
 )
 from kvferry.codec.calibration_group import GroupCalibration
+from kvferry.codec.covariance import CovarianceAccumulator, Float64Array
 from kvferry.codec.importance import ImportanceSums
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows
-from kvferry.codec.transform import CovarianceAccumulator, Float64Array, eigenbasis
+from kvferry.codec.transform import eigenbasis
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
-from kvferry.codec.transform import Basis, Float64Array, Forward, Weights, apply_weights
+from kvferry.codec.covariance import Float64Array
+from kvferry.codec.transform import Basis, Forward, Weights, apply_weights
 
 DEFAULT_ADAPT = 0.5
 # Leading coefficients that the prediction looks at.

@@ -7,10 +7,11 @@ import numpy as np
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration import GroupAccumulator
 from kvferry.codec.calibration_bundle import StreamPart, bundle_calibration
+from kvferry.codec.covariance import CovarianceAccumulator
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.kvtc_quantize import measured_errors
 from kvferry.codec.rows import page_rows
-from kvferry.codec.transform import Basis, CovarianceAccumulator, project
+from kvferry.codec.transform import Basis, project
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 

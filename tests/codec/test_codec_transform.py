@@ -4,9 +4,9 @@ from codec_samples import heavy_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvferry.codec.covariance import CovarianceAccumulator
 from kvferry.codec.transform import (
     Basis,
-    CovarianceAccumulator,
     cut_basis,
     eigenbasis,
     fold,
@@ -47,6 +47,18 @@ def test_batches_give_the_covariance_of_all_rows(sizes: list[int], offset: float
         merged.merge(seen(part))
     np.testing.assert_allclose(merged.covariance(), whole.covariance(), atol=1e-3)
     assert merged.count == whole.count == sum(sizes)
+
+
+def test_a_state_that_was_kept_goes_on_bit_for_bit() -> None:
+    rows = np.random.default_rng(3).standard_normal((90, 7)).astype(np.float32) + 5
+    whole, begun = seen(rows[:40], rows[40:]), seen(rows[:40])
+    layout = CovarianceAccumulator.state_layout(7)
+    assert {n: (v.shape, v.dtype.str) for n, v in begun.state.items()} == layout
+    again = CovarianceAccumulator.of_state({n: v.copy() for n, v in begun.state.items()})
+    assert (again.width, again.count) == (7, 40)
+    again.add(rows[40:])
+    assert again.covariance().tobytes() == whole.covariance().tobytes()
+    assert again.mean().tobytes() == whole.mean().tobytes()
 
 
 def test_accumulator_refuses_what_would_poison_it() -> None:

@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from kvferry import __version__
 from kvferry.codec.calibration import GroupCalibration
+from kvferry.codec.covariance import StateLayout, StateTensors
 from kvferry.codec.files import read_capped, write_atomically
-from kvferry.codec.lab.gathered import Layout, StateTensors
 from kvferry.codec.lab.plan import HeldText, Plan
 from kvferry.errors import CalibrationCorruptError, CodecError
 from kvferry.proto.container import DEFAULT_LIMITS
@@ -80,7 +80,7 @@ class Checkpoint:
         now = time.monotonic()
         self._next = now + max(EVERY_S, (now - started) / _WRITING_SHARE)
 
-    def load(self, layout: Layout) -> StateTensors | None:
+    def load(self, layout: StateLayout) -> StateTensors | None:
         """What was saved; None: nothing, or nothing usable, which one line says."""
         path = self.folder / _STATE
         if not path.is_file():
@@ -157,7 +157,7 @@ def _write(path: Path, tensors: StateTensors) -> None:
         raise
 
 
-def _read(path: Path, layout: Layout) -> StateTensors:
+def _read(path: Path, layout: StateLayout) -> StateTensors:
     """Raises: CalibrationCorruptError, OSError, SafetensorError. Sizes are checked first."""
     cap = sum(
         int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize

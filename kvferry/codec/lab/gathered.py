@@ -9,55 +9,24 @@ import numpy.typing as npt
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration import GroupAccumulator, layer_groups
 from kvferry.codec.calibration_bundle import JOINER
+from kvferry.codec.covariance import CovarianceAccumulator, StateLayout, StateTensors
 from kvferry.codec.importance import ImportanceSums
 from kvferry.codec.lab.fisher import Fisher, FisherPass
 from kvferry.codec.mlx.shape import ModelShape
 from kvferry.codec.rope import RopeSpec
-from kvferry.codec.transform import CovarianceAccumulator
 from kvferry.errors import CalibrationCorruptError
 
-Layout = dict[str, tuple[tuple[int, ...], str]]
-StateTensors = Mapping[str, npt.NDArray[Any]]
 _COVERED = "covered"
-
-
-class _Covariance(CovarianceAccumulator):
-    """A covariance whose sums can be taken out and put back bit for bit."""
-
-    @staticmethod
-    def layout(width: int) -> Layout:
-        """Part -> (shape, dtype)."""
-        return {
-            "count": ((1,), "<i8"),
-            "shift": ((width,), "<f4"),
-            "sum": ((width,), "<f8"),
-            "products": ((width, width), "<f8"),
-        }
-
-    @staticmethod
-    def parts(of: CovarianceAccumulator) -> StateTensors:
-        """Views of what ``of`` holds."""
-        count = np.array([of._count], dtype="<i8")
-        return {"count": count, "shift": of._shift, "sum": of._sum, "products": of._products}
-
-    @classmethod
-    def of(cls, parts: StateTensors) -> "_Covariance":
-        """The inverse of `parts`; takes the arrays over."""
-        made = cls(1)
-        made._width = len(parts["shift"])
-        made._count = int(parts["count"][0])
-        made._shift, made._sum, made._products = parts["shift"], parts["sum"], parts["products"]
-        return made
 
 
 class SeenGroup(GroupAccumulator):
     """A layer group's accumulator whose state can be kept."""
 
-    def layout(self, shape: ModelShape) -> Layout:
+    def layout(self, shape: ModelShape) -> StateLayout:
         """Names, shapes and dtypes of `tensors` once something was added."""
         count = self.layers[1] - self.layers[0]
         width = count * sum(stream.heads * stream.dim for stream in shape.streams.values())
-        parts = _Covariance.layout(width) | {
+        parts = CovarianceAccumulator.state_layout(width) | {
             "importance": ((width,), "<f8"),
             "weighed": ((1,), "<i8"),
         }
@@ -68,7 +37,7 @@ class SeenGroup(GroupAccumulator):
         found: dict[str, npt.NDArray[Any]] = {}
         for name, covariance in self._bundles.items():
             sums = self._importance[name]
-            parts = dict(_Covariance.parts(covariance))
+            parts = dict(covariance.state)
             parts["importance"] = sums.products
             parts["weighed"] = np.array([sums.count], dtype="<i8")
             found |= {self._name(part): value for part, value in parts.items()}
@@ -76,8 +45,8 @@ class SeenGroup(GroupAccumulator):
 
     def load(self, tensors: StateTensors, shape: ModelShape) -> None:
         """Take over what `tensors` gave. Raises: KeyError."""
-        parts = {part: tensors[self._name(part)] for part in _Covariance.layout(1)}
-        covariance = _Covariance.of(parts)
+        parts = {part: tensors[self._name(part)] for part in CovarianceAccumulator.state_layout(1)}
+        covariance = CovarianceAccumulator.of_state(parts)
         sums = ImportanceSums(covariance.width)
         sums.products = tensors[self._name("importance")]
         sums.count = int(tensors[self._name("weighed")][0])
@@ -140,9 +109,9 @@ class Gathered:
         """See `Fisher.weights`; None where no pass was taken in."""
         return self.fisher.weights(layers, ridge) if self.fisher.passes else None
 
-    def layout(self) -> Layout:
+    def layout(self) -> StateLayout:
         """Names, shapes and dtypes of all tensors that a kept state may have."""
-        found: Layout = {_COVERED: ((2,), "<i8")}
+        found: StateLayout = {_COVERED: ((2,), "<i8")}
         for group in self.groups:
             found |= group.layout(self.shape)
         for name, stream in self.shape.streams.items():
