@@ -7,11 +7,10 @@ import numpy as np
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration import GroupAccumulator
 from kvferry.codec.calibration_bundle import StreamPart, bundle_calibration
-from kvferry.codec.covariance import CovarianceAccumulator
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.kvtc_quantize import measured_errors
 from kvferry.codec.rows import page_rows
-from kvferry.codec.transform import Basis, project
+from kvferry.codec.transform import eigenbasis, project
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 
@@ -84,8 +83,13 @@ class KvtcFit:
         return self._apart or self._kept
 
     def finish(self, source: str) -> KvtcCalibration:
-        """Bases by PCA, then errors and plans. Raises: UnsupportedTensorError: too little
-        was seen."""
+        """Bases by PCA, then errors and plans.
+
+        The covariance's eigenvectors are what the SVD of the centred data would give,
+        without the data. Exact rather than randomized (as published): at a rank near the
+        width it is also the faster one.
+        Raises: UnsupportedTensorError: too little was seen.
+        """
         seen = self._seen
         if not seen.bundles:
             raise UnsupportedTensorError("*", "no tokens to calibrate on")
@@ -93,7 +97,7 @@ class KvtcFit:
         bundles = {
             name: bundle_calibration(
                 [StreamPart(name=name, heads=seen.shapes[name][0], dim=seen.shapes[name][1])],
-                principal_basis(accumulator, MAX_BASIS_BYTES // (2 * total)),
+                eigenbasis(accumulator, MAX_BASIS_BYTES // (2 * total)),
             )
             for name, accumulator in seen.bundles.items()
         }
@@ -103,24 +107,3 @@ class KvtcFit:
             z = project(self.kept[name], bundle.fold, bundle.rank)
             errors[name] = StreamErrors(*measured_errors(z))
         return KvtcCalibration.of(group, errors).planned()
-
-
-def principal_basis(seen: CovarianceAccumulator, max_rank: int) -> Basis:
-    """Eigenvectors of the covariance by falling variance: what the SVD of the centred data
-    would give, without the data.
-
-    In float32, twice as fast as float64: its error, 1e-7 of the greatest variance, is
-    far below a quantization step. Exact rather than randomized (as published): at a rank
-    near the width it is also the faster one.
-    Raises: UnsupportedTensorError: fewer than two rows.
-    """
-    if seen.count < 2:
-        raise UnsupportedTensorError("rows", f"{seen.count} rows: no basis")
-    variances, vectors = np.linalg.eigh(seen.covariance().astype(np.float32))
-    keep = min(max_rank, seen.width, seen.count - 1)
-    order = np.arange(seen.width - 1, seen.width - 1 - keep, -1)
-    return Basis(
-        seen.mean().astype(np.float32),
-        np.ascontiguousarray(vectors[:, order]),
-        np.sqrt(np.maximum(variances[order], 0)).astype(np.float32),
-    )
