@@ -16,10 +16,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvferry.codec.base import DType, FloatArray, PageTensors, Stream
-from kvferry.codec.blob import BlobMeta, StoredBlob, decode_blobs, encode_blob
+from kvferry.codec.blob import BlobMeta, StoredBlob
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.ferry import FerryCodec
-from kvferry.codec.lab.coding import GroupSource
+from kvferry.codec.lab.coding import GroupSource, decode_pages, encode_page, page_meta
 from kvferry.codec.lab.forward import PREFILL_CHUNK, prefill
 from kvferry.codec.lab.machine import load_average, machine
 from kvferry.codec.mlx import adapters
@@ -27,7 +27,7 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.shape import describe
 from kvferry.codec.rows import page_rows
 from kvferry.codec.transform import Fold, project, reconstruct
-from kvferry.errors import CodecError, ConfigError
+from kvferry.errors import ConfigError
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS
 
 RUN_PAGES = 8
@@ -191,11 +191,10 @@ class _Subject:
         usual = pages[_USUAL]
         self._pages.append((codec, usual))
         for index, page in enumerate(pages):
-            key, data = encode_blob(codec, page, self._meta(index))
-            blob = StoredBlob(data, key, page.tokens)
+            blob = encode_page(codec, page, self._meta(index))
             self._run.append(blob)
             self.values_fp16 += page.raw_bytes_fp16
-            self.blob_bytes += len(data)
+            self.blob_bytes += len(blob.data)
             if page is usual:
                 self._one.append(blob)
         ranks: Any = codec.params["rank"]
@@ -215,7 +214,7 @@ class _Subject:
         tall = [(np.tile(z, (RUN_PAGES, 1)), by) for z, by in self._decode]
         return {
             "encode": (
-                lambda: [encode_blob(c, page, self._meta(0)) for c, page in self._pages],
+                lambda: [encode_page(c, page, self._meta(0)) for c, page in self._pages],
                 lambda: [_encode_product(*part) for part in self._encode],
             ),
             "decode": (
@@ -229,23 +228,10 @@ class _Subject:
         }
 
     def _decoded(self, blobs: Sequence[StoredBlob]) -> list[PageTensors]:
-        found = decode_blobs(blobs, model_id=self._model_id, cut=None, calibrations=self._source)
-        pages = []
-        for page in found:
-            if isinstance(page, CodecError):
-                raise page
-            pages.append(page)
-        return pages
+        return decode_pages(blobs, self._model_id, self._source)
 
     def _meta(self, index: int) -> BlobMeta:
-        return BlobMeta(
-            kind="page",
-            model_id=self._model_id,
-            page_key=bytes([index]) * len(self._model_id),
-            previous_key=self._model_id,
-            model_layers=self._layers,
-            model_heads=self._heads,
-        )
+        return page_meta(self._model_id, index, self._layers, self._heads)
 
 
 def _encode_product(x: FloatArray, by: Fold, rank: int) -> object:

@@ -32,6 +32,42 @@ class GroupSource:
         return self._groups[calibration_id]
 
 
+def page_meta(model_id: bytes, index: int, layers: int, heads: int, kind: str = "page") -> BlobMeta:
+    """Of the ``index``-th page of a text that nobody will look for.
+
+    Args:
+        layers, heads: of the model.
+        kind: "page" or "tail".
+    """
+    root = root_key(_SALT, model_id)
+    return BlobMeta(
+        kind=kind,
+        model_id=model_id,
+        page_key=tail_key(root, [index]),
+        previous_key=root,
+        model_layers=layers,
+        model_heads=heads,
+    )
+
+
+def encode_page(codec: Codec, page: PageTensors, meta: BlobMeta) -> StoredBlob:
+    """As the hook would. Raises: CodecError."""
+    key, data = encode_blob(codec, page, meta)
+    return StoredBlob(data, key, page.tokens)
+
+
+def decode_pages(
+    blobs: Sequence[StoredBlob], model_id: bytes, calibrations: CalibrationSource
+) -> list[PageTensors]:
+    """Blobs of one layer range, all of its layers. Raises: CodecError."""
+    pages = []
+    for page in decode_blobs(blobs, model_id=model_id, cut=None, calibrations=calibrations):
+        if isinstance(page, CodecError):
+            raise page
+        pages.append(page)
+    return pages
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
     """What came back, and what it cost.
@@ -75,42 +111,24 @@ class Coder:
         spans = list(itertools.pairwise(edges))
         stored: dict[LayerRange, list[StoredBlob]] = {}
         values = encoding = 0.0
+        model_layers = max(end for _, end in self.codecs)
         for layers, codec in self.codecs.items():
             for index, span in enumerate(spans):
                 tensors = snapshot.page(layers, span)
                 values += tensors.raw_bytes_fp16 / 2
+                meta = page_meta(self.model_id, index, model_layers, self.model_heads, self.kind)
                 started = time.perf_counter()
-                key, data = encode_blob(codec, tensors, self._meta(index))
+                stored.setdefault(layers, []).append(encode_page(codec, tensors, meta))
                 encoding += time.perf_counter() - started
-                stored.setdefault(layers, []).append(StoredBlob(data, key, span))
         started = time.perf_counter()
-        decoded = {layers: self._decode(blobs) for layers, blobs in stored.items()}
+        decoded = {
+            layers: decode_pages(blobs, self.model_id, self.calibrations)
+            for layers, blobs in stored.items()
+        }
         decoding = time.perf_counter() - started
         size = sum(len(blob.data) for blobs in stored.values() for blob in blobs)
         pages = [join_layers([parts[i] for parts in decoded.values()]) for i in range(len(spans))]
         return Coded(pages, int(values), size, encoding, decoding)
-
-    def _decode(self, blobs: Sequence[StoredBlob]) -> list[PageTensors]:
-        found = decode_blobs(
-            blobs, model_id=self.model_id, cut=None, calibrations=self.calibrations
-        )
-        pages = []
-        for page in found:
-            if isinstance(page, CodecError):
-                raise page
-            pages.append(page)
-        return pages
-
-    def _meta(self, index: int) -> BlobMeta:
-        root = root_key(_SALT, self.model_id)
-        return BlobMeta(
-            kind=self.kind,
-            model_id=self.model_id,
-            page_key=tail_key(root, [index]),
-            previous_key=root,
-            model_layers=max(end for _, end in self.codecs),
-            model_heads=self.model_heads,
-        )
 
 
 def group_codecs(

@@ -2,14 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from kvferry.codec.base import Codec, FloatArray, PageTensors
-from kvferry.codec.blob import BlobMeta, StoredBlob, decode_blobs, encode_blob
 from kvferry.codec.calibration import (
     GroupCalibration,
     RateDistortion,
@@ -17,19 +16,24 @@ from kvferry.codec.calibration import (
     TextCurve,
 )
 from kvferry.codec.calibration_curve import mean_curves, total_prediction
-from kvferry.codec.lab.coding import GroupSource, group_codecs, join_layers
+from kvferry.codec.lab.coding import (
+    GroupSource,
+    decode_pages,
+    encode_page,
+    group_codecs,
+    join_layers,
+    page_meta,
+)
 from kvferry.codec.lab.compare import compare
 from kvferry.codec.lab.forward import prefill
 from kvferry.codec.lab.plan import COMPARE_WORK, POINT_WORK, HeldText, Plan
 from kvferry.codec.mlx import adapters
 from kvferry.codec.rope import positions_of, undo
-from kvferry.errors import CodecError
 from kvferry.proto import container
-from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, SINK_TOKENS, WINDOW_TOKENS, root_key, tail_key
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, SINK_TOKENS, WINDOW_TOKENS
 
 # Stream -> (layers, heads, dim, dim), A'A of the calibration's weights A.
 Metric = Mapping[str, FloatArray]
-_SALT = bytes(16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,29 +63,15 @@ def code_group(exact: Sequence[PageTensors], codec: Codec, group: GroupCalibrati
     Raises: CodecError.
     """
     metric = metric_of(group)
-    root = root_key(_SALT, group.model_id)
     stored, sizes = [], dict.fromkeys(exact[0].streams, 0.0)
     for index, page in enumerate(exact):
-        meta = BlobMeta(
-            kind="page",
-            model_id=group.model_id,
-            page_key=tail_key(root, [index]),
-            previous_key=root,
-            model_layers=group.layers[1],
-            model_heads=group.heads[1],
-        )
-        key, data = encode_blob(codec, page, meta)
-        stored.append(StoredBlob(data, key, page.tokens))
-        _share_size(data, page, sizes)
-    decoded = decode_blobs(
-        stored, model_id=group.model_id, cut=None, calibrations=GroupSource([group])
-    )
+        meta = page_meta(group.model_id, index, group.layers[1], group.heads[1])
+        stored.append(encode_page(codec, page, meta))
+        _share_size(stored[-1].data, page, sizes)
+    pages = decode_pages(stored, group.model_id, GroupSource([group]))
     errors = dict.fromkeys(sizes, 0.0)
-    pages, tokens = [], 0
-    for page, found in zip(exact, decoded, strict=True):
-        if isinstance(found, CodecError):
-            raise found
-        pages.append(found)
+    tokens = 0
+    for page, found in zip(exact, pages, strict=True):
         tokens += page.tokens[1] - page.tokens[0]
         for name in errors:
             errors[name] += weighted_error(page, found, name, group, metric.get(name))
@@ -94,7 +84,7 @@ def code_group(exact: Sequence[PageTensors], codec: Codec, group: GroupCalibrati
     )
 
 
-def _share_size(data: bytes, page: PageTensors, sizes: dict[str, float]) -> None:
+def _share_size(data: bytes | memoryview, page: PageTensors, sizes: dict[str, float]) -> None:
     """Add a blob's bytes to its streams'; what belongs to none is shared by values."""
     total = sum(stream.data.size for stream in page.streams.values())
     left = float(len(data))
@@ -222,24 +212,8 @@ def rate_distortion(
     streams = mean_curves([curves for _, curves in found])
     return RateDistortion(
         steps=tuple(steps),
-        streams=tuple(
-            StreamCurve(
-                layers=s.layers,
-                stream=s.stream,
-                width=s.width,
-                bits=s.bits,
-                kl=tuple(scale * kl for kl in s.kl),
-            )
-            for s in streams
-        ),
+        streams=tuple(replace(curve, kl=tuple(scale * kl for kl in curve.kl)) for curve in streams),
         texts=tuple(
-            TextCurve(
-                name=t.name,
-                tokens=t.tokens,
-                bits=t.bits,
-                kl=t.kl,
-                predicted=tuple(scale * kl for kl in t.predicted),
-            )
-            for t, _ in found
+            replace(text, predicted=tuple(scale * kl for kl in text.predicted)) for text, _ in found
         ),
     )
