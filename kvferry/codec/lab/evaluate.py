@@ -108,6 +108,23 @@ class Prepared:
     tail: Coded
     reference: Sequence[Reference]
 
+    def setup(
+        self,
+        codec: str,
+        options: Mapping[str, object],
+        groups: Sequence[GroupCalibration] = (),
+        curve: Sequence[CurvePoint] = (),
+    ) -> Setup:
+        """To `measure` a codec on this text."""
+        return Setup(
+            codec=codec,
+            options=options,
+            context=self.context,
+            continuation=self.continuation,
+            groups=groups,
+            curve=curve,
+        )
+
 
 def prepare(
     loaded: LoadedModel,

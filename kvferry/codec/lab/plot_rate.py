@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.lab import plot_style as style
-from kvferry.codec.lab.evaluate import Prepared, Setup, measure
+from kvferry.codec.lab.evaluate import Prepared, measure
 from kvferry.codec.lab.forward import Done
 from kvferry.codec.lab.knobs import Knob, Options
 
@@ -90,14 +90,7 @@ def rate_points(
             options = codec.knob.options(value)
             for name, text in texts.items():
                 note(f"{codec.knob.codec} {name}")
-                setup = Setup(
-                    codec=codec.knob.codec,
-                    options=options,
-                    context=text.context,
-                    continuation=text.continuation,
-                    groups=codec.groups,
-                    curve=codec.curve,
-                )
+                setup = text.setup(codec.knob.codec, options, codec.groups, codec.curve)
                 result = measure(text, setup, done)
                 ratio = 2 * result.pages.values / result.pages.blob_bytes
                 kl, ppl = result.found.kl_mean, result.found.ppl_delta_pct

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvferry.codec.calibration import CurvePoint, GroupCalibration, step_on_curve
-from kvferry.codec.lab.evaluate import Evaluation, Prepared, Setup, measure
+from kvferry.codec.lab.evaluate import Evaluation, Prepared, measure
 from kvferry.codec.lab.forward import Done
 from kvferry.codec.lab.knobs import Knob, Options
 from kvferry.codec.lab.search import Found, coarsest, coarsest_of
@@ -127,14 +127,7 @@ class Tuner:
         worst = float("-inf")
         for name in order:
             text = self.texts[name]
-            setup = Setup(
-                codec=self.knob.codec,
-                options=options,
-                context=text.context,
-                continuation=text.continuation,
-                groups=self.groups,
-                curve=self.curve,
-            )
+            setup = text.setup(self.knob.codec, options, self.groups, self.curve)
             results[name] = measure(text, setup, self.done)
             error = self.bound.error(results[name])
             if not error <= self.bound.limit:  # also where it is no number
