@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import CalibrationOption, ModelOption
 from kvferry.cli.output import JsonOption
 from kvferry.errors import ConfigError
 
@@ -43,7 +44,7 @@ def transport(
 
 @bench_app.command()
 def codec(
-    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")] = "smollm2",
+    model: ModelOption = "smollm2",
     target_kl: Annotated[
         float, typer.Option(metavar="NATS", help="Where on the calibration's curve.")
     ] = 0.005,
@@ -55,10 +56,7 @@ def codec(
         Path | None,
         typer.Option(metavar="FILE", help="Text of 2048 tokens. Default: Python's argparse."),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="What `kvferry calibrate` wrote. Default: user's cache."),
-    ] = None,
+    calibration: CalibrationOption = None,
     rounds: Annotated[int, typer.Option(min=3, max=1000, help="Repetitions; medians.")] = 15,
     prefills: Annotated[int, typer.Option(min=1, max=100, help="Prefills of 2048 tokens.")] = 3,
     json_file: JsonOption = None,

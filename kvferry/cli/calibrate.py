@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.calibrate_kvtc import calibrate_kvtc
+from kvferry.cli.options import ModelOption
 from kvferry.cli.output import JsonOption, progress, write_json
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")] = "smollm2",
+    model: ModelOption = "smollm2",
     text: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Text to learn from; repeat. Default: Python's docs."),

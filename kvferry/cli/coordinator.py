@@ -5,6 +5,15 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import (
+    LogLevelOption,
+    MetricsOption,
+    PlaintextOption,
+    PolicyFileOption,
+    ReadyFileOption,
+    ServeOption,
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -12,13 +21,9 @@ def register(app: typer.Typer) -> None:
 
 
 def coordinator(
-    listen: Annotated[str | None, typer.Option(help="HOST:PORT to serve on.")] = None,
-    metrics_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for Prometheus, empty: none.")
-    ] = None,
-    policy_file: Annotated[
-        Path | None, typer.Option(help="TOML policy; read again when it changes.")
-    ] = None,
+    listen: ServeOption = None,
+    metrics_listen: MetricsOption = None,
+    policy_file: PolicyFileOption = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of the namespace's secret and the policy in force.")
     ] = None,
@@ -28,13 +33,9 @@ def coordinator(
     away_after_s: Annotated[
         float | None, typer.Option(help="A node not heard of for so long is away.")
     ] = None,
-    allow_remote_plaintext: Annotated[
-        bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
-    ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="JSON with the address, written when ready.")
-    ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    allow_remote_plaintext: PlaintextOption = None,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = "info",
 ) -> None:
     """Run the coordinator: members, and the policy that steers the nodes."""
     import asyncio

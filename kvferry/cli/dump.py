@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import ModelOption
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
@@ -17,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def dump(
-    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")],
+    model: ModelOption,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="FILE.safetensors or FILE.npz to write.")
     ],

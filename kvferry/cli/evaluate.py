@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import CalibrationOption, ContextOption, ContinuationOption, ModelOption
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import CalibrationMissingError, ConfigError
 
@@ -19,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")],
+    model: ModelOption,
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
     codec: Annotated[
         str | None,
@@ -37,12 +38,9 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Codec and options as `kvferry tune` found them."),
     ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="What `kvferry calibrate` wrote. Default: user's cache."),
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens that the codec codes.")] = 2048,
-    continuation: Annotated[int, typer.Option(help="Tokens to measure on.")] = 512,
+    calibration: CalibrationOption = None,
+    context: ContextOption = 2048,
+    continuation: ContinuationOption = 512,
     skip_chars: Annotated[int, typer.Option(min=0, help="Start so far into the text.")] = 0,
     json: JsonOption = None,
 ) -> None:

@@ -5,6 +5,16 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import (
+    LogLevelOption,
+    MaxBlobOption,
+    MetricsOption,
+    PlaintextOption,
+    ReadyFileOption,
+    ReserveOption,
+    SocketOption,
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -13,11 +23,9 @@ def register(app: typer.Typer) -> None:
 
 def node(
     node_id: Annotated[str | None, typer.Option(help="Name of this machine.")] = None,
-    socket: Annotated[Path | None, typer.Option(help="Unix socket for hooks.")] = None,
+    socket: SocketOption = None,
     listen: Annotated[str | None, typer.Option(help="HOST:PORT for peers.")] = None,
-    metrics_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for Prometheus, empty: none.")
-    ] = None,
+    metrics_listen: MetricsOption = None,
     store: Annotated[str | None, typer.Option(help="HOST:PORT of the store, empty: none.")] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="HOST:PORT of the coordinator, empty: none.")
@@ -25,10 +33,10 @@ def node(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of its state and blobs.")] = None,
     memory_bytes: Annotated[int | None, typer.Option(help="Budget of the memory tier.")] = None,
     disk_bytes: Annotated[int | None, typer.Option(help="Budget on disk, 0: none.")] = None,
-    disk_reserve_bytes: Annotated[int | None, typer.Option(help="Free disk left alone.")] = None,
+    disk_reserve_bytes: ReserveOption = None,
     upload_queue_bytes: Annotated[int | None, typer.Option(help="Bytes that may wait.")] = None,
     upload_workers: Annotated[int | None, typer.Option(help="Uploads at a time.")] = None,
-    max_blob_bytes: Annotated[int | None, typer.Option(help="Largest blob taken.")] = None,
+    max_blob_bytes: MaxBlobOption = None,
     request_timeout_s: Annotated[
         float | None, typer.Option(help="For one transfer altogether.")
     ] = None,
@@ -36,13 +44,9 @@ def node(
     shutdown_timeout_s: Annotated[
         float | None, typer.Option(help="For uploads still queued when it stops.")
     ] = None,
-    allow_remote_plaintext: Annotated[
-        bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
-    ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="JSON with the addresses, written when ready.")
-    ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    allow_remote_plaintext: PlaintextOption = None,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = "info",
 ) -> None:
     """Run this machine's daemon: memory and disk tiers, peers, uploads to the store."""
     import asyncio

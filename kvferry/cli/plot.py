@@ -5,17 +5,13 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import CalibrationOption, ContextOption, ContinuationOption, ModelOption
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
 plot_app = typer.Typer(help="Draw measurements as PNG (needs matplotlib).", no_args_is_help=True)
 
-ModelOption = Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")]
 OutOption = Annotated[Path, typer.Option(metavar="FILE.png", help="Where to draw.")]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="What `kvferry calibrate` wrote. Default: user's cache."),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -34,8 +30,8 @@ def rate(
     ] = None,
     points: Annotated[int, typer.Option(min=1, max=16, help="Settings per codec.")] = 5,
     calibration: CalibrationOption = None,
-    context: Annotated[int, typer.Option(help="Tokens that the codec codes.")] = 2048,
-    continuation: Annotated[int, typer.Option(help="Tokens to measure on.")] = 512,
+    context: ContextOption = 2048,
+    continuation: ContinuationOption = 512,
     json: JsonOption = None,
 ) -> None:
     """Compression ratio against KL, a line per codec, all measured.
@@ -132,7 +128,7 @@ def layers(
     ] = True,
     calibration: CalibrationOption = None,
     context: Annotated[int, typer.Option(help="Tokens that are coded.")] = 1024,
-    continuation: Annotated[int, typer.Option(help="Tokens to measure on.")] = 128,
+    continuation: ContinuationOption = 128,
     json: JsonOption = None,
 ) -> None:
     """Which layers and heads matter: heat maps, and layers coded one by one.

@@ -1,9 +1,18 @@
 """``kvferry store``: the shared store."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvferry.cli.options import (
+    LogLevelOption,
+    MaxBlobOption,
+    MetricsOption,
+    PlaintextOption,
+    ReadyFileOption,
+    ReserveOption,
+    ServeOption,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -12,26 +21,20 @@ def register(app: typer.Typer) -> None:
 
 
 def store(
-    listen: Annotated[str | None, typer.Option(help="HOST:PORT to serve on.")] = None,
-    metrics_listen: Annotated[
-        str | None, typer.Option(help="HOST:PORT for Prometheus, empty: none.")
-    ] = None,
+    listen: ServeOption = None,
+    metrics_listen: MetricsOption = None,
     backend: Annotated[str | None, typer.Option(help="Where blobs are kept: file:///PATH.")] = None,
     budget_bytes: Annotated[
         int | None, typer.Option(help="Hard budget of everything under the root.")
     ] = None,
-    reserve_bytes: Annotated[int | None, typer.Option(help="Free disk left alone.")] = None,
-    max_blob_bytes: Annotated[int | None, typer.Option(help="Largest blob taken.")] = None,
+    reserve_bytes: ReserveOption = None,
+    max_blob_bytes: MaxBlobOption = None,
     staged_ttl_s: Annotated[
         float | None, typer.Option(help="Blobs staged and never committed end after so long.")
     ] = None,
-    allow_remote_plaintext: Annotated[
-        bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
-    ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="JSON with the address, written when ready.")
-    ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    allow_remote_plaintext: PlaintextOption = None,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = "info",
 ) -> None:
     """Run the shared store: blobs by key, complete pages, a hard byte budget."""
     import asyncio

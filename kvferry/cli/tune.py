@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.options import CalibrationOption, ContextOption, ContinuationOption, ModelOption
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
@@ -18,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
-    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub id.")],
+    model: ModelOption,
     text: Annotated[
         list[Path], typer.Option(metavar="FILE", help="Text to hold the bound on; repeat.")
     ],
@@ -31,12 +32,9 @@ def tune(
         typer.Option(metavar="PCT", help="Or: bound on the growth of perplexity in per cent."),
     ] = None,
     codec: Annotated[str, typer.Option(help="Codec to tune.")] = "ferry",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="What `kvferry calibrate` wrote. Default: user's cache."),
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens that the codec codes.")] = 2048,
-    continuation: Annotated[int, typer.Option(help="Tokens to measure on.")] = 512,
+    calibration: CalibrationOption = None,
+    context: ContextOption = 2048,
+    continuation: ContinuationOption = 512,
     evaluations: Annotated[int, typer.Option(min=1, max=64, help="Settings to try at most.")] = 8,
     json: JsonOption = None,
 ) -> None:

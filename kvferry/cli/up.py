@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.options import LogLevelOption, PolicyFileOption, ReadyFileOption, SocketOption
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -15,14 +17,10 @@ def up(
     data_dir: Annotated[
         Path | None, typer.Option(help="One folder for all three; default: each its own.")
     ] = None,
-    socket: Annotated[Path | None, typer.Option(help="Unix socket for hooks.")] = None,
-    policy_file: Annotated[
-        Path | None, typer.Option(help="TOML policy; read again when it changes.")
-    ] = None,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="JSON with the addresses, written when ready.")
-    ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    socket: SocketOption = None,
+    policy_file: PolicyFileOption = None,
+    ready_file: ReadyFileOption = None,
+    log_level: LogLevelOption = "warning",
 ) -> None:
     """Run everything that one machine needs; their own settings hold for each part."""
     import asyncio
