@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kvferry.codec.base import DType, FloatArray, PageTensors, Stream
-from kvferry.codec.blob import BlobMeta
+from kvferry.codec.base import Codec, DType, FloatArray, PageTensors, Stream
+from kvferry.codec.blob import BlobMeta, decode_blob, encode_blob
 from kvferry.codec.calibration import BundleCalibration, GroupCalibration, StreamPart
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import store_rows
+from kvferry.proto.keys import BlobKey
 
 MODEL_ID = bytes(range(32))
 PAGE_KEY = bytes([7]) * 32
@@ -138,6 +139,26 @@ class Calibrations:
         if calibration_id not in self._known:
             raise CalibrationMissingError(calibration_id.hex())
         return self._known[calibration_id]
+
+
+def decoded(
+    data: bytes,
+    key: BlobKey,
+    tokens: tuple[int, int],
+    *known: GroupCalibration,
+    cut: tuple[int, int] | None = None,
+) -> PageTensors:
+    """What a reader gets that has nothing but the blob and ``known``."""
+    return decode_blob(
+        data, key=key, model_id=MODEL_ID, tokens=tokens, cut=cut, calibrations=Calibrations(*known)
+    )
+
+
+def restored(codec: Codec, page: PageTensors, meta: BlobMeta | None = None) -> PageTensors:
+    """Encode, frame, check, decode."""
+    known = getattr(codec, "calibration", None)
+    key, data = encode_blob(codec, page, meta or meta_for())
+    return decoded(data, key, page.tokens, *([] if known is None else [known]))
 
 
 def bits(page: PageTensors) -> dict[str, bytes]:

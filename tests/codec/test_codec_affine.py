@@ -1,20 +1,17 @@
 import numpy as np
 import pytest
-from codec_samples import MODEL_ID, Calibrations, meta_for, random_page
+from codec_samples import decoded, meta_for, random_page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec.affine import AffineCodec, group_size, quantize_groups
 from kvferry.codec.base import DType, PageTensors, Stream
-from kvferry.codec.blob import decode_blob, encode_blob
+from kvferry.codec.blob import encode_blob
 
 
 def restore(page: PageTensors, bits: int) -> tuple[PageTensors, int]:
     key, blob = encode_blob(AffineCodec(bits), page, meta_for("tail"))
-    back = decode_blob(
-        blob, key=key, model_id=MODEL_ID, tokens=page.tokens, cut=None, calibrations=Calibrations()
-    )
-    return back, len(blob)
+    return decoded(blob, key, page.tokens), len(blob)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from codec_samples import (
     MODEL_ID,
-    Calibrations,
     bits,
-    meta_for,
     page_of,
     random_calibration,
+    restored,
     rope_spec,
     worst_error,
 )
@@ -18,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec.base import Codec, DType, PageTensors, Stream
-from kvferry.codec.blob import decode_blob, encode_blob
 from kvferry.codec.calibration import GroupAccumulator, GroupCalibration, fit_group
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.registry import make_codec
@@ -40,18 +38,6 @@ CODECS = [
 
 def made(name: str, options: dict[str, object], known: GroupCalibration) -> Codec:
     return make_codec(name, options, known if name == "ferry" else None)
-
-
-def back(codec: Codec, page: PageTensors, known: GroupCalibration) -> PageTensors:
-    key, data = encode_blob(codec, page, meta_for())
-    return decode_blob(
-        data,
-        key=key,
-        model_id=MODEL_ID,
-        tokens=page.tokens,
-        cut=None,
-        calibrations=Calibrations(known),
-    )
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS)
@@ -81,7 +67,7 @@ def test_what_is_no_number_is_kept_exactly_or_refused(
             with pytest.raises(UnsupportedTensorError, match=rf"'(k\+v|{stream})'"):
                 codec.encode(page)
             continue
-        found = back(codec, page, known)
+        found = restored(codec, page)
         assert bits(found.cut_tokens((start + at, start + at + 1))) == bits(
             page.cut_tokens((start + at, start + at + 1))
         )
@@ -121,7 +107,7 @@ def test_constant_columns_stay_what_they_are(
     if name == "ferry":
         options = {"step": 0.01}
     page = page_with(constant, varying[:64], (4, 68), dtype)
-    found = back(made(name, options, known), page, known)
+    found = restored(made(name, options, known), page)
     for stream in "kv":
         exact, got = page.streams[stream].float32(), found.streams[stream].float32()
         if name in ("raw", "zstd"):
@@ -148,11 +134,7 @@ def test_affine_gives_back_groups_of_one_value_exactly(
         data = np.clip(data, -65_504, 65_504)
     data[0, 0, 1] = np.random.default_rng(0).standard_normal(64)
     page = PageTensors((0, 1), (0, 1), (0, 3), {"k": Stream.from_float32("k", data, dtype)})
-    codec = make_codec("affine", {"bits": bits_})
-    key, blob = encode_blob(codec, page, meta_for())
-    found = decode_blob(
-        blob, key=key, model_id=MODEL_ID, tokens=(0, 3), cut=None, calibrations=Calibrations()
-    )
+    found = restored(make_codec("affine", {"bits": bits_}), page)
     got, exact = found.streams["k"].float32(), page.streams["k"].float32()
     assert (got[:, :, ::2] == exact[:, :, ::2]).all()
 
@@ -171,10 +153,7 @@ def test_affine_never_turns_large_halves_into_infinity(
     share[..., 0], share[..., 1] = 0, 1
     data = (low + share * (np.float32(high) - np.float32(low))).astype(np.float16)
     page = PageTensors((0, 1), (0, 1), (0, 4), {"v": Stream("v", data, DType.FLOAT16)})
-    key, blob = encode_blob(make_codec("affine", {"bits": bits_}), page, meta_for())
-    found = decode_blob(
-        blob, key=key, model_id=MODEL_ID, tokens=(0, 4), cut=None, calibrations=Calibrations()
-    )
+    found = restored(make_codec("affine", {"bits": bits_}), page)
     step = abs(high - low) / (2**bits_ - 1)
     assert np.isfinite(found.streams["v"].float32()).all()
     assert worst_error(found, page) <= 1.02 * step + 2.0**-9 * max(abs(low), abs(high)) + 1e-6
@@ -191,7 +170,7 @@ def test_what_leaves_float32_on_the_way_is_exact_or_refused(
         page.streams[stream].data[0, 1, 9, 3] = value
         codec = made(name, options, known)
         if name in ("raw", "zstd"):
-            assert bits(back(codec, page, known)) == bits(page)
+            assert bits(restored(codec, page)) == bits(page)
         else:
             with pytest.raises(UnsupportedTensorError):
                 codec.encode(page)

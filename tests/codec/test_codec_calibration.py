@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from codec_samples import (
     MODEL_ID,
-    Calibrations,
-    meta_for,
     page_of,
     random_calibration,
     random_page,
+    restored,
     rope_spec,
     worst_error,
 )
@@ -18,8 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec import calibration_format as fmt
-from kvferry.codec.base import PageTensors
-from kvferry.codec.blob import decode_blob, encode_blob
 from kvferry.codec.calibration import (
     CalibrationSet,
     CurvePoint,
@@ -136,24 +133,12 @@ def test_a_cut_keeps_each_layers_own_rope() -> None:
     assert part.layer_ropes[6] == {specs[2].fingerprint()}
     assert part.rope_fingerprint != known.rope_fingerprint
     page = page_of(known, (256, 290))
-    whole = restored(known, page)
+    whole = restored(FerryCodec(0.1, known), page)
     for layers in ((4, 5), (5, 7), (7, 8)):
         inner = known.cut(layers, (0, 2))
-        back = restored(inner, page.cut_layers(layers))
+        back = restored(FerryCodec(0.1, inner), page.cut_layers(layers))
         assert worst_error(back, page.cut_layers(layers)) < 0.6
     assert worst_error(whole, page) < 0.6
-
-
-def restored(known: GroupCalibration, page: PageTensors) -> PageTensors:
-    key, data = encode_blob(FerryCodec(0.1, known), page, meta_for())
-    return decode_blob(
-        data,
-        key=key,
-        model_id=MODEL_ID,
-        tokens=page.tokens,
-        cut=None,
-        calibrations=Calibrations(known),
-    )
 
 
 def test_a_stream_with_one_head_is_cut_by_layers_only() -> None:

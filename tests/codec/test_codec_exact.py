@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 from codec_samples import (
-    MODEL_ID,
-    Calibrations,
     bits,
+    decoded,
     meta_for,
     page_of,
     random_calibration,
     random_page,
+    restored,
     worst_error,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec.base import DType, PageTensors, Stream
-from kvferry.codec.blob import decode_blob, encode_blob
+from kvferry.codec.blob import encode_blob
 from kvferry.codec.registry import make_codec
 from kvferry.errors import UnsupportedTensorError
 
@@ -35,14 +35,7 @@ def through(
     key, data = encode_blob(codec, page, meta_for())
     again = encode_blob(codec, page, meta_for())
     assert again == (key, data)
-    return decode_blob(
-        data,
-        key=key,
-        model_id=MODEL_ID,
-        tokens=page.tokens,
-        cut=cut,
-        calibrations=Calibrations(known),
-    )
+    return decoded(data, key, page.tokens, known, cut=cut)
 
 
 def spans(
@@ -103,11 +96,7 @@ def test_exact_codecs_keep_every_bit_pattern(
     raw = np.random.default_rng(0).integers(0, 256, 2 * 1 * 70 * 32 * 4, dtype=np.uint8)
     data = raw.view(dtype.storage)[: 2 * 70 * 32].reshape(2, 1, 70, 32)  # NaN, inf, subnormals
     page = PageTensors((0, 2), (0, 1), (5, 75), {"k": Stream("k", data, dtype)})
-    codec = make_codec(name, options)
-    key, blob = encode_blob(codec, page, meta_for())
-    back = decode_blob(
-        blob, key=key, model_id=MODEL_ID, tokens=(5, 75), cut=None, calibrations=Calibrations()
-    )
+    back = restored(make_codec(name, options), page)
     assert bits(back) == bits(page)
 
 
@@ -128,9 +117,7 @@ def test_replicated_streams_keep_their_single_head() -> None:
     page = PageTensors((0, 2), (0, 4), (0, 9), {"latent": Stream("latent", latent, DType.FLOAT32)})
     for name, options in CODECS[:-1]:
         key, blob = encode_blob(make_codec(name, options), page, meta_for())
-        back = decode_blob(
-            blob, key=key, model_id=MODEL_ID, tokens=(0, 9), cut=(1, 2), calibrations=Calibrations()
-        )
+        back = decoded(blob, key, (0, 9), cut=(1, 2))
         assert back.streams["latent"].data.shape == (1, 1, 9, 96)
     assert page.cut_heads((1, 3)).streams["latent"].data.shape == (2, 1, 9, 96)
 

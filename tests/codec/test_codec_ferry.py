@@ -9,11 +9,13 @@ import pytest
 from codec_samples import (
     MODEL_ID,
     Calibrations,
+    decoded,
     heavy_rows,
     meta_for,
     page_of,
     random_calibration,
     random_page,
+    restored,
     rope_spec,
     worst_error,
 )
@@ -21,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec.base import DType, PageTensors, Stream
-from kvferry.codec.blob import StoredBlob, decode_blob, decode_blobs, encode_blob
+from kvferry.codec.blob import StoredBlob, decode_blobs, encode_blob
 from kvferry.codec.calibration import GroupAccumulator, GroupCalibration, fit_group
 from kvferry.codec.entropy import pack_columns
 from kvferry.codec.ferry import FerryCodec
@@ -30,19 +32,6 @@ from kvferry.codec.transform import SURVIVING_SIGMA
 from kvferry.errors import CodecError, CorruptBlobError, UnsupportedTensorError
 from kvferry.proto import container
 from kvferry.proto.keys import SINK_TOKENS
-
-
-def restore(codec: FerryCodec, page: PageTensors) -> PageTensors:
-    assert codec.calibration is not None
-    key, data = encode_blob(codec, page, meta_for())
-    return decode_blob(
-        data,
-        key=key,
-        model_id=MODEL_ID,
-        tokens=page.tokens,
-        cut=None,
-        calibrations=Calibrations(codec.calibration),
-    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -70,7 +59,7 @@ def test_error_is_bounded_by_the_step(
         heads=(0, heads), dim=dim, weighted=weighted, joint=joint, importance=joint
     )
     page = page_of(known, (start, start + tokens), dtype)
-    back = restore(FerryCodec(step, known, adapt=0.0), page)
+    back = restored(FerryCodec(step, known, adapt=0.0), page)
     relative = {DType.FLOAT16: 2.0**-10, DType.BFLOAT16: 2.0**-7, DType.FLOAT32: 1e-5}[dtype]
     for name, stream in page.streams.items():
         exact, found = stream.float32(), back.streams[name].float32()
@@ -89,7 +78,7 @@ def test_error_is_bounded_by_the_step(
 def test_first_tokens_of_a_sequence_are_exact(dtype: DType, start: int, exact: int) -> None:
     known = random_calibration()
     page = random_page(tokens=(start, start + 50), dtype=dtype, scale=100.0)
-    back = restore(FerryCodec(5.0, known), page)
+    back = restored(FerryCodec(5.0, known), page)
     for name, stream in page.streams.items():
         # A float32 cache comes from 16-bit weights: its sinks are kept as float16.
         wanted = stream.data.astype("<f2") if dtype is DType.FLOAT32 else stream.data
@@ -102,17 +91,17 @@ def test_nan_in_the_exact_tokens_is_kept_and_elsewhere_refused() -> None:
     known = random_calibration()
     page = random_page(tokens=(0, 20))
     page.streams["v"].data[0, 0, SINK_TOKENS - 1, 0] = np.nan
-    assert np.isnan(restore(FerryCodec(0.5, known), page).streams["v"].data[0, 0, 3, 0])
+    assert np.isnan(restored(FerryCodec(0.5, known), page).streams["v"].data[0, 0, 3, 0])
     page.streams["v"].data[0, 0, SINK_TOKENS, 0] = np.nan
     with pytest.raises(UnsupportedTensorError, match=r"'k\+v'"):
-        restore(FerryCodec(0.5, known), page)
+        restored(FerryCodec(0.5, known), page)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5])
 def test_pages_shorter_than_the_sinks_round_trip(tokens: int) -> None:
     known = random_calibration()
     page = page_of(known, (0, tokens))
-    assert worst_error(restore(FerryCodec(0.01, known), page), page) < 0.05
+    assert worst_error(restored(FerryCodec(0.01, known), page), page) < 0.05
 
 
 def test_values_far_outside_the_calibration_survive() -> None:
@@ -128,7 +117,7 @@ def test_values_far_outside_the_calibration_survive() -> None:
     codec = FerryCodec(0.5, known)
     sections = container.parse(encode_blob(codec, page, meta_for())[1]).sections
     assert sections["k+v/q"].raw_length == 4 * 44 * known.bundles["k+v"].rank  # int32
-    assert worst_error(restore(codec, page), page) < 1e-3 * np.abs(page.streams["k"].data).max()
+    assert worst_error(restored(codec, page), page) < 1e-3 * np.abs(page.streams["k"].data).max()
 
 
 def test_values_at_the_end_of_float16_stay_finite() -> None:
@@ -136,7 +125,7 @@ def test_values_at_the_end_of_float16_stay_finite() -> None:
     page = page_of(known, (256, 280), DType.FLOAT16)
     for stream in page.streams.values():
         stream.data[...] = np.where(stream.data < 0, -65_000, 65_000)
-    back = restore(FerryCodec(3000.0, known), page)
+    back = restored(FerryCodec(3000.0, known), page)
     assert all(np.isfinite(s.data).all() for s in back.streams.values())
 
 
@@ -151,14 +140,7 @@ def test_forged_levels_never_become_nan_or_infinity() -> None:
         forged.append(container.SectionData(section.name, pack_columns(q), q.nbytes))
     data = container.pack(blob.header, forged)
     with pytest.raises(CorruptBlobError, match="infinite"):
-        decode_blob(
-            data,
-            key=key,
-            model_id=MODEL_ID,
-            tokens=(256, 280),
-            cut=None,
-            calibrations=Calibrations(known),
-        )
+        decoded(data, key, (256, 280), known)
 
 
 def test_a_run_of_pages_equals_the_pages_one_by_one() -> None:
@@ -175,14 +157,7 @@ def test_a_run_of_pages_equals_the_pages_one_by_one() -> None:
     run = decode_blobs(blobs, model_id=MODEL_ID, cut=(4, 6), calibrations=source)
     for blob, page, found in zip(blobs, pages, run, strict=True):
         assert isinstance(found, PageTensors)
-        one = decode_blob(
-            blob.data,
-            key=blob.key,
-            model_id=MODEL_ID,
-            tokens=blob.tokens,
-            cut=(4, 6),
-            calibrations=source,
-        )
+        one = decoded(blob.data, blob.key, blob.tokens, known, cut=(4, 6))
         assert found.tokens == page.tokens
         assert worst_error(found, one) < 1e-5
 
@@ -263,7 +238,7 @@ def test_a_cut_costs_hardly_more_than_a_refit() -> None:
     for known in (whole.cut((10, 12), (0, 2)), fitted(half, (10, 12), dim)):
         codec = FerryCodec(0.2, known)
         sizes.append(len(encode_blob(codec, page, meta_for())[1]))
-        back = restore(codec, page)
+        back = restored(codec, page)
         errors.append(float(((back.streams["v"].data - page.streams["v"].data) ** 2).mean()))
     assert sizes[0] <= 1.03 * sizes[1]
     assert errors[0] <= 1.05 * errors[1]
@@ -274,7 +249,7 @@ def test_refit_on_other_text_keeps_rope_and_ranges() -> None:
     again = FerryCodec(0.5, known).fit([page_of(known, (0, 400), seed=5)])
     assert (again.layers, again.heads, again.ropes) == (known.layers, known.heads, known.ropes)
     page = page_of(known, (400, 500), seed=6)
-    assert worst_error(restore(FerryCodec(0.05, again), page), page) < 0.5
+    assert worst_error(restored(FerryCodec(0.05, again), page), page) < 0.5
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (1, 3)])

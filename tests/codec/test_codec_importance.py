@@ -4,12 +4,19 @@ import dataclasses
 
 import numpy as np
 import pytest
-from codec_samples import MODEL_ID, Calibrations, heavy_rows, meta_for, page_of, random_calibration
+from codec_samples import (
+    decoded,
+    heavy_rows,
+    meta_for,
+    page_of,
+    random_calibration,
+    restored,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec.base import PageTensors
-from kvferry.codec.blob import decode_blob, encode_blob
+from kvferry.codec.blob import encode_blob
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.covariance import CovarianceAccumulator
 from kvferry.codec.entropy import pack_columns
@@ -23,15 +30,7 @@ from kvferry.proto.container import SectionData
 
 def errors(known: GroupCalibration, page: PageTensors, adapt: float) -> np.ndarray:
     """(tokens,) mean squared error of what comes back."""
-    key, data = encode_blob(FerryCodec(0.5, known, adapt), page, meta_for())
-    back = decode_blob(
-        data,
-        key=key,
-        model_id=MODEL_ID,
-        tokens=page.tokens,
-        cut=None,
-        calibrations=Calibrations(known),
-    )
+    back = restored(FerryCodec(0.5, known, adapt), page)
     parts = [
         np.square(back.streams[n].float32() - s.float32()).mean(axis=(0, 1, 3))
         for n, s in page.streams.items()
@@ -124,11 +123,4 @@ def test_a_forged_step_is_refused(level: int) -> None:
         for name, section in blob.sections.items()
     ]
     with pytest.raises(CorruptBlobError, match="out of range"):
-        decode_blob(
-            container.pack(blob.header, sections),
-            key=key,
-            model_id=MODEL_ID,
-            tokens=page.tokens,
-            cut=None,
-            calibrations=Calibrations(known),
-        )
+        decoded(container.pack(blob.header, sections), key, page.tokens, known)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from codec_samples import (
     MODEL_ID,
-    Calibrations,
     bits,
+    decoded,
     heavy_rows,
     meta_for,
     page_of,
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from kvtc_samples import kvtc_calibration, with_errors
 
 from kvferry.codec.base import DType, PageTensors, Stream
-from kvferry.codec.blob import decode_blob, encode_blob
+from kvferry.codec.blob import encode_blob
 from kvferry.codec.calibration import (
     BundleCalibration,
     CalibrationSet,
@@ -66,11 +66,7 @@ def restore(
     assert known is not None
     plain = GroupCalibration.from_blob(known.to_blob()[1])
     key, data = encode_blob(codec, page, meta_for())
-    source = Calibrations(plain)
-    back = decode_blob(
-        data, key=key, model_id=MODEL_ID, tokens=page.tokens, cut=cut, calibrations=source
-    )
-    return back, len(data)
+    return decoded(data, key, page.tokens, plain, cut=cut), len(data)
 
 
 @settings(max_examples=10, deadline=None)

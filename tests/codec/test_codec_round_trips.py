@@ -10,6 +10,7 @@ from codec_samples import (
     page_of,
     random_calibration,
     random_page,
+    restored,
     rope_spec,
     worst_error,
 )
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from kvferry.codec.affine import group_size
 from kvferry.codec.base import Codec, DType, PageTensors
-from kvferry.codec.blob import StoredBlob, decode_blob, decode_blobs, encode_blob
+from kvferry.codec.blob import StoredBlob, decode_blobs, encode_blob
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.registry import make_codec
@@ -47,12 +48,8 @@ def shapes(draw: st.DrawFn) -> tuple[tuple[int, int], int, tuple[int, int]]:
     return (head, head + heads), dim, (first, first + tokens)
 
 
-def back(codec: Codec, page: PageTensors, known: GroupCalibration | None = None) -> PageTensors:
-    key, data = encode_blob(codec, page, meta_for(model_heads=128))
-    source = Calibrations(*([] if known is None else [known]))
-    found = decode_blob(
-        data, key=key, model_id=MODEL_ID, tokens=page.tokens, cut=None, calibrations=source
-    )
+def back(codec: Codec, page: PageTensors) -> PageTensors:
+    found = restored(codec, page, meta_for(model_heads=128))
     assert (found.layers, found.heads, found.tokens) == (page.layers, page.heads, page.tokens)
     for name, stream in page.streams.items():
         assert found.streams[name].data.shape == stream.data.shape
@@ -136,7 +133,7 @@ def test_ferry_is_within_half_a_step_in_its_own_space(
     )
     codec = FerryCodec(step, known, adapt=0.0)
     page = page_of(known, tokens, dtype)
-    found = back(codec, page, known)
+    found = back(codec, page)
     begin = max(tokens[0], min(SINK_TOKENS, tokens[1]))
     exact = begin - tokens[0]
     for name, stream in page.streams.items():
@@ -161,11 +158,8 @@ def test_ferry_is_within_half_a_step_in_its_own_space(
 CODECS = [("raw", {}), ("zstd", {}), ("affine", {"bits": 8}), ("ferry", {"step": 0.25})]
 
 
-def codec_for(
-    name: str, options: dict[str, object], known: GroupCalibration
-) -> tuple[Codec, GroupCalibration | None]:
-    needs = known if name == "ferry" else None
-    return make_codec(name, options, needs), needs
+def codec_for(name: str, options: dict[str, object], known: GroupCalibration) -> Codec:
+    return make_codec(name, options, known if name == "ferry" else None)
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS)
@@ -176,13 +170,10 @@ def test_pages_of_very_few_tokens(
 ) -> None:
     """One token, and a sequence that is barely longer than its sinks."""
     known = random_calibration()
-    codec, needs = codec_for(name, options, known)
+    codec = codec_for(name, options, known)
     for tokens in (1, 2, 5, 6, 8, 9, 12):
         page = page_of(known, (start, start + tokens), dtype)
-        assert (
-            worst_error(back(codec, page, needs), page)
-            < (0.0 if name in "raw zstd" else 2.0) + 1e-9
-        )
+        assert worst_error(back(codec, page), page) < (0.0 if name in "raw zstd" else 2.0) + 1e-9
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS)
@@ -191,7 +182,7 @@ def test_long_sequences_whole_and_in_pages(
     name: str, options: dict[str, object], pages: list[tuple[int, int]]
 ) -> None:
     known = random_calibration(layers=(0, 1), heads=(0, 1))
-    codec, _ = codec_for(name, options, known)
+    codec = codec_for(name, options, known)
     whole = page_of(known, (0, pages[-1][1]), DType.FLOAT16)
     blobs = []
     for index, span in enumerate(pages):
