@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
-from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
+from tiny_llama import sharp_llama
 
 from kvferry.codec.calibration import GroupAccumulator, GroupCalibration, fit_group
 from kvferry.codec.lab.fisher import Fisher
 from kvferry.codec.lab.forward import prefill
+from kvferry.codec.lab.text import read_text
 from kvferry.codec.mlx.adapters import snapshot
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.openblas import model_environment
@@ -44,35 +44,22 @@ class Words:
 
 @pytest.fixture(scope="session")
 def tiny() -> LoadedModel:
-    """Three layers, two KV heads of 16, random but sharp enough to have opinions."""
-    mx.random.seed(3)
-    config: dict[str, Any] = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": VOCABULARY,
-        "rope_theta": 1000.0,
-        "tie_word_embeddings": False,
-    }
-    model = llama.Model(llama.ModelArgs(**config))
-    for layer in model.layers:
-        layer.self_attn.q_proj.weight = layer.self_attn.q_proj.weight * 4
-        layer.self_attn.k_proj.weight = layer.self_attn.k_proj.weight * 4
-    model.lm_head.weight = model.lm_head.weight * 6
-    mx.eval(model.parameters())
+    """See `sharp_llama`."""
+    model, config = sharp_llama(VOCABULARY)
     return LoadedModel("tiny", model, Words(), config, (), (), (0, 3))
+
+
+@pytest.fixture(scope="session")
+def text() -> list[int]:
+    """All source of these tests: enough to calibrate on."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return Words().encode("".join(map(read_text, files)))
 
 
 @pytest.fixture
 def tokens() -> list[int]:
     """Text that repeats itself now and then, as text does."""
-    text = Path(__file__).read_text() * 4
-    return Words().encode(text)
+    return Words().encode(read_text(Path(__file__).parents[2] / "LICENSE"))
 
 
 @pytest.fixture

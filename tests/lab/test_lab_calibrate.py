@@ -24,13 +24,6 @@ Made = tuple[CalibrationSet, list[GroupCalibration]]
 
 
 @pytest.fixture(scope="module")
-def text() -> list[int]:
-    folder = Path(__file__).parent
-    source = "".join(read_text(file) for file in sorted(folder.glob("*.py")))
-    return [ord(c) % 97 for c in source]
-
-
-@pytest.fixture(scope="module")
 def made(tiny: LoadedModel, text: list[int]) -> Made:
     reports: list[float] = []
     given = text[: PLAN.fitted_tokens + PLAN.held_tokens]

@@ -16,7 +16,6 @@ from kvferry.codec.lab.checkpoint import Checkpoint, checkpoint_key
 from kvferry.codec.lab.gathered import Gathered
 from kvferry.codec.lab.memory import memory_need
 from kvferry.codec.lab.plan import HeldText, Plan, Stopped
-from kvferry.codec.lab.text import read_text
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.openblas import model_environment
 from kvferry.codec.mlx.rope import rope_specs
@@ -30,10 +29,8 @@ PLAN = Plan(
 
 
 @pytest.fixture(scope="module")
-def text() -> list[int]:
-    folder = Path(__file__).parent
-    source = "".join(read_text(file) for file in sorted(folder.glob("*.py")))
-    return [ord(c) % 97 for c in source][: PLAN.fitted_tokens + PLAN.held_tokens]
+def text(text: list[int]) -> list[int]:
+    return text[: PLAN.fitted_tokens + PLAN.held_tokens]
 
 
 class StopAt:

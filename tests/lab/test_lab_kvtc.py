@@ -10,20 +10,12 @@ from kvferry.cli.lab_input import calibration_of
 from kvferry.codec.kvtc_calibration import KvtcCalibration
 from kvferry.codec.lab.evaluate import Setup, evaluate
 from kvferry.codec.lab.kvtc import calibrate, calibration_work
-from kvferry.codec.lab.text import read_text
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import ConfigError, IdentityMismatchError
 
 MODEL_ID = bytes(range(32))
 TOKENS = 4096
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def text() -> list[int]:
-    folder = Path(__file__).parent
-    source = "".join(read_text(file) for file in sorted(folder.glob("*.py")))
-    return [ord(c) % 97 for c in source]
 
 
 @pytest.fixture(scope="module")
