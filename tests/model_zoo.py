@@ -1,16 +1,14 @@
 """Real model classes of mlx-lm with small random weights, one for each kind of cache."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
+import tiny_llama
 from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 VOCABULARY = 96
 _PLAIN: Mapping[str, Any] = {
@@ -149,12 +147,4 @@ def go_on(model: Any, cache: list[Any], tokens: list[int], steps: list[int]) -> 
 
 def save_model(name: str, folder: Path) -> None:
     """As a folder that mlx-lm loads, with a tokenizer of letters."""
-    weights = dict(tree_flatten(model_of(name).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    (folder / "config.json").write_text(json.dumps(config_of(name)))
-    letters = {"<unk>": 0} | {chr(97 + i): i + 1 for i in range(26)}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    tiny_llama.save_model(model_of(name), config_of(name), folder)
