@@ -44,9 +44,10 @@ def dump(
 ) -> None:
     """Write a model's KV cache as kvferry's hooks see it.
 
-    Both formats hold `k` and `v`, shaped (layers, 1, heads, tokens, dim),
-    and `tokens`, the ids that the cache was filled with. Keys carry RoPE
-    unless --undo-rope is given. numpy has no bfloat16: a bfloat16 cache
+    Both formats hold `k` and `v` (of MLA models `latent` and `rope_key`), shaped
+    (layers, 1, heads, tokens, dim), and `tokens`, the ids that the cache was filled
+    with. Layers are those that keep a row for every token. Keys carry RoPE unless
+    --undo-rope is given. numpy has no bfloat16: a bfloat16 cache
     becomes float32 in NPZ, and stays what it is in safetensors.
     """
     from kvferry.codec.mlx.openblas import ensure_openblas

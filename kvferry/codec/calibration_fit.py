@@ -1,6 +1,7 @@
 """From captured pages of a layer group to its calibration."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self
@@ -101,6 +102,18 @@ class GroupAccumulator:
     def tokens(self) -> int:
         """Tokens seen."""
         return max((seen.count for seen in self._bundles.values()), default=0)
+
+    def variances(self) -> dict[str, float]:
+        """Stream name -> mean variance of a value."""
+        found = {}
+        for bundle, seen in self._bundles.items():
+            variance = np.diag(seen.covariance())
+            at = 0
+            for name in bundle.split(JOINER):
+                width = (self.layers[1] - self.layers[0]) * math.prod(self._shapes[name])
+                found[name] = float(variance[at : at + width].mean())
+                at += width
+        return found
 
     def add(self, page: PageTensors, importance: Float64Array | None = None) -> None:
         """Take in a page of any length that covers the group's layers and heads.

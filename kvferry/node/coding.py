@@ -108,6 +108,8 @@ def _groups(
 ) -> Sequence[tuple[tuple[int, int], bytes]]:
     if calibration is not None:
         return [(group.layers, group.id) for group in calibration.groups]
+    if not shard.model_layers:
+        return []
     spans = layer_groups(shard.model_layers, shard.model_heads, shard.head_dim)
     return [(span, b"") for span in spans]
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
+from model_zoo import config_of, model_of, tokens_of
 from safetensors import safe_open
 
 from kvferry.codec.base import DType, PageTensors, Stream
@@ -18,7 +19,7 @@ from kvferry.codec.lab.dump import Dump, dump, save
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.codec.rope import apply, positions_of
-from kvferry.errors import ConfigError, ModelError
+from kvferry.errors import ConfigError
 
 MODEL_ID = bytes(range(32))
 Fill = Callable[[list[int]], list[Any]]
@@ -128,13 +129,30 @@ def test_bfloat16_is_widened_for_numpy_and_kept_in_safetensors(
     np.testing.assert_array_equal(np.array(loaded["k"].astype(mx.float32)), wanted)
 
 
-def test_a_cache_that_cannot_be_stored_is_refused_by_name(tiny: LoadedModel) -> None:
+def test_only_layers_that_hold_a_row_for_every_token_are_dumped(tiny: LoadedModel) -> None:
     arguments = llama.ModelArgs(
         **tiny.config, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
     )
     model = llama.Model(replace(arguments, num_hidden_layers=4))
-    with pytest.raises(ModelError, match="RotatingKVCache"):
-        run(replace(tiny, model=model, layers=(0, 4)), [1, 2, 3])
+    found = run(replace(tiny, model=model, layers=(0, 4)), [1, 2, 3])
+    assert found.page.streams["k"].data.shape[0] == 2
+    assert found.metadata()["model_layers"] == "1,3"
+
+
+@pytest.mark.parametrize("undo_rope", [False, True])
+def test_latents_and_rotated_keys_are_dumped_apart(
+    tmp_path: Path, tiny: LoadedModel, undo_rope: bool
+) -> None:
+    loaded = replace(tiny, model=model_of("glm4_moe_lite"), config=config_of("glm4_moe_lite"))
+    found = dump(loaded, b"m" * 32, tokens_of(40), 2, undo_rope=undo_rope, report=lambda *_: None)
+    save(found, tmp_path / "c.npz")
+    with np.load(tmp_path / "c.npz") as npz:
+        assert npz["latent"].shape == (4, 1, 1, len(found.tokens), 32)
+        assert npz["rope_key"].shape == (4, 1, 1, len(found.tokens), 16)
+        # One key per token, whatever its position, where the rotation is undone.
+        first = np.array([t == found.tokens[0] for t in found.tokens])
+        keys = npz["rope_key"][0, 0, 0, first]
+        assert (np.abs(keys - keys[0]).max() < 1e-4) == undo_rope
 
 
 def test_mistakes(tiny: LoadedModel, tmp_path: Path) -> None:

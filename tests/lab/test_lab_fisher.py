@@ -6,11 +6,19 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from model_zoo import config_of, model_of, prefilled, tokens_of
 
+from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.calibration import fit_group
+from kvferry.codec.lab.coding import Coder, GroupSource, group_codecs
 from kvferry.codec.lab.compare import compare
 from kvferry.codec.lab.fisher import Fisher, outer_products, token_energy, unrotated
+from kvferry.codec.lab.gathered import Gathered
+from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
+from kvferry.codec.mlx.shape import describe, stream_ropes
 from kvferry.codec.rope import RopeSpec, apply, positions_of
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 
@@ -127,3 +135,54 @@ def test_the_cache_is_left_as_it_was(tiny: LoadedModel, tokens: list[int], fille
     Fisher({"k": rope_specs(tiny.model)}).add(tiny.model, cache, tokens[:16])
     assert cache[0].offset == HELD
     np.testing.assert_array_equal(np.array(cache[0].keys), before)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe_lite", "deepseek_v32", "lfm2", "gemma3_text"])
+def test_gradients_of_any_model_predict_what_an_error_costs(name: str) -> None:
+    """Latents, rotated keys and rows between recurrent layers and rings."""
+    model, config, tokens = model_of(name), config_of(name), tokens_of(460)
+    shape = describe(model, config)
+    cache = prefilled(model, tokens[:300])
+    found = Fisher(stream_ropes(model, shape), latent=shape.latent)
+    for _ in range(4):
+        found.add(model, cache, tokens[300:])
+    exact = adapters.snapshot(cache, 300, latent=shape.latent)
+    page = exact.page(exact.layers, (0, 300))
+    rng, span = np.random.default_rng(2), slice(SINK_TOKENS, 300 - WINDOW_TOKENS)
+    assert set(found.sums) == set(page.streams)
+    for stream in ("latent", "rope_key") if shape.latent else ("k", "v"):
+        trace = np.trace(found.sums[stream][-1], axis1=-2, axis2=-1).sum() / found.passes
+        deviation = np.sqrt(1e-5 / trace)  # for a predicted KL of 1e-5
+        restored = []
+        for _ in range(4):
+            values = page.streams[stream].float32().copy()
+            noise = rng.standard_normal(values[-1, :, span].shape)
+            values[-1, :, span] += deviation * noise.astype(np.float32)
+            streams = {**page.streams, stream: Stream(stream, values, DType.FLOAT32)}
+            restored.append(make_prompt_cache(model))
+            pages = [PageTensors(page.layers, page.heads, page.tokens, streams)]
+            exact.refill(restored[-1], pages)
+        kl = compare(model, prefilled(model, tokens[:300]), restored, tokens[300:])
+        assert 0.4e-5 < np.mean([each.kl_mean for each in kl]) < 2.5e-5
+
+
+def test_an_indexers_keys_are_kept_although_no_gradient_reaches_them() -> None:
+    model, config, tokens = model_of("deepseek_v32"), config_of("deepseek_v32"), tokens_of(460)
+    shape = describe(model, config)
+    gathered = Gathered(b"m" * 32, shape, stream_ropes(model, shape))
+    cache = prefilled(model, tokens[:300])
+    snapshot = adapters.snapshot(cache, 300, latent=True)
+    pages = [snapshot.page(group.layers, (0, 300)) for group in gathered.groups]
+    gathered.add(pages, gathered.fisher.measure(model, cache, tokens[300:]), 300)
+    assert not gathered.fisher.sums["index_key"].any()
+    groups = []
+    for seen in gathered.groups:
+        weights = gathered.weights(seen, ridge=0.3)
+        assert weights is not None
+        groups.append(fit_group(seen, weights=weights, source="tests"))
+    codecs = group_codecs("ferry", {"step": 1e-4}, [g.layers for g in groups], groups)
+    coder = Coder(b"m" * 32, codecs, GroupSource(groups), shape.kv_heads)
+    (back,) = coder.run(snapshot, (0, 256)).pages
+    for name, stream in snapshot.page((0, 4), (0, 256)).streams.items():
+        exact, found = (s.float32()[:, :, SINK_TOKENS:] for s in (stream, back.streams[name]))
+        assert np.abs(found - exact).mean() <= 0.3 * np.abs(exact - exact.mean()).mean(), name

@@ -104,8 +104,8 @@ class Bench:
         return make_prompt_cache(self.loaded.model)
 
     def _subject(self, cache: list[Any]) -> "_Subject":
-        snapshot = adapters.snapshot(cache, RUN_TOKENS)
         shape = describe(self.loaded.model, self.loaded.config)
+        snapshot = adapters.snapshot(cache, RUN_TOKENS, latent=shape.latent)
         made = _Subject(self.model_id, shape.layers, shape.kv_heads, GroupSource(self.groups))
         for group in self.groups:
             codec = FerryCodec.from_options(self.options, group, self.curve)

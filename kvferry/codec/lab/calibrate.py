@@ -25,8 +25,7 @@ from kvferry.codec.lab.plan import FIT_WORK, PASS_WORK, HeldText, Plan, Report, 
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.device import device_products
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import ModelShape, describe
+from kvferry.codec.mlx.shape import ModelShape, describe, stream_ropes
 from kvferry.errors import ConfigError
 
 __all__ = ["HeldText", "Plan", "Report", "Stopped", "calibrate", "steps_for_bits"]
@@ -94,7 +93,7 @@ class _Run:
         self._report, self._checkpoint = report, checkpoint
         self._seconds: dict[str, float] = {} if seconds is None else seconds
         self._done = 0.0
-        ropes = {name: rope_specs(model) for name, s in shape.streams.items() if s.rotated}
+        ropes = stream_ropes(model, shape)
         self._gathered = Gathered(model_id, shape, ropes)
 
     def _advance(self, work: float, note: str) -> None:
@@ -128,7 +127,7 @@ class _Run:
             kept = self._checkpoint.load_group(self._model_id, seen.layers)
             if kept is not None:
                 return kept
-        weights = None if ridge is None else self._gathered.weights(seen.layers, ridge)
+        weights = None if ridge is None else self._gathered.weights(seen, ridge)
         made = fit_group(seen, weights=weights, source=source)
         if self._checkpoint is not None:
             self._checkpoint.save_group(made)
@@ -168,7 +167,7 @@ class _Run:
         with self._timed("capture"):
             part = tokens[start:end]
             prefill(self._model, part, cache, lambda n: self._advance(n, "reading"))
-            snapshot = adapters.snapshot(cache, len(part))
+            snapshot = adapters.snapshot(cache, len(part), latent=self._shape.latent)
         found = None
         if start in plan.weighed:
             with self._timed("gradients"):

@@ -137,7 +137,7 @@ def measure_text(
     held = plan.held_context + WINDOW_TOKENS
     exact = make_prompt_cache(model)
     prefill(model, text.tokens[:held], exact, advance)
-    snapshot = adapters.snapshot(exact, held)
+    snapshot = adapters.snapshot(exact, held, latent="latent" in groups[0].streams)
     window = snapshot.page(layers, (plan.held_context, held))
     edges = [*range(0, plan.held_context, DEFAULT_PAGE_TOKENS), plan.held_context]
     spans = list(itertools.pairwise(edges))
@@ -152,7 +152,7 @@ def measure_text(
         ]
         joined = [join_layers([c.pages[i] for c in coded]) for i in range(len(spans))]
         cache = make_prompt_cache(model)
-        adapters.restore(cache, [*joined, window])
+        snapshot.refill(cache, [*joined, window])
         restored.append(cache)
         coded_at.append([CodedGroup([], c.bits, c.error) for c in coded])
         advance(POINT_WORK)

@@ -18,10 +18,9 @@ from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.lab.forward import logits, prefill
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import describe
-from kvferry.codec.rope import positions_of, undo
-from kvferry.errors import ConfigError
+from kvferry.codec.mlx.shape import describe, stream_ropes
+from kvferry.codec.rope import RopeSpec, positions_of, undo
+from kvferry.errors import ConfigError, ModelError
 
 SUFFIXES = (".safetensors", ".npz")
 Report = Callable[[int, str], None]
@@ -38,6 +37,7 @@ class Dump:
         prompt_tokens: how many of them were given; the rest was generated.
         rope_applied: whether keys are rotated, as they are in the cache.
         cache_dtype: of the live cache.
+        model_layers: which layer of the model each layer of the page is.
     """
 
     model: str
@@ -47,10 +47,11 @@ class Dump:
     prompt_tokens: int
     rope_applied: bool
     cache_dtype: DType
+    model_layers: Sequence[int]
 
     def metadata(self) -> dict[str, str]:
         """What goes into the file, and what ``--json`` shows of it."""
-        first = self.page.streams["k"].data.shape
+        first = next(iter(self.page.streams.values())).data.shape
         return {
             "model": self.model,
             "model_id": self.model_id.hex(),
@@ -59,6 +60,7 @@ class Dump:
             "rope_applied": "yes" if self.rope_applied else "no",
             "dtype": self.cache_dtype.value,
             "layers": str(first[0]),
+            "model_layers": ",".join(str(layer) for layer in self.model_layers),
             "heads": str(first[1]),
             "layout": "layers, 1, heads, tokens, dim",
         }
@@ -85,7 +87,7 @@ def dump(
     """
     if not prompt or generate < 0:
         raise ConfigError("prompt", f"{len(prompt)} tokens", "at least one token of text")
-    describe(loaded.model, loaded.config)  # refuses what cannot be stored, by name
+    shape = describe(loaded.model, loaded.config)  # refuses what cannot be stored, by name
     cache = make_prompt_cache(loaded.model)
     tokens = list(prompt)
     reached = 0
@@ -106,21 +108,34 @@ def dump(
         tokens.append(chosen)
         scores = logits(loaded.model, [chosen], cache)
         done(1)
-    layers = (0, len(loaded.model.layers))
-    page = adapters.snapshot(cache, len(tokens)).page(layers, (0, len(tokens)))
-    dtype = page.streams["k"].dtype
+    if not shape.layers:
+        raise ModelError(f"{loaded.name} keeps no rows of tokens: there is nothing to dump")
+    snapshot = adapters.snapshot(cache, len(tokens), latent=shape.latent)
+    page = snapshot.page(snapshot.layers, (0, len(tokens)))
+    dtype = next(iter(page.streams.values())).dtype
     if undo_rope:
-        page = _unrotated(page, loaded.model)
-    return Dump(loaded.name, model_id, page, tokens, len(prompt), not undo_rope, dtype)
+        page = _unrotated(page, stream_ropes(loaded.model, shape))
+    return Dump(
+        loaded.name,
+        model_id,
+        page,
+        tokens,
+        len(prompt),
+        not undo_rope,
+        dtype,
+        shape.page_layers,
+    )
 
 
-def _unrotated(page: PageTensors, model: Any) -> PageTensors:
-    keys = page.streams["k"].float32()
+def _unrotated(page: PageTensors, ropes: Mapping[str, Sequence[RopeSpec]]) -> PageTensors:
     positions = positions_of(page.tokens)
-    for index, spec in enumerate(rope_specs(model)):
-        keys[index] = undo(keys[index], spec, positions)
-    made = Stream("k", keys, DType.FLOAT32)
-    return PageTensors(page.layers, page.heads, page.tokens, {**page.streams, "k": made})
+    made = dict(page.streams)
+    for name, specs in ropes.items():
+        keys = page.streams[name].float32()
+        for index, spec in enumerate(specs):
+            keys[index] = undo(keys[index], spec, positions)
+        made[name] = Stream(name, keys, DType.FLOAT32)
+    return PageTensors(page.layers, page.heads, page.tokens, made)
 
 
 def stored_dtypes(found: Dump, path: Path) -> Mapping[str, str]:
@@ -135,8 +150,9 @@ def stored_dtypes(found: Dump, path: Path) -> Mapping[str, str]:
 def save(found: Dump, path: Path) -> int:
     """Write ``path``; never half of it. Returns: its bytes.
 
-    NPZ: arrays ``k`` and ``v`` (layers, 1, heads, tokens, dim), ``tokens`` int64, and
-    ``metadata``, a JSON text. safetensors: the same arrays, metadata in its header.
+    NPZ: per stream (``k`` and ``v``, or MLA's ``latent`` and ``rope_key``) an array
+    (layers, 1, heads, tokens, dim), ``tokens`` int64, and ``metadata``, a JSON text.
+    safetensors: the same arrays, metadata in its header.
 
     Raises: ConfigError: another suffix than `SUFFIXES`, or it cannot be written.
     """

@@ -149,7 +149,7 @@ def prepare(
     shape = describe(model, loaded.config)
     exact = make_prompt_cache(model)
     prefill(model, tokens[:held], exact, done)
-    snapshot = adapters.snapshot(exact, held)
+    snapshot = adapters.snapshot(exact, held, latent=shape.latent)
     tail_codecs = group_codecs(*TAIL_CODEC, [(0, shape.layers)])
     coder = Coder(model_id, tail_codecs, GroupSource(), shape.kv_heads, kind="tail")
     tail = coder.run(snapshot, (context, held))
@@ -175,7 +175,7 @@ def measure(prepared: Prepared, setup: Setup, done: Done) -> Evaluation:
     coder = Coder(prepared.model_id, codecs, source, prepared.shape.kv_heads)
     pages = coder.run(prepared.snapshot, (0, setup.context))
     restored = make_prompt_cache(prepared.model)
-    adapters.restore(restored, [*pages.pages, *prepared.tail.pages])
+    prepared.snapshot.refill(restored, [*pages.pages, *prepared.tail.pages])
     found = compare_with(prepared.model, prepared.reference, [restored], done)
     return Evaluation(setup, pages, prepared.tail, found[0])
 

@@ -7,7 +7,8 @@ d' F d is then the KL divergence that an error d in the cache causes (Amari 1998
 second-order expansion of KL). Keys are taken with RoPE undone, as they are coded.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,12 +19,15 @@ from mlx_lm.models.cache import ConcatenateKVCache
 
 from kvferry.codec.base import FloatArray
 from kvferry.codec.importance import DEFAULT_ADAPT
+from kvferry.codec.mlx.adapters import parts_of, row_arrays
+from kvferry.codec.mlx.leaves import leaves, rows_adapter
 from kvferry.codec.rope import RopeSpec, positions_of, undo
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 
 _Float64 = npt.NDArray[np.float64]
 _Number = TypeVar("_Number", np.float32, np.float64)
 CONTINUATION = 128
+Rows = Mapping[str, mx.array]
 
 
 @dataclass(slots=True)
@@ -34,6 +38,7 @@ class Fisher:
         ropes: stream -> one spec per layer; streams that are missing are not rotated.
         sums: stream -> (layers, heads, dim, dim) predicted KL per unit of error.
         passes: how many passes the sums are of.
+        latent: whether rows are MLA's.
         groups: layer groups, in order; all layers are one if empty. Within each, tokens
             that matter more will be coded finer (`kvferry.codec.importance`), and count
             for less here by as much: else a few of them would decide what is kept of all.
@@ -43,6 +48,7 @@ class Fisher:
     sums: dict[str, _Float64] = field(default_factory=dict)
     passes: int = 0
     groups: Sequence[tuple[int, int]] = ()
+    latent: bool = False
 
     def add(self, model: Any, cache: Sequence[Any], next_tokens: Sequence[int]) -> None:
         """`measure` one pass and `take` it in."""
@@ -52,25 +58,23 @@ class Fisher:
         """One backward pass: what ``next_tokens`` after ``cache`` would lose.
 
         Args:
-            cache: plain k/v caches of all layers, filled; left as they are.
+            cache: of all layers, filled; left as it is.
             next_tokens: what the text goes on with; a hundred or so.
         Returns: what `take` takes in.
         """
-        held = cache[0].offset
-        keys = [layer.keys[:, :, :held] for layer in cache]
-        values = [layer.values[:, :, :held] for layer in cache]
-        shape = (len(next_tokens), _vocabulary(model, next_tokens[:1], keys, values))
+        parts = parts_of(cache).rows
+        rows = [row_arrays(held, held[0].offset, self.latent) for held in parts]
+        shape = (len(next_tokens), _vocabulary(model, next_tokens[:1], cache, rows))
         noise = mx.random.gumbel(shape, key=mx.random.key(self.passes))
-        slope = mx.grad(_log_likelihood(model, next_tokens, noise), argnums=(0, 1))
-        gradients = dict(zip(("k", "v"), slope(keys, values), strict=True))
-        mx.eval(gradients)
+        slopes = mx.grad(_log_likelihood(model, next_tokens, noise, cache))(rows)
+        mx.eval(slopes)
         plain, energy = {}, {}
-        for name, layers in gradients.items():
-            specs = self.ropes.get(name, [None] * len(layers))
-            plain[name] = [unrotated(g, s) for g, s in zip(layers, specs, strict=True)]
+        for name in rows[0]:
+            specs = self.ropes.get(name, [None] * len(rows))
+            plain[name] = [unrotated(g[name], s) for g, s in zip(slopes, specs, strict=True)]
             energy[name] = np.stack([token_energy(g) for g in plain[name]])
         found = FisherPass({}, energy)
-        scale = self._token_weights(found, len(keys))
+        scale = self._token_weights(found, len(rows))
         for name, layers in plain.items():
             total = np.stack([outer_products(g, w) for g, w in zip(layers, scale, strict=True)])
             found.products[name] = total / (2 * len(next_tokens))
@@ -188,23 +192,38 @@ def _coded(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
     return values[:, SINK_TOKENS : values.shape[1] - WINDOW_TOKENS]
 
 
-def _cache_of(keys: list[mx.array], values: list[mx.array]) -> list[Any]:
-    """Caches that only append, so that gradients flow to what they were given."""
-    caches = []
+def _cache_of(cache: Sequence[Any], rows: Sequence[Rows]) -> list[Any]:
+    """Caches whose rows only append, so that gradients flow to what they were given."""
+    given = iter(rows)
+    made = []
+    for layer in cache:
+        held = any(rows_adapter(leaf) for leaf in leaves(layer))
+        arrays = iter(next(given).values()) if held else iter(())
+        made.append(_layer_of(layer, arrays))
+    return made
+
+
+def _layer_of(layer: Any, arrays: Iterator[mx.array]) -> Any:
+    if type(layer).__name__ == "CacheList":
+        return type(layer)(*(_layer_of(child, arrays) for child in layer.caches))
+    if rows_adapter(layer) is None:
+        return copy.deepcopy(layer)
     make: Any = ConcatenateKVCache
-    for k, v in zip(keys, values, strict=True):
-        cache = make()
-        cache.keys, cache.values, cache.offset = k, v, k.shape[2]
-        caches.append(cache)
-    return caches
+    made = make()
+    made.keys = next(arrays)
+    empty = layer.values.shape[3] == 0 if isinstance(layer.values, mx.array) else False
+    made.values = mx.zeros((*made.keys.shape[:3], 0)) if empty else next(arrays)
+    made.offset = made.keys.shape[2]
+    return made
 
 
-def _log_likelihood(model: Any, tokens: Sequence[int], noise: mx.array) -> Any:
+def _log_likelihood(
+    model: Any, tokens: Sequence[int], noise: mx.array, cache: Sequence[Any]
+) -> Any:
     given = mx.array([list(tokens)])
 
-    def summed(keys: list[mx.array], values: list[mx.array]) -> mx.array:
-        cache = _cache_of(keys, values)
-        scores = model(given, cache=cache)[0].astype(mx.float32)
+    def summed(rows: Sequence[Rows]) -> mx.array:
+        scores = model(given, cache=_cache_of(cache, rows))[0].astype(mx.float32)
         # Gumbel's trick: the largest of scores plus noise is a draw from their softmax.
         drawn = mx.stop_gradient(mx.argmax(scores + noise, axis=-1))
         chosen = mx.take_along_axis(scores, drawn[:, None], axis=-1)[:, 0]
@@ -214,7 +233,7 @@ def _log_likelihood(model: Any, tokens: Sequence[int], noise: mx.array) -> Any:
 
 
 def _vocabulary(
-    model: Any, token: Sequence[int], keys: list[mx.array], values: list[mx.array]
+    model: Any, token: Sequence[int], cache: Sequence[Any], rows: Sequence[Rows]
 ) -> int:
-    cache = _cache_of(keys, values)
-    return int(model(mx.array([list(token)]), cache=cache).shape[-1])  # lazy: shapes only
+    logits = model(mx.array([list(token)]), cache=_cache_of(cache, rows))
+    return int(logits.shape[-1])  # lazy: shapes only

@@ -17,6 +17,7 @@ from kvferry.codec.rope import RopeSpec
 from kvferry.errors import CalibrationCorruptError
 
 _COVERED = "covered"
+_CHOOSING = "index_"
 
 
 class SeenGroup(GroupAccumulator):
@@ -79,7 +80,7 @@ class Gathered:
         self.covered = 0
         first, last = layers or (0, shape.layers)
         spans = layer_groups(shape.layers, shape.kv_heads, shape.head_dim)
-        self.fisher = Fisher(ropes, groups=spans)
+        self.fisher = Fisher(ropes, groups=spans, latent=shape.latent)
         self.groups = [
             SeenGroup(
                 model_id=model_id,
@@ -105,9 +106,26 @@ class Gathered:
         for group in list(self.groups):
             group.weigh(page, found.importance(group.layers))
 
-    def weights(self, layers: tuple[int, int], ridge: float) -> dict[str, FloatArray] | None:
-        """See `Fisher.weights`; None where no pass was taken in."""
-        return self.fisher.weights(layers, ridge) if self.fisher.passes else None
+    def weights(self, seen: GroupAccumulator, ridge: float) -> dict[str, FloatArray] | None:
+        """See `Fisher.weights`; None where no pass was taken in.
+
+        What only chooses (the keys of a sparse attention's indexer) has no gradient. It is
+        taken to matter as much, all in all, as another stream does on average.
+        """
+        if not self.fisher.passes:
+            return None
+        made = self.fisher.weights(seen.layers, ridge)
+        variances = seen.variances()
+        felt = [
+            float(np.square(weight).sum(axis=-2).mean()) * variances[name]
+            for name, weight in made.items()
+            if not name.startswith(_CHOOSING)
+        ]
+        for name, weight in made.items():
+            if name.startswith(_CHOOSING):
+                scale = np.sqrt(np.mean(felt) / variances[name]) if variances[name] else 1.0
+                weight[...] = scale * np.eye(weight.shape[-1], dtype=np.float32)
+        return made
 
     def layout(self) -> StateLayout:
         """Names, shapes and dtypes of all tensors that a kept state may have."""

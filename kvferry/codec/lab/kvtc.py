@@ -11,8 +11,7 @@ from kvferry.codec.kvtc_fit import KvtcFit
 from kvferry.codec.lab.forward import prefill
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.shape import describe, stream_ropes
 from kvferry.errors import ConfigError
 
 # The covariance of SmolLM2-135M is 5,760 wide: fewer tokens would leave it singular.
@@ -52,7 +51,7 @@ def calibrate(
     if len(tokens) < MIN_TOKENS:
         raise ConfigError("tokens", len(tokens), f"at least {MIN_TOKENS}")
     shape = describe(loaded.model, loaded.config)
-    ropes = {name: rope_specs(loaded.model) for name, s in shape.streams.items() if s.rotated}
+    ropes = stream_ropes(loaded.model, shape)
     whole = (0, shape.layers)
     heads = (0, shape.kv_heads)
     seen = KvtcFit(
@@ -68,7 +67,8 @@ def calibrate(
     def read(part: Sequence[int]) -> PageTensors:
         cache = make_prompt_cache(loaded.model)
         prefill(loaded.model, part, cache, advance)
-        return adapters.snapshot(cache, len(part)).page(whole, (0, len(part)))
+        snapshot = adapters.snapshot(cache, len(part), latent=shape.latent)
+        return snapshot.page(whole, (0, len(part)))
 
     for start in range(0, len(tokens), SEQUENCE_TOKENS):
         seen.add(read(tokens[start : start + SEQUENCE_TOKENS]))

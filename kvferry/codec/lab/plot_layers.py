@@ -21,7 +21,6 @@ from kvferry.codec.lab import plot_style as style
 from kvferry.codec.lab.coding import Coder, GroupSource, group_codecs
 from kvferry.codec.lab.compare import compare_with
 from kvferry.codec.lab.evaluate import Prepared
-from kvferry.codec.mlx import adapters
 from kvferry.codec.rope import positions_of, undo
 from kvferry.errors import ConfigError
 from kvferry.proto.keys import SINK_TOKENS
@@ -165,7 +164,7 @@ def _measure(
             changed = {**exact.streams, name: Stream(name, data, stream.dtype)}
             page = PageTensors(exact.layers, exact.heads, exact.tokens, changed)
             cache: list[Any] = make_prompt_cache(text.model)
-            adapters.restore(cache, [page, window])
+            text.snapshot.refill(cache, [page, window])
             kls.append(compare_with(text.model, text.reference, [cache])[0].kl_mean)
             run += text.continuation
             report(run, f"layer {layer} {name}")

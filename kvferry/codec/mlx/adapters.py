@@ -32,9 +32,9 @@ _DTYPES = {mx.float16: DType.FLOAT16, mx.bfloat16: DType.BFLOAT16, mx.float32: D
 _HostArray = npt.NDArray[np.generic]
 _View = tuple[mx.array, DType]
 
-PLAIN = (("k", "v"),)
-LATENT = (("latent", "rope_key"),)
-SECOND = (("index_key", "index_value"),)
+_PLAIN = (("k", "v"),)
+_LATENT = (("latent", "rope_key"),)
+_SECOND = (("index_key", "index_value"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,21 @@ class CacheSnapshot:
                 yield PageTensors((at, at + len(held)), (0, 1), tokens, streams)
             at += len(held)
 
+    def refill(self, cache: Sequence[Any], pages: Sequence[PageTensors]) -> int:
+        """Fill fresh caches of the same layers with ``pages`` and the states held here.
+
+        Raises: ModelError, as `restore`.
+        """
+        span = (0, self.tokens)
+        return restore(
+            cache,
+            pages,
+            self.layers[0],
+            states=list(self.state_pages(span)),
+            state_start=self.states[0],
+            tokens=self.tokens,
+        )
+
 
 def _form(layer: Mapping[str, _View]) -> object:
     return [(name, view.shape, dtype) for name, (view, dtype) in layer.items()]
@@ -193,16 +208,22 @@ def snapshot(
 
 
 def _row_views(held: Sequence[Any], tokens: int, latent: bool) -> dict[str, _View]:
-    views = {}
-    for leaf, names in zip(held, _names(len(held), latent), strict=True):
+    return {n: _view(a, n) for n, a in row_arrays(held, tokens, latent).items()}
+
+
+def row_arrays(held: Sequence[Any], tokens: int, latent: bool) -> dict[str, mx.array]:
+    """Stream -> (batch, heads, tokens, dim) of one page layer; see `CacheParts`."""
+    found = {}
+    for leaf, names in zip(held, row_names(len(held), latent), strict=True):
         for name, buffer in zip(names, _rows(leaf).read(leaf), strict=True):
             if buffer.shape[3]:  # an indexer has no values
-                views[name] = _view(buffer[:, :, :tokens], name)
-    return views
+                found[name] = buffer[:, :, :tokens]
+    return found
 
 
-def _names(count: int, latent: bool) -> Sequence[tuple[str, str]]:
-    names = ((LATENT if latent else PLAIN) + SECOND)[:count]
+def row_names(count: int, latent: bool) -> Sequence[tuple[str, str]]:
+    """Streams of each of ``count`` leaves of a page layer. Raises: ModelError."""
+    names = ((_LATENT if latent else _PLAIN) + _SECOND)[:count]
     if len(names) < count:
         raise ModelError(f"a layer with {count} caches of rows is not supported")
     return names
@@ -270,7 +291,7 @@ def _staged_rows(
 ) -> list[tuple[Any, RowsAdapter, mx.array, mx.array]]:
     latent = "latent" in pages[0].streams
     staged = []
-    for leaf, names in zip(held, _names(len(held), latent), strict=True):
+    for leaf, names in zip(held, row_names(len(held), latent), strict=True):
         adapter = _rows(leaf)
         first, second = (_buffer(pages, name, index, total, adapter.step) for name in names)
         if first is None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from kvferry.codec.mlx.adapters import LATENT, PLAIN, SECOND, CacheParts, parts_of
+from kvferry.codec.mlx.adapters import CacheParts, parts_of, row_names
 from kvferry.codec.mlx.leaves import leaves, rows_adapter, state_adapter
+from kvferry.codec.mlx.rope import page_ropes
+from kvferry.codec.rope import RopeSpec
 from kvferry.errors import ModelError
 
 Range = tuple[int, int]
@@ -189,9 +191,7 @@ def _streams(parts: CacheParts, config: Mapping[str, Any]) -> dict[str, StreamSh
     found: dict[str, StreamShape] = {}
     for index, held in enumerate(parts.rows):
         pairs = [(leaf.keys, leaf.values) for leaf in held]
-        names = ((LATENT if _latent(pairs[0], config) else PLAIN) + SECOND)[: len(pairs)]
-        if len(names) < len(pairs):
-            raise ModelError(f"a layer with {len(pairs)} caches of rows is not supported")
+        names = row_names(len(pairs), _latent(pairs[0], config))
         here = {}
         for pair, both in zip(pairs, names, strict=True):
             for array, name in zip(pair, both, strict=True):
@@ -228,3 +228,9 @@ def _entry_layers(layers: Sequence[Any], entries: int) -> list[int]:
         if len(having) == entries:
             return having
     return list(range(entries))
+
+
+def stream_ropes(model: Any, shape: ModelShape) -> dict[str, list[RopeSpec]]:
+    """Rotated stream -> one spec per page layer. Raises: ModelError."""
+    specs = page_ropes(model, shape.page_layers)
+    return {name: specs for name, stream in shape.streams.items() if stream.rotated}

@@ -209,7 +209,7 @@ class LiveCalibration:
             if not self._wait_until_quiet():
                 return None
             seen = self._gathered.groups[0]
-            weights = self._gathered.weights(seen.layers, _RIDGE) if weighed else None
+            weights = self._gathered.weights(seen, _RIDGE) if weighed else None
             fitted = fit_group(seen, weights=weights, source=SOURCE)
             made.append(fitted.using(device_products()))
             del self._gathered.groups[0]

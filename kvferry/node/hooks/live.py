@@ -85,6 +85,9 @@ class Live:
             self._running.close(timeout_s)
 
     def _begin(self, model_id: bytes) -> LiveCalibration | None:
+        if self._layers[0] == self._layers[1]:
+            self._off = True
+            return None
         rotated = [name for name, stream in self._shape.streams.items() if stream.rotated]
         ropes = dict.fromkeys(rotated, tuple(self._specs))
         gathered = Gathered(model_id, self._shape, ropes, self._layers)
@@ -119,7 +122,8 @@ class Live:
             gathered,
             self._options,
             self._counters,
-            model=self._model if self._alone else None,
+            # Samples hold rows only: with states, the model cannot go on from them.
+            model=self._model if self._alone and not self._shape.states else None,
             wanted=lambda: self._calibrations().find(model_id) is None,
             finish=finish,
         )
