@@ -7,7 +7,9 @@ All ranks are given the same commands. ``kvferry demo`` and the tests drive it:
 
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from kvferry.node.hooks.options import HookOptions
 
 if TYPE_CHECKING:
     from kvferry.node.hooks.prefix_cache import PrefixCache
+
+_IDLE_AFTER_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +166,10 @@ class Worker:
             "steps": dict(report.steps),
         }
 
+    def idle(self) -> bool:
+        """Use time without requests; whether there is more to do."""
+        return self.prefix is not None and self.prefix.idle()
+
     def close(self) -> None:
         """Hand over what is queued."""
         if self.prefix is not None:
@@ -173,14 +181,34 @@ def _row(logits: Any) -> Any:
 
 
 def serve(worker: Worker, commands: TextIO, answers: TextIO) -> None:
-    """Answer each line of ``commands`` with one line, until they end."""
-    for command in _lines(commands):
+    """Answer each line of ``commands`` with one line, until they end; idle in between."""
+    waiting: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    threading.Thread(target=_read, args=(commands, waiting), daemon=True).start()
+    while (command := _next(worker, waiting)) is not None:
         try:
             answer = {"ok": True, **worker.handle(command)}
         except FerryError as exc:
             answer = {"ok": False, "error": str(exc)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _next(worker: Worker, waiting: "queue.Queue[dict[str, Any] | None]") -> dict[str, Any] | None:
+    """The next command; idle time is the model's thread's, that is this one's."""
+    while True:
+        try:
+            return waiting.get(timeout=_IDLE_AFTER_S)
+        except queue.Empty:
+            while waiting.empty() and worker.idle():
+                pass
+
+
+def _read(commands: TextIO, waiting: "queue.Queue[dict[str, Any] | None]") -> None:
+    try:
+        for command in _lines(commands):
+            waiting.put(command)
+    finally:
+        waiting.put(None)
 
 
 def _lines(commands: TextIO) -> Iterator[dict[str, Any]]:
