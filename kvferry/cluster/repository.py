@@ -81,7 +81,7 @@ class StateFound:
     """A complete state anchored anywhere along the chain.
 
     Attributes:
-        key: that of a tail of the same tokens.
+        key: made from that of a tail of the same tokens.
         pages: how many come before those tokens.
         tokens: how many they are.
     """

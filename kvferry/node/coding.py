@@ -22,6 +22,8 @@ class Shard:
     Attributes:
         layers: page layers, those with rows of tokens; (a, a) where there are none.
         states: state layers, likewise.
+        state_part: tensor-parallel ranks divide states: which part this is, of how many.
+        writes_rows: False: another rank holds the same rows and stores them.
     """
 
     model_id: bytes
@@ -33,6 +35,8 @@ class Shard:
     page_tokens: int = DEFAULT_PAGE_TOKENS
     model_states: int = 0
     states: tuple[int, int] = (0, 0)
+    state_part: tuple[int, int] = (0, 1)
+    writes_rows: bool = True
 
     def pages_before_tail(self, tokens: int) -> int:
         """Pages of a sequence that are coded as pages; without page layers there are none."""

@@ -21,7 +21,7 @@ from kvferry.codec.base import Codec, PageTensors
 from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
 from kvferry.node.coding import CodedRange, Shard, state_codec
-from kvferry.proto.keys import BlobKey, page_keys, tail_key
+from kvferry.proto.keys import BlobKey, page_keys, state_key, tail_key
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,9 @@ class TensorSource(Protocol):
     def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
         """Host tensors of absolute layers and tokens."""
 
-    def state_pages(self, tokens: tuple[int, int]) -> Iterable[PageTensors]:
-        """States at the end of ``tokens``, of consecutive state layers of one form."""
+    def state_pages(self, tokens: tuple[int, int], part: int = 0) -> Iterable[PageTensors]:
+        """States at the end of ``tokens``, of consecutive state layers of one form; ``heads``
+        says which part of them it is."""
 
 
 class OfferClient(Protocol):
@@ -199,7 +200,8 @@ class Offers:
         keys = page_keys(coding.root, offer.tokens, shard.page_tokens)[:count]
         puts = _Puts(self._counters)
         try:
-            self._put_pages(offer, coding, keys, puts)
+            if shard.writes_rows:
+                self._put_pages(offer, coding, keys, puts)
             if coding.tail is not None and len(offer.tokens) > count * shard.page_tokens:
                 self._put_tail(offer, coding, keys[-1] if keys else coding.root, count, puts)
             puts.finish()
@@ -233,14 +235,15 @@ class Offers:
         identity = tail_key(previous, offer.tokens[slice(*span)])
         old = self._outdated(offer.tokens)
         key, states = None, {}
-        if shard.layers[0] < shard.layers[1]:
+        if shard.writes_rows and shard.layers[0] < shard.layers[1]:
             meta = _meta(shard, "tail", identity, previous)
             page = offer.source.page(shard.layers, span)
             replaces = old.key if old is not None else None
             key = self._put_short(codec, page, meta, coding, replaces, puts)
         if shard.states[0] < shard.states[1]:
-            meta = _meta(shard, "state", identity, previous)
-            for page in offer.source.state_pages(span):
+            part, parts = shard.state_part
+            meta = _meta(shard, "state", state_key(identity, parts), previous)
+            for page in offer.source.state_pages(span, part):
                 coded = state_codec(page.streams, codec)
                 replaces = old.states.get(page.layers) if old is not None else None
                 put = self._put_short(coded, page, meta, coding, replaces, puts)
@@ -282,7 +285,7 @@ def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
         page_key=key,
         previous_key=previous,
         model_layers=shard.model_states if states else shard.model_layers,
-        model_heads=1 if states else shard.model_heads,
+        model_heads=shard.state_part[1] if states else shard.model_heads,
     )
 
 

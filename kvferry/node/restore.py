@@ -12,19 +12,21 @@ import numpy as np
 from kvferry.cluster.repository import BlobInfo, LookupResult
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.errors import IdentityMismatchError
-from kvferry.proto.keys import tail_key
+from kvferry.proto.keys import state_key, tail_key
 
 # Enough rows for a matrix product at full speed, few enough that decoding starts early
 # and that a deadline costs little of the prefix.
 RUN_PAGES = 4
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A blob, and the layers to take from it (absolute, half-open)."""
+    """A blob, and the layers and heads to take from it (absolute, half-open)."""
 
     info: BlobInfo
     cut: tuple[int, int]
+    heads: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,10 @@ Parts = tuple[tuple[Segment, Piece], ...]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Pieces of a few consecutive segments with the same layers: decoded together."""
+    """Pieces of a few consecutive segments with the same layers and heads: decoded together."""
 
     cut: tuple[int, int]
+    heads: tuple[int, int]
     parts: Parts
 
 
@@ -80,7 +83,25 @@ class StatePlan:
 def choose_pieces(
     blobs: Iterable[BlobInfo], layers: tuple[int, int], heads: tuple[int, int]
 ) -> tuple[Piece, ...] | None:
-    """Fewest blobs that cover ``layers``; of equals the smaller one. None: no cover."""
+    """Few blobs that cover ``layers`` and ``heads``; of equals the smaller one. None: no cover.
+
+    Blobs of all heads where there are such; else heads are put together from what
+    tensor-parallel ranks stored, the widest part first.
+    """
+    blobs = list(blobs)
+    ends = {b.heads[1] for b in blobs if b.heads[0] <= heads[0] < b.heads[1] < heads[1]}
+    for end in [heads[1], *sorted(ends, reverse=True)]:
+        first = _covering(blobs, layers, (heads[0], end))
+        rest = choose_pieces(blobs, layers, (end, heads[1])) if end < heads[1] else ()
+        if first is not None and rest is not None:
+            return first + rest
+    return None
+
+
+def _covering(
+    blobs: Sequence[BlobInfo], layers: tuple[int, int], heads: tuple[int, int]
+) -> tuple[Piece, ...] | None:
+    """Blobs that each hold all of ``heads``."""
     usable = [b for b in blobs if b.heads[0] <= heads[0] and b.heads[1] >= heads[1]]
     pieces: list[Piece] = []
     at = layers[0]
@@ -90,7 +111,7 @@ def choose_pieces(
             return None
         best = max(reach, key=lambda b: (min(b.layers[1], layers[1]), -b.size, str(b.key)))
         end = min(best.layers[1], layers[1])
-        pieces.append(Piece(best, (at, end)))
+        pieces.append(Piece(best, (at, end), heads))
         at = end
     return tuple(pieces)
 
@@ -135,20 +156,24 @@ def plan_states(
     tokens: Sequence[int],
     page_tokens: int,
     states: tuple[int, int],
+    part: tuple[int, int] = (0, 1),
 ) -> list[StatePlan]:
     """States keyed by exactly these tokens, the longest first.
 
     Args:
         states: state layers wanted; (a, a): none, only where they stand.
+        part: which part of each, of how many.
     """
     plans = []
     for state in found.states:
         start = state.pages * page_tokens
         end = start + state.tokens
         previous = page_keys[state.pages - 1] if state.pages else root
-        if end > len(tokens) or tail_key(previous, tokens[start:end]) != state.key:
+        if end > len(tokens):
             continue
-        pieces = choose_pieces(state.blobs, states, (0, 1))
+        if state_key(tail_key(previous, tokens[start:end]), part[1]) != state.key:
+            continue
+        pieces = choose_pieces(state.blobs, states, (part[0], part[0] + 1))
         if pieces is not None:
             plans.append(StatePlan(start, end, pieces))
     return sorted(plans, key=lambda plan: plan.tokens, reverse=True)
@@ -158,11 +183,11 @@ def runs_of(plan: RestorePlan) -> list[Run]:
     """The plan's pieces as runs, in the order to be fetched: early tokens first."""
     runs: list[Run] = []
     for start in range(0, len(plan.segments), RUN_PAGES):
-        parts: dict[tuple[int, int], list[tuple[Segment, Piece]]] = {}
+        parts: dict[tuple[Range, Range], list[tuple[Segment, Piece]]] = {}
         for segment in plan.segments[start : start + RUN_PAGES]:
             for piece in segment.pieces:
-                parts.setdefault(piece.cut, []).append((segment, piece))
-        runs += [Run(cut, tuple(pieces)) for cut, pieces in parts.items()]
+                parts.setdefault((piece.cut, piece.heads), []).append((segment, piece))
+        runs += [Run(cut, heads, tuple(pieces)) for (cut, heads), pieces in parts.items()]
     return runs
 
 
@@ -180,23 +205,29 @@ class Assembly:
         self._streams: dict[str, Stream] = {}
 
     def add(self, part: PageTensors) -> None:
-        """Copy a piece to its place, by its layers and tokens.
+        """Copy a piece to its place, by its layers, heads and tokens.
 
         Raises: IdentityMismatchError: it does not fit what is there (streams or dtypes).
         """
         with self._lock:
             if not self._streams:
-                self._streams = {n: self._empty(s) for n, s in part.streams.items()}
-        mine, theirs = _kinds(self._streams), _kinds(part.streams)
+                self._streams = {n: self._empty(s, part) for n, s in part.streams.items()}
+        mine, theirs = _kinds(self._streams, self._heads), _kinds(part.streams, part.heads)
         if mine != theirs:
             raise IdentityMismatchError("streams", str(theirs), str(mine))
-        first = self._layers[0]
-        rows = slice(part.layers[0] - first, part.layers[1] - first)
+        rows, heads = (
+            slice(a - start, b - start)
+            for (a, b), start in ((part.layers, self._layers[0]), (part.heads, self._heads[0]))
+        )
         for name, stream in part.streams.items():
-            self._streams[name].data[rows, :, slice(*part.tokens)] = stream.data
+            whole = self._streams[name].data
+            into = heads if whole.shape[1] > 1 else slice(None)
+            whole[rows, into, slice(*part.tokens)] = stream.data
 
-    def _empty(self, like: Stream) -> Stream:
+    def _empty(self, like: Stream, part: PageTensors) -> Stream:
         _, heads, _, dim = like.data.shape
+        if heads == part.heads[1] - part.heads[0]:  # divided, not one for all heads
+            heads = self._heads[1] - self._heads[0]
         shape = (self._layers[1] - self._layers[0], heads, self._tokens, dim)
         return Stream(like.name, np.empty(shape, dtype=like.data.dtype), like.dtype)
 
@@ -206,5 +237,6 @@ class Assembly:
         return whole.cut_tokens((0, tokens))
 
 
-def _kinds(streams: Mapping[str, Stream]) -> dict[str, tuple[DType, int, int]]:
-    return {n: (s.dtype, s.data.shape[1], s.data.shape[3]) for n, s in streams.items()}
+def _kinds(streams: Mapping[str, Stream], heads: Range) -> dict[str, tuple[DType, bool, int]]:
+    count = heads[1] - heads[0]
+    return {n: (s.dtype, s.data.shape[1] == count, s.data.shape[3]) for n, s in streams.items()}

@@ -7,6 +7,7 @@ Everything that changes the numbers is in the key. The vectors in
     page_key[i] = BLAKE3(page_key[i-1] | tokens u32le ... | media hashes), page_key[-1] = root
     tail_key    = BLAKE3("kvferry/tail/1" | previous key | token count u32le |
                          tokens u32le ... | media hashes)
+    state_key   = BLAKE3("kvferry/state/1" | parts u32le | tail_key)
     codec_id    = NAME "." VERSION "-" first 16 hex digits of
                   BLAKE3("kvferry/codec/1" | canonical params JSON | calibration id)
 """
@@ -32,6 +33,7 @@ MAX_HEADS = 65_536
 
 _ROOT_DOMAIN = b"kvferry/root/1"
 _TAIL_DOMAIN = b"kvferry/tail/1"
+_STATE_DOMAIN = b"kvferry/state/1"
 _CODEC_DOMAIN = b"kvferry/codec/1"
 _CODEC_ID = re.compile(r"[a-z][a-z0-9_]{0,31}\.[0-9]{1,5}-[0-9a-f]{16}")
 _RANGED_KEY = re.compile(
@@ -236,6 +238,20 @@ def page_keys(
 def tail_key(previous: bytes, tokens: Sequence[int], media: Sequence[bytes] = ()) -> bytes:
     """Key of the tail: exactly these tokens after the page (or root) ``previous``."""
     return _chain(_TAIL_DOMAIN, previous, token_bytes(tokens), media)
+
+
+def state_key(tail: bytes, parts: int = 1) -> bytes:
+    """Key of what cannot be cut at a token, as it is after the tokens of a tail.
+
+    Args:
+        tail: `tail_key` of those tokens.
+        parts: how many tensor-parallel ranks divide each state; it can only be restored
+            on as many.
+    Raises: InvalidKeyError.
+    """
+    if len(tail) != DIGEST_BYTES or not 1 <= parts <= MAX_HEADS:
+        raise InvalidKeyError("state", f"{parts} parts of a tail key of {len(tail)} bytes")
+    return blake3(_STATE_DOMAIN + parts.to_bytes(4, "little") + tail).digest()
 
 
 def pages_behind_window(

@@ -42,7 +42,7 @@ class Cache:
         streams = {n: Stream(n, np.zeros(shape, np.float32), DType.FLOAT32) for n in "kv"}
         return PageTensors(layers, (0, 1), tokens, streams)
 
-    def state_pages(self, tokens: tuple[int, int]) -> Iterator[PageTensors]:
+    def state_pages(self, tokens: tuple[int, int], part: int = 0) -> Iterator[PageTensors]:
         state = Stream("state.0.2d", np.zeros((2, 1, 1, 4), np.float32), DType.FLOAT32)
         yield PageTensors((0, 2), (0, 1), tokens, {state.name: state})
 

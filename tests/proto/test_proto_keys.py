@@ -52,6 +52,17 @@ def test_tail_keys_are_the_published_ones() -> None:
         assert blake3(data).hexdigest() == v["key"]
 
 
+def test_state_keys_are_the_published_ones() -> None:
+    for v in VECTORS["states"]:
+        assert keys.state_key(unhex(v["tail"]), v["parts"]).hex() == v["key"]
+        data = b"kvferry/state/1" + struct.pack("<I", v["parts"]) + unhex(v["tail"])
+        assert blake3(data).hexdigest() == v["key"]
+    assert len({v["key"] for v in VECTORS["states"]}) == len(VECTORS["states"])
+    for tail, parts in ((b"", 1), (bytes(32), 0)):
+        with pytest.raises(InvalidKeyError):
+            keys.state_key(tail, parts)
+
+
 def test_codec_ids_are_the_published_ones() -> None:
     for v in VECTORS["codec_ids"]:
         calibration = unhex(v["calibration_id"])
@@ -127,7 +138,7 @@ def ranges(limit: int) -> st.SearchStrategy[tuple[int, int]]:
 
 blob_keys = st.builds(
     BlobKey,
-    kind=st.sampled_from(["page", "tail"]),
+    kind=st.sampled_from(["page", "tail", "state"]),
     page_key=st.binary(min_size=32, max_size=32),
     layers=ranges(keys.MAX_LAYERS),
     heads=ranges(keys.MAX_HEADS),

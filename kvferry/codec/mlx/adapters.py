@@ -121,11 +121,12 @@ class CacheSnapshot:
             streams[name] = Stream(name, np.stack(parts), held[0][1])
         return PageTensors(layers, self.heads, tokens, streams)
 
-    def state_pages(self, tokens: tuple[int, int]) -> Iterator[PageTensors]:
-        """States of consecutive layers of one form; ``heads`` is (0, 1). Any thread.
+    def state_pages(self, tokens: tuple[int, int], part: int = 0) -> Iterator[PageTensors]:
+        """States of consecutive layers of one form. Any thread may call it.
 
         Args:
             tokens: what a blob of them is to say; they stand at its end.
+            part: which part of the states this rank has; the pages' ``heads``.
         """
         at = self.states[0]
         for _, run in groupby(self._states, key=_form):
@@ -135,7 +136,7 @@ class CacheSnapshot:
                 parts = [_padded(np.asarray(layer[name][0])[0]) for layer in held]
                 streams[name] = Stream(name, np.stack(parts), held[0][name][1])
             if streams:
-                yield PageTensors((at, at + len(held)), (0, 1), tokens, streams)
+                yield PageTensors((at, at + len(held)), (part, part + 1), tokens, streams)
             at += len(held)
 
     def refill(self, cache: Sequence[Any], pages: Sequence[PageTensors]) -> int:

@@ -58,6 +58,21 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorPart:
+    """What one of the ranks that share every layer holds of the rows.
+
+    Attributes:
+        place: rank, and how many share; (0, 1): nobody.
+        heads: absolute, half-open.
+        writes_rows: False where another rank holds the same heads and stores them.
+    """
+
+    place: tuple[int, int]
+    heads: Range
+    writes_rows: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """What the cache of the whole model looks like.
 
@@ -108,6 +123,18 @@ class ModelShape:
         pages = [self._layer(e) for e in (self.page_entries or range(self.layers))]
         states = [self._layer(state.entry) for state in self.states]
         return Span((before, before + len(entries)), _part(pages, layers), _part(states, layers))
+
+    def tensor_part(self, rank: int = 0, size: int = 1) -> TensorPart:
+        """KV heads are divided among ranks, in order; MLA's latents are on all of them.
+
+        Raises: ModelError: heads that cannot be divided so.
+        """
+        if self.kv_heads == 1:
+            return TensorPart((rank, size), (0, 1), writes_rows=rank == 0)
+        if not 0 <= rank < size or self.kv_heads % size:
+            raise ModelError(f"{self.kv_heads} KV heads cannot be divided among {size} ranks")
+        each = self.kv_heads // size
+        return TensorPart((rank, size), (rank * each, (rank + 1) * each))
 
 
 def _part(places: Sequence[int], layers: Range) -> Range:

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from kvferry.codec.mlx.shape import ModelShape, Span
+from kvferry.codec.mlx.shape import ModelShape, Span, TensorPart
 from kvferry.errors import FerryError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
@@ -24,6 +24,7 @@ class CurrentCoding:
 
     Args:
         span: what this rank holds.
+        tensor: its place among tensor-parallel ranks.
         alone: no other rank has to enter `Standing.identify` with this one.
 
     Attributes:
@@ -35,12 +36,14 @@ class CurrentCoding:
         standing: Standing,
         shape: ModelShape,
         span: Span,
+        tensor: TensorPart,
         client: NodeClient,
         cache_dir: Path,
         *,
         alone: bool,
     ) -> None:
         self._standing, self._shape, self._span = standing, shape, span
+        self._tensor = tensor
         self._client, self._cache_dir, self._alone = client, cache_dir, alone
         self.calibrations = Calibrations(client, cache_dir)
         self._lock = threading.Lock()
@@ -73,9 +76,11 @@ class CurrentCoding:
             model_heads=self._shape.kv_heads,
             head_dim=self._shape.head_dim,
             layers=self._span.pages,
-            heads=(0, self._shape.kv_heads),
+            heads=self._tensor.heads,
             model_states=len(self._shape.states),
             states=self._span.states,
+            state_part=self._tensor.place,
+            writes_rows=self._tensor.writes_rows,
         )
 
     def renew(self) -> None:

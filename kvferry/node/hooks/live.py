@@ -66,6 +66,9 @@ class Live:
         model_id = standing.model_id
         if self._off or model_id is None:
             return
+        if snapshot.heads != (0, self._shape.kv_heads):
+            self._refuse("gather_split_heads", "this rank holds some of the KV heads")
+            return
         if self._running is None:
             if not any(rule.codec == "ferry" for rule in standing.policy.rules):
                 return

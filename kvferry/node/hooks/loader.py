@@ -118,7 +118,9 @@ class Loader:
             found, keys, self.root, tokens, shard.page_tokens, shard.layers, shard.heads
         )
         if shard.model_states:
-            states = plan_states(found, keys, self.root, tokens, shard.page_tokens, shard.states)
+            states = plan_states(
+                found, keys, self.root, tokens, shard.page_tokens, shard.states, shard.state_part
+            )
             most = len(tokens) if limit is None else limit
             reach = min(most, plan.tokens) if shard.model_layers else most
             loaded.positions = [state for state in states if state.tokens <= reach]
@@ -209,11 +211,12 @@ class _Restore:
         self._loader, self._plan, self._loaded, self._threads = loader, plan, loaded, threads
         self._assembly = Assembly(plan.tokens, loader.shard.layers, loader.shard.heads)
         self._runs = runs_of(plan)
-        self._place = {
-            piece.info.key: (segment.tokens[0], piece.cut[0], run)
-            for run in self._runs
-            for segment, piece in run.parts
-        }
+        # Where a blob's first token and layer lie, and the runs that it is a part of.
+        self._place: dict[BlobKey, tuple[int, int, list[Run]]] = {}
+        for run in self._runs:
+            for segment, piece in run.parts:
+                place: tuple[int, int, list[Run]] = (segment.tokens[0], piece.cut[0], [])
+                self._place.setdefault(piece.info.key, place)[2].append(run)
         self._wanted = set(self._place)
         # Token, layer and reason of the first gap; what lies behind it is of no use.
         self._gap = (plan.tokens, 0, "")
@@ -243,7 +246,7 @@ class _Restore:
                 else:
                     self._blobs[key] = answer
                     self._loaded.bytes += len(answer)
-                    self._start([self._place[key][2]])
+                    self._start(self._place[key][2])
                 if not self._wanted:
                     return
         for key in self._wanted.copy():
@@ -268,26 +271,28 @@ class _Restore:
                 ]
                 names = {p.info.codec.calibration_id for _, p in parts}
                 warm = [future for name, future in self._warm.items() if name in names]
-                future = self._threads.submit(self._decode, run.cut, blobs, warm)
+                future = self._threads.submit(self._decode, run, blobs, warm)
                 self._decoding.append((parts, future))
 
     def _decode(
-        self, cut: tuple[int, int], blobs: Sequence[StoredBlob], warm: Sequence[Future[None]]
+        self, run: Run, blobs: Sequence[StoredBlob], warm: Sequence[Future[None]]
     ) -> list[CodecError | None]:
         """On a thread: decode a run into its place; for each part, what went wrong."""
         wait(warm)  # what failed there fails here again, and is told
         pages = decode_blobs(
             blobs,
             model_id=self._loader.shard.model_id,
-            cut=cut,
+            cut=run.cut,
             calibrations=self._loader.calibrations,
             rope=self._loader.rope,
         )
-        return [page if isinstance(page, CodecError) else self._add(page) for page in pages]
+        return [
+            page if isinstance(page, CodecError) else self._add(page, run.heads) for page in pages
+        ]
 
-    def _add(self, page: PageTensors) -> CodecError | None:
+    def _add(self, page: PageTensors, heads: tuple[int, int]) -> CodecError | None:
         try:
-            self._assembly.add(page)
+            self._assembly.add(page if page.heads == heads else page.cut_heads(heads))
         except CodecError as exc:
             return exc
         return None
@@ -300,12 +305,12 @@ class _Restore:
         for parts, future in self._decoding:
             for (segment, piece), problem in zip(parts, future.result(), strict=True):
                 if problem is None:
-                    done.add((segment.tokens, piece.cut))
+                    done.add((segment.tokens, piece.cut, piece.heads))
                 else:
                     problems.append(problem.reason)
         whole = 0
         for segment in plan.segments:
-            if not done.issuperset((segment.tokens, piece.cut) for piece in segment.pieces):
+            if not done.issuperset((segment.tokens, p.cut, p.heads) for p in segment.pieces):
                 break
             whole += 1
         loaded.problems += problems

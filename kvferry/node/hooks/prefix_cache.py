@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import page_ropes
-from kvferry.codec.mlx.shape import describe
-from kvferry.errors import FerryError
+from kvferry.codec.mlx.shape import describe, describe_config
+from kvferry.errors import FerryError, ModelError
 from kvferry.node.client import NodeClient
 from kvferry.node.hooks.current import CurrentCoding
 from kvferry.node.hooks.group import Alone, Group
@@ -67,6 +67,7 @@ class PrefixCache:
         options: see `HookOptions`.
         group: the ranks that share the model; alone if None.
         layers: absolute layers of this rank, half-open; all if None.
+        tensor: rank among those that share every layer, and how many these are.
         make_cache: an empty cache of the local layers; ``make_prompt_cache`` if None.
     """
 
@@ -77,13 +78,19 @@ class PrefixCache:
         *,
         group: Group | None = None,
         layers: tuple[int, int] | None = None,
+        tensor: tuple[int, int] = (0, 1),
         make_cache: Callable[[], list[Any]] | None = None,
     ) -> None:
         self.options = options or HookOptions()
         self.counters: Counter[str] = Counter()
         self.last_restore: RestoreReport | None = None
         self._loaded, self._group = loaded, group or Alone()
-        self._shape = describe(loaded.model, loaded.config)
+        # A model whose heads are divided already shows but its own part of them.
+        divided = tensor[1] > 1
+        self._shape = (
+            describe_config(loaded.config) if divided else describe(loaded.model, loaded.config)
+        )
+        self._tensor = self._shape.tensor_part(*tensor)
         self._span = self._shape.span(layers or (0, self._shape.all_layers))
         self._make_cache = make_cache or _prompt_cache_maker(loaded.model)
         specs = page_ropes(loaded.model, self._shape.page_layers)
@@ -106,6 +113,7 @@ class PrefixCache:
             self._standing,
             self._shape,
             self._span,
+            self._tensor,
             self._client,
             self.options.cache_dir,
             alone=alone,
@@ -320,9 +328,11 @@ class PrefixCache:
             cache,
             held,
             self._span.pages[0],
+            self._tensor.heads[0],
             latent=self._shape.latent,
             state_start=self._span.states[0],
         )
+        self._check(snapshot)
         known = restored.tokens if restored else 0
         self._live.offered(self._standing, tokens[:held], snapshot, known)
         offer = Offer(tuple(tokens[:held]), snapshot, restored.pages if restored else 0)
@@ -330,6 +340,14 @@ class PrefixCache:
             return self._offers.submit(offer)
         self._offers.defer(offer)
         return True
+
+    def _check(self, snapshot: adapters.CacheSnapshot) -> None:
+        """Raises: ModelError: the cache is not what the model was said to make."""
+        found = (snapshot.layers, snapshot.heads)
+        wanted = (self._span.pages, self._tensor.heads)
+        rows = snapshot.layers[0] < snapshot.layers[1]
+        if found[0] != wanted[0] or (rows and found[1] != wanted[1]):
+            raise ModelError(f"layers and heads {found} of a cache that should hold {wanted}")
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until all that was offered is in the store. False: not within the time."""

@@ -37,7 +37,7 @@ class _BlobKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """A calibration artifact, content-addressed by its id."""
     BLOB_KIND_STATE: _BlobKind.ValueType  # 4
     """What cannot be cut at a token (recurrent state, rings that have wrapped), as it is
-    after exactly the tokens of the tail of the same key.
+    after exactly the tokens of a tail. Heads count the ranks that divide it.
     """
 
 class BlobKind(_BlobKind, metaclass=_BlobKindEnumTypeWrapper): ...
@@ -51,7 +51,7 @@ BLOB_KIND_CALIBRATION: BlobKind.ValueType  # 3
 """A calibration artifact, content-addressed by its id."""
 BLOB_KIND_STATE: BlobKind.ValueType  # 4
 """What cannot be cut at a token (recurrent state, rings that have wrapped), as it is
-after exactly the tokens of the tail of the same key.
+after exactly the tokens of a tail. Heads count the ranks that divide it.
 """
 Global___BlobKind: typing_extensions.TypeAlias = BlobKind
 

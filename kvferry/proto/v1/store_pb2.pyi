@@ -328,7 +328,7 @@ class StateListing(google.protobuf.message.Message):
     TOKENS_FIELD_NUMBER: builtins.int
     BLOBS_FIELD_NUMBER: builtins.int
     key: builtins.bytes
-    """that of a tail of the same tokens"""
+    """made from that of a tail of the same tokens"""
     pages: builtins.int
     """before its tokens"""
     tokens: builtins.int

@@ -29,10 +29,14 @@ _IDLE_AFTER_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """What a rank is started with. ``layers`` absolute, half-open; socket None: no kvferry."""
+    """What a rank is started with. ``layers`` absolute, half-open; socket None: no kvferry.
+
+    With ``tensor`` every rank has a part of every layer instead, and ``layers`` says nothing.
+    """
 
     model: str
-    layers: tuple[int, int]
+    layers: tuple[int, int] = (0, 0)
+    tensor: bool = False
     socket: str | None = None
     cache_dir: str | None = None
     options: dict[str, float] | None = None
@@ -41,7 +45,7 @@ class WorkerConfig:
     def parse(cls, text: str) -> "WorkerConfig":
         """From the JSON object on the command line."""
         raw = json.loads(text)
-        raw["layers"] = tuple(raw["layers"])
+        raw["layers"] = tuple(raw.get("layers", (0, 0)))
         return cls(**raw)
 
 
@@ -54,11 +58,17 @@ class Worker:
         from kvferry.codec.mlx.load import load_model
         from kvferry.node.hooks.group import group_of
         from kvferry.node.hooks.pipeline.stage import Stage
+        from kvferry.node.hooks.pipeline.whole import Whole
 
         distributed = mx.distributed.init()
         group = distributed if distributed.size() > 1 else None
-        loaded = load_model(config.model, layers=config.layers)
-        self.stage = Stage(loaded.model, config.layers, group)
+        layers = None if config.tensor else config.layers
+        loaded = load_model(config.model, layers=layers)
+        self.stage: Stage | Whole
+        if layers is None:
+            self.stage = Whole.divided(loaded.model, group)
+        else:
+            self.stage = Stage(loaded.model, layers, group)
         self.prefix: PrefixCache | None = None
         if config.socket is not None:
             from kvferry.node.hooks import prefix_cache
@@ -71,7 +81,8 @@ class Worker:
                 loaded,
                 options,
                 group=group_of(group),
-                layers=config.layers,
+                layers=layers,
+                tensor=(0, 1) if group is None or layers else (group.rank(), group.size()),
                 make_cache=self.stage.make_cache,
             )
             self.prefix.ready()
