@@ -312,10 +312,10 @@ def _staged_states(
         page, adapter = found.get(layer), state_adapter(leaf)
         if page is None or not adapter.fits(leaf, list(page.streams)):
             raise ModelError(f"no state that fits the {type(leaf).__name__} of state layer {layer}")
-        arrays = {
-            name: _array(stream.data[layer - page.layers[0]][None], stream.dtype)
-            for name, stream in page.streams.items()
-        }
+        arrays = {}
+        for name, stream in page.streams.items():
+            host = stream.data[layer - page.layers[0]]
+            arrays[name] = _array(host.reshape(adapter.shape(name, host.shape)), stream.dtype)
         staged.append((leaf, adapter, arrays))
     return staged
 

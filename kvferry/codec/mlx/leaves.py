@@ -45,12 +45,14 @@ class StateAdapter:
         read: leaf -> stream name -> array (batch, ...), at most 4-d.
         fill: (leaf, stream name -> array, tokens) -> None; must not fail.
         fits: (leaf, stream names) -> whether `fill` can take these.
+        shape: (stream name, three dims as stored) -> the array's own shape.
         length: leaf -> tokens it has seen, None where it does not say.
     """
 
     read: Callable[[Any], Arrays]
     fill: Callable[[Any, Arrays, int], None]
     fits: Callable[[Any, Sequence[str]], bool]
+    shape: Callable[[str, tuple[int, ...]], tuple[int, ...]]
     length: Callable[[Any], int | None]
 
 
@@ -174,8 +176,7 @@ def _read_arrays(leaf: Any) -> Arrays:
 
 def _fill_arrays(leaf: Any, arrays: Arrays, tokens: int) -> None:
     for name, array in arrays.items():
-        index, dims = _place(name)
-        leaf.cache[index] = array.reshape(1, *array.shape[len(array.shape) - dims + 1 :])
+        leaf.cache[_place(name)[0]] = array
 
 
 def _place(name: str) -> tuple[int, int]:
@@ -202,9 +203,16 @@ _RING = StateAdapter(
     _read_ring,
     _fill_ring,
     lambda _, names: set(names) == {RING_KEYS, RING_VALUES},
+    lambda _, stored: (1, *stored),
     lambda leaf: int(leaf.offset),
 )
-_ARRAYS = StateAdapter(_read_arrays, _fill_arrays, _fits_arrays, lambda _: None)
+_ARRAYS = StateAdapter(
+    _read_arrays,
+    _fill_arrays,
+    _fits_arrays,
+    lambda name, stored: (1, *stored[_MAX_STATE_DIMS - _place(name)[1] :]),
+    lambda _: None,
+)
 _STATES: Mapping[str, StateAdapter] = {
     "RotatingKVCache": _RING,
     "ArraysCache": _ARRAYS,

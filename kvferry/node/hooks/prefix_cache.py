@@ -295,7 +295,9 @@ class PrefixCache:
         Args:
             tokens: token ids that ``cache`` was filled with; more than the cache holds
                 are cut off. A cache of recurrent state alone does not tell how many it
-                has seen: for that these must be exactly as many.
+                has seen: for that these must be exactly as many. Rings and recurrent state
+                come back at the position of an offer or not at all: for such models offer
+                before the last tokens of a prompt are run (``keep_last`` of them).
             cache: of the local layers.
             event: "prefill" (right after prefill) or "turn_end".
         Returns:
