@@ -87,11 +87,12 @@ class Worker:
             )
             self.prefix.ready()
         self._kept: tuple[list[int], list[Any]] | None = None
+        self._group = None if group is None else group_of(group)
 
     def handle(self, command: dict[str, Any]) -> dict[str, Any]:
         """Run one command. Every rank runs the same ones in the same order."""
         name = command.pop("cmd")
-        if name not in ("generate", "offer", "flush", "policy", "warm"):
+        if name not in ("generate", "offer", "flush", "policy", "warm", "agree"):
             raise FerryError(f"no command {name!r}")
         answer: dict[str, Any] = getattr(self, f"do_{name}")(**command)
         return answer
@@ -162,6 +163,18 @@ class Worker:
                 raise FerryError(f"policy {name!r} did not arrive within {timeout_s:.0f} s")
             time.sleep(0.05)
         return {"name": name}
+
+    def do_agree(self, rounds: int, collectives: int = 3) -> dict[str, Any]:
+        """Seconds that ranks which are ready together need to agree on one request."""
+        if self._group is None:
+            raise FerryError("a rank alone has nobody to agree with")
+        seconds = []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            for _ in range(collectives):
+                self._group.all_min([2048])
+            seconds.append(time.perf_counter() - started)
+        return {"seconds": seconds}
 
     def _last_restore(self) -> dict[str, Any] | None:
         report = self.prefix.last_restore if self.prefix is not None else None
