@@ -94,11 +94,18 @@ class Loader:
     accept: frozenset[str]
     rope: Mapping[int, bytes]
 
-    def load(self, tokens: Sequence[int], deadline_s: float, limit: int | None = None) -> Loaded:
+    def load(
+        self,
+        tokens: Sequence[int],
+        deadline_s: float,
+        limit: int | None = None,
+        beyond: int = 0,
+    ) -> Loaded:
         """The longest prefix of ``tokens`` that can be had whole within the deadline.
 
         Args:
             limit: no state beyond so many tokens is of use.
+            beyond: nothing is fetched where no more tokens than these are to be had.
         Raises: FerryError where not even the lookup worked.
         """
         loaded = Loaded()
@@ -130,6 +137,9 @@ class Loader:
             plan = plan.upto(loaded.positions[0].tokens)
         elif not plan.segments:
             loaded.reason = "not_stored"
+            return loaded
+        if (loaded.positions[0].tokens if loaded.positions else plan.tokens) <= beyond:
+            loaded.positions, loaded.reason = [], "no_gain"
             return loaded
         self._load_rows(plan, loaded, end)
         if shard.model_states:

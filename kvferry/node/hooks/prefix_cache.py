@@ -40,6 +40,7 @@ class RestoreReport:
     Attributes:
         prompt_tokens: tokens asked for.
         restored_tokens: tokens in the cache that was returned.
+        restored_pages: whole pages among them, as they were stored.
         loaded_tokens: tokens that this rank had before the ranks agreed.
         reason: empty, or why not more was restored.
         bytes: bytes fetched from the node daemon.
@@ -50,6 +51,7 @@ class RestoreReport:
     prompt_tokens: int
     restored_tokens: int
     loaded_tokens: int
+    restored_pages: int = 0
     reason: str = ""
     bytes: int = 0
     seconds: float = 0.0
@@ -163,20 +165,22 @@ class PrefixCache:
 
     # -- restore ------------------------------------------------------------------
 
-    def restore(self, tokens: Sequence[int]) -> tuple[list[Any], list[int]]:
+    def restore(self, tokens: Sequence[int], *, beyond: int = 0) -> tuple[list[Any], list[int]]:
         """The longest stored prefix of a prompt, in a fresh cache.
 
-        Every rank calls this for every request, with the same tokens.
+        Every rank calls this for every request, with the same arguments.
 
         Args:
             tokens: the whole prompt, token ids.
+            beyond: the caller has a cache of so many of them; no more than that is a miss,
+                and nothing is fetched.
         Returns:
             (cache, remaining tokens to prefill; at least ``options.keep_last``).
         """
         started = time.monotonic()
         self._live.touch()
         tokens = list(tokens)
-        loaded = self._load(tokens)
+        loaded = self._load(tokens, beyond)
         cache = self._make_cache()
         limit = max(0, len(tokens) - self.options.keep_last)
         # States stand at their position or nowhere: rows can be cut to any.
@@ -194,16 +198,18 @@ class PrefixCache:
             committed = self._group.all_min([committed])[0]
         if committed < agreed:
             cache, agreed = self._make_cache(), 0
-        self._remember(cache, agreed, min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS))
-        self._finish(tokens, agreed, loaded, time.monotonic() - started)
+        pages = min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS)
+        self.remember(cache, agreed, pages, time.monotonic())
+        self._finish(tokens, agreed, pages, loaded, time.monotonic() - started)
         return cache, tokens[agreed:]
 
-    def _load(self, tokens: list[int]) -> Loaded:
+    def _load(self, tokens: list[int], beyond: int) -> Loaded:
         try:
             loader = self._loader()
             deadline = self._prefill.seconds_for(len(tokens), self.options.max_restore_s)
             seconds = min(deadline, self.options.max_restore_s)
-            return loader.load(tokens, seconds, max(0, len(tokens) - self.options.keep_last))
+            limit = max(0, len(tokens) - self.options.keep_last)
+            return loader.load(tokens, seconds, limit, beyond)
         except FerryError as exc:
             return Loaded(reason=exc.reason, problems=[exc.reason])
         except Exception:
@@ -259,17 +265,30 @@ class PrefixCache:
             loaded.seconds["commit"] = time.monotonic() - started
         return 0
 
-    def _remember(self, cache: list[Any], tokens: int, pages: int) -> None:
-        if cache:  # a rank may hold layers that need none
-            self._restored[cache[0]] = _Restored(tokens, pages, time.monotonic())
+    def remember(
+        self, cache: list[Any], tokens: int, pages: int, since: float | None = None
+    ) -> None:
+        """Say what of a cache came out of the store; for engines that copy what `restore` made.
 
-    def _finish(self, tokens: list[int], restored: int, loaded: Loaded, seconds: float) -> None:
+        Args:
+            cache: of the local layers, about to be offered.
+            tokens: that were there before prefill.
+            pages: whole pages of it that were restored; they are not coded again.
+            since: ``time.monotonic()`` when prefill began; None: not to be measured.
+        """
+        if cache:  # a rank may hold layers that need none
+            self._restored[cache[0]] = _Restored(tokens, pages, since)
+
+    def _finish(
+        self, tokens: list[int], restored: int, pages: int, loaded: Loaded, seconds: float
+    ) -> None:
         outcome = "hit" if restored else loaded.reason or "not_stored"
         self.counters["restores" if restored else f"miss_{outcome}"] += 1
         self.last_restore = RestoreReport(
             prompt_tokens=len(tokens),
             restored_tokens=restored,
             loaded_tokens=loaded.tokens,
+            restored_pages=pages,
             reason=loaded.reason,
             bytes=loaded.bytes,
             seconds=seconds,
@@ -316,7 +335,7 @@ class PrefixCache:
         filled = adapters.length(cache)
         held = len(tokens) if filled is None else min(len(tokens), filled)
         restored = self._restored.get(cache[0]) if cache else None
-        if restored is not None and event == "prefill":
+        if restored is not None and restored.at is not None and event == "prefill":
             self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
         policy = self.policy
         now = wanted_now(policy, event)
@@ -389,7 +408,7 @@ class _Restored:
 
     tokens: int
     pages: int
-    at: float
+    at: float | None
 
 
 def _prompt_cache_maker(model: Any) -> Callable[[], list[Any]]:
