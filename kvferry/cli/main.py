@@ -22,6 +22,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "node",
     "plot",
     "policy",
+    "serve",
     "status",
     "store",
     "tune",

@@ -30,6 +30,7 @@ class LoadedModel:
         tokenizer_files: files that make the tokenizer; the GGUF where it is in there.
         layers: absolute, half-open: whose weights are there.
         load_seconds: what loading took.
+        adapter_files: of an adapter that is laid over the weights.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LoadedModel:
     tokenizer_files: tuple[Path, ...]
     layers: tuple[int, int]
     load_seconds: float = 0.0
+    adapter_files: tuple[Path, ...] = ()
 
 
 def load_model(name_or_path: str, layers: tuple[int, int] | None = None) -> LoadedModel:
@@ -73,6 +75,47 @@ def load_model(name_or_path: str, layers: tuple[int, int] | None = None) -> Load
     )
 
 
+def suit_device(model: Any) -> Any:
+    """On a CPU: float32 throughout, quantized matrices too, as nothing else is fast there."""
+    from mlx_lm.utils import dequantize_model
+
+    if mx.default_device() != mx.Device(mx.cpu):
+        return model
+    model.set_dtype(mx.float32)
+    return dequantize_model(model)
+
+
+def loaded_elsewhere(
+    name: str,
+    model: Any,
+    wrapper: Any,
+    config: Mapping[str, Any],
+    folder: Path,
+    adapter: Path | None = None,
+) -> LoadedModel:
+    """A whole model that mlx-lm's own functions have loaded.
+
+    Args:
+        wrapper: mlx-lm's ``TokenizerWrapper``.
+        folder: of the files it came from.
+        adapter: folder of the adapter that was laid over it.
+    Raises:
+        ModelError: its config does not say how many layers it has.
+    """
+    return LoadedModel(
+        name,
+        model,
+        HubTokenizer(wrapper),
+        config,
+        tuple(sorted(folder.glob("model*.safetensors"))),
+        _tokenizer_files(folder),
+        _held(config, model, None),
+        adapter_files=tuple(sorted(p for p in adapter.glob("adapter*") if p.is_file()))
+        if adapter
+        else (),
+    )
+
+
 def load_tokenizer(name_or_path: str) -> tuple[Tokenizer, int]:
     """(tokenizer, layers of the model), without loading weights. Raises: ModelError."""
     if name_or_path == smollm2.NAME:
@@ -91,7 +134,6 @@ def _load_smollm2(layers: tuple[int, int] | None) -> LoadedModel:
 
 
 def _load_folder(name: str, layers: tuple[int, int] | None) -> LoadedModel:
-    from mlx_lm.utils import dequantize_model
     from mlx_lm.utils import load_model as load_mlx_model
 
     folder = _folder(name)
@@ -99,9 +141,7 @@ def _load_folder(name: str, layers: tuple[int, int] | None) -> LoadedModel:
         model, config = load_mlx_model(folder, lazy=True, strict=layers is None)
     except (ValueError, FileNotFoundError, KeyError, TypeError) as exc:
         raise ModelError(f"{name} cannot be loaded by mlx-lm: {exc}") from exc
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
-        model = dequantize_model(model)
+    model = suit_device(model)
     files = tuple(sorted(folder.glob("model*.safetensors")))
     return LoadedModel(
         name, model, _hub_tokenizer(folder), config, files, _tokenizer_files(folder), (0, 0)

@@ -77,6 +77,7 @@ def fingerprint(
         shared={name: digest for name, digest in groups.items() if not name.isdigit()},
         tokenizer=_tokenizer_digest(loaded.tokenizer_files),
         rope={layer: specs[layer].fingerprint() for layer in range(*held)},
+        adapter=_adapter_digest(loaded.adapter_files),
     )
 
 
@@ -204,6 +205,17 @@ def _tokenizer_digest(files: Sequence[Path]) -> bytes:
             hasher.update(canonical_json(named))
         else:
             hasher.update(blake3(file.read_bytes()).digest())
+    return hasher.digest()
+
+
+def _adapter_digest(files: Sequence[Path]) -> bytes:
+    """Of names and contents; empty where there is no adapter."""
+    if not files:
+        return b""
+    hasher = blake3()
+    for file in files:
+        hasher.update(canonical_json(file.name))
+        hasher.update(blake3(file.read_bytes()).digest())
     return hasher.digest()
 
 

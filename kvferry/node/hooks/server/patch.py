@@ -1,0 +1,152 @@
+"""The one place that takes hold of `mlx_lm.server`: three classes and a function, for a while.
+
+``main`` and ``run`` of that module make these by name, so they are replaced there, by
+subclasses that leave everything else as it is, and put back afterwards.
+"""
+
+import _thread
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvferry.node.hooks.server.bridge import Bridge
+from kvferry.node.hooks.server.models import ModelLoading
+from kvferry.node.hooks.thread_end import wait_ended
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Running:
+    """What came of the server that was started.
+
+    Attributes:
+        generator: its ``ResponseGenerator``, once there is one.
+        failure: why the model it was told to serve could not be loaded.
+    """
+
+    generator: Any = None
+    failure: Exception | None = None
+
+    def stop(self) -> None:
+        """End the thread that runs the model, where it was started."""
+        if self.generator is None:
+            return
+        self.generator.stop_and_join()
+        thread = getattr(self.generator, "_generation_thread", None)
+        wait_ended(getattr(thread, "native_id", None))
+
+
+@dataclass(slots=True)
+class Patch:
+    """What to put into the server.
+
+    Args:
+        server: the module `mlx_lm.server`.
+        bridge: None: only the loading of models is ours.
+    """
+
+    server: Any
+    bridge: Bridge | None
+    running: Running = field(default_factory=Running)
+
+    @contextmanager
+    def installed(self) -> Iterator[Running]:
+        """The server's names are ours within; as they were after."""
+        bridge, running = self.bridge, self.running
+        loading = ModelLoading(self.server.load, keep=bridge is not None)
+        new: dict[str, Any] = {"load": loading.load}
+        if bridge is not None:
+            new["LRUPromptCache"] = _prompt_cache(self.server.LRUPromptCache, bridge)
+            new["ModelProvider"] = _provider(self.server.ModelProvider, loading, bridge, running)
+            new["ResponseGenerator"] = _generator(self.server.ResponseGenerator, bridge, running)
+        old = {name: getattr(self.server, name) for name in new}
+        try:
+            for name, value in new.items():
+                setattr(self.server, name, value)
+            yield running
+        finally:
+            for name, value in old.items():
+                setattr(self.server, name, value)
+            if bridge is not None:
+                bridge.detach()
+
+
+def _prompt_cache(base: Any, bridge: Bridge) -> type:
+    class PromptCache(base):  # type: ignore[misc]
+        """The server's own, and behind it what is stored."""
+
+        def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+            cache, rest = super().fetch_nearest_cache(model, tokens)
+            return bridge.fetch(model, tokens, cache, rest)
+
+        def insert_cache(
+            self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
+        ) -> None:
+            super().insert_cache(model, tokens, prompt_cache, **kwargs)
+            bridge.inserted(model, tokens, prompt_cache, **kwargs)
+
+    return PromptCache
+
+
+def _provider(base: Any, loading: ModelLoading, bridge: Bridge, running: Running) -> type:
+    class Provider(base):  # type: ignore[misc]
+        """The server's own; each model it loads is made known to kvferry."""
+
+        def _load(
+            self,
+            model_path: str,
+            adapter_path: str | None = None,
+            draft_model_path: str | None = None,
+        ) -> None:
+            bridge.detach()
+            super()._load(model_path, adapter_path, draft_model_path)
+            if draft_model_path is not None:
+                loading.forget()
+                log.warning("served without stored caches: there is a draft model beside this one")
+                return
+            try:
+                loaded = loading.describe(self.model, model_path, adapter_path)
+            except Exception as exc:  # of whatever kind: the server has its model
+                log.warning("served without stored caches: %s", exc)
+                return
+            bridge.attach(self.model_key, loaded)
+
+        def reset(self) -> None:
+            """In releases that have it: the model is let go of."""
+            bridge.detach()
+            if hasattr(base, "reset"):
+                super().reset()
+
+        def load_default(self) -> None:
+            try:
+                super().load_default()
+            except Exception as exc:
+                # Without it there is nothing to serve. We are on the model's thread: the
+                # main thread ends the server, and says why.
+                running.failure = exc
+                _thread.interrupt_main(signal.SIGTERM)
+                raise SystemExit(1) from exc
+
+    return Provider
+
+
+def _generator(base: Any, bridge: Bridge, running: Running) -> type:
+    class Generator(base):  # type: ignore[misc]
+        """The server's own; where it waits for a request there is time for other work."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            running.generator = self
+            super().__init__(*args, **kwargs)
+
+        def _next_request(self, timeout: float | None = None) -> Any:
+            request = super()._next_request(timeout)
+            # It waits only where no answer is being generated.
+            if request is None and timeout is not None:
+                bridge.idle()
+            return request
+
+    return Generator
