@@ -1,6 +1,6 @@
 """Hooks: where a generation loop meets kvferry. Importing this package loads no mlx.
 
-from kvferry.node.hooks import HookOptions, PrefixCache
+from kvferry.node.hooks import AsyncPrefixCache, HookOptions, PrefixCache
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 from kvferry.node.hooks.options import HookOptions
 
 if TYPE_CHECKING:
+    from kvferry.node.hooks.aio import AsyncPrefixCache
     from kvferry.node.hooks.prefix_cache import PrefixCache, RestoreReport
 
-__all__ = ["HookOptions", "PrefixCache", "RestoreReport"]
+__all__ = ["AsyncPrefixCache", "HookOptions", "PrefixCache", "RestoreReport"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "AsyncPrefixCache":
+        from kvferry.node.hooks import aio
+
+        return aio.AsyncPrefixCache
     if name in ("PrefixCache", "RestoreReport"):
         from kvferry.node.hooks import prefix_cache
 
