@@ -36,13 +36,24 @@ class Answer:
 
 
 class Server:
-    """A running `kvferry serve`; ``KVFERRY_TEST_MLX_LM`` names another mlx-lm to serve with."""
+    """A running `kvferry serve`; ``KVFERRY_TEST_MLX_LM`` names another mlx-lm to serve with.
 
-    def __init__(self, folder: Path, node: Path, *arguments: str, model: str = "smollm2") -> None:
+    ``prelude`` is Python that runs first, in the server's process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        node: Path,
+        *arguments: str,
+        model: str = "smollm2",
+        prelude: str = "",
+    ) -> None:
         self.port = free_port()
         self.log = folder / f"serve-{self.port}.log"
         self._summary = folder / f"serve-{self.port}.json"
-        command = [sys.executable, "-m", "kvferry", "serve", "--model", model]
+        program = f"{prelude}\nfrom kvferry.cli.main import main\nmain()"
+        command = [sys.executable, "-c", program, "serve", "--model", model]
         command += ["--socket", str(node), "--json", str(self._summary)]
         command += ["--port", str(self.port), "--temp", "0", *arguments]
         environment = dict(os.environ)
@@ -85,7 +96,7 @@ class Server:
     def health(self) -> dict[str, Any] | None:
         """What /health says; None: nobody listens."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health") as reply:  # noqa: S310
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health") as reply:
                 found: dict[str, Any] = json.load(reply)
                 return found
         except urllib.error.URLError:
@@ -113,6 +124,18 @@ class Server:
         text = choice.message.content or ""
         spent = time.monotonic() - asked
         return Answer(text, usage.prompt_tokens, cached, spent, choice.finish_reason)
+
+    def complete(self, prompt: str, max_tokens: int = 8) -> Answer:
+        asked = time.monotonic()
+        reply = self.client.completions.create(
+            model="default_model", prompt=prompt, max_tokens=max_tokens
+        )
+        choice, usage = reply.choices[0], reply.usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        spent = time.monotonic() - asked
+        return Answer(choice.text, usage.prompt_tokens, cached, spent, choice.finish_reason)
 
     def stream(self, messages: list[dict[str, str]], max_tokens: int = 12) -> Answer:
         given: Any = messages

@@ -66,7 +66,7 @@ class AsyncPrefixCache:
         prefix, self._prefix = self._prefix, None
         try:
             if prefix is not None:
-                await self.run(prefix.close)
+                await asyncio.to_thread(prefix.close)  # of MLX it needs nothing
         finally:
             await self._let_go()
 

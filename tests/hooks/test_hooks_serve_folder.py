@@ -1,0 +1,57 @@
+"""The server with a model from a folder: shared with one's own loop, and stepping aside."""
+
+from pathlib import Path
+
+import pytest
+from serve_process import Server
+
+from kvferry.cli.demo.cluster import Cluster
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.node.hooks.options import HookOptions
+from kvferry.node.hooks.prefix_cache import PrefixCache
+
+pytestmark = pytest.mark.processes
+
+PROMPT = "".join(chr(97 + i * i % 23) for i in range(600))
+CHANGED = """
+import mlx_lm.server as server
+known = server.LRUPromptCache.insert_cache
+def insert_cache(self, model, toks, prompt_cache, *, cache_type="assistant"):
+    known(self, model, toks, prompt_cache, cache_type=cache_type)
+server.LRUPromptCache.insert_cache = insert_cache
+"""
+
+
+def test_what_the_server_stored_an_own_loop_restores(
+    tiny: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name) as server:
+        answer = server.complete(PROMPT)
+        assert answer.prompt_tokens == 600
+        # One at a time, as the server does where a seed is given.
+        seeded = server.client.completions.create(
+            model="default_model", prompt=PROMPT, max_tokens=8, seed=1
+        )
+        assert seeded.choices[0].text == answer.text
+    assert server.process.returncode == 0
+    tokens = tiny.tokenizer.encode(PROMPT)
+    with PrefixCache(tiny, HookOptions(socket=cluster.sockets[0], gather_tokens=0)) as prefix:
+        assert prefix.ready()
+        _, rest = prefix.restore(tokens)
+        assert prefix.last_restore is not None
+        assert prefix.last_restore.restored_tokens >= 256, prefix.last_restore
+        assert rest == tokens[prefix.last_restore.restored_tokens :]
+
+
+def test_a_changed_mlx_lm_serves_without_us_and_says_so(
+    tiny: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name, prelude=CHANGED) as server:
+        first = server.complete(PROMPT)
+        again = server.complete(PROMPT)
+        assert again.text == first.text
+        assert again.cached_tokens == 599  # its own prompt cache
+    said = [line for line in server.log.read_text().splitlines() if line.startswith("kvferry:")]
+    assert len(said) == 1
+    assert "insert_cache does not take tokens" in said[0]
+    assert server.summary() == {}
