@@ -1,8 +1,10 @@
 """The server with a model from a folder: shared with one's own loop, and stepping aside."""
 
+import time
 from pathlib import Path
 
 import pytest
+from openai import NotFoundError
 from serve_process import Server
 
 from kvferry.cli.demo.cluster import Cluster
@@ -19,6 +21,19 @@ known = server.LRUPromptCache.insert_cache
 def insert_cache(self, model, toks, prompt_cache, *, cache_type="assistant"):
     known(self, model, toks, prompt_cache, cache_type=cache_type)
 server.LRUPromptCache.insert_cache = insert_cache
+"""
+
+SPY = """
+import threading
+from kvferry.node.hooks.prefix_cache import PrefixCache
+def spy(name):
+    known = getattr(PrefixCache, name)
+    def called(*args, **kwargs):
+        print("called", name, threading.get_ident(), flush=True)
+        return known(*args, **kwargs)
+    setattr(PrefixCache, name, called)
+for name in ("restore", "offer", "idle"):
+    spy(name)
 """
 
 
@@ -55,3 +70,37 @@ def test_a_changed_mlx_lm_serves_without_us_and_says_so(
     assert len(said) == 1
     assert "insert_cache does not take tokens" in said[0]
     assert server.summary() == {}
+
+
+def test_everything_runs_on_the_models_thread_and_idle_time_is_used(
+    tiny: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name, prelude=SPY) as server:
+        server.complete(PROMPT)
+        end = time.monotonic() + 20
+        while "called idle" not in server.log.read_text():
+            assert time.monotonic() < end, server.log.read_text()
+            time.sleep(0.1)
+        assert server.complete(PROMPT).cached_tokens == 599
+    calls = [line.split() for line in server.log.read_text().splitlines() if "called" in line]
+    assert {name for _, name, _ in calls} == {"restore", "offer", "idle"}
+    assert len({thread for _, _, thread in calls}) == 1
+    assert server.process.returncode == 0
+
+
+@pytest.mark.model
+def test_models_take_turns_and_one_that_is_not_there_is_said_to_be(
+    tiny: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name) as server:
+        first = server.complete(PROMPT)
+        other = server.client.completions.create(model="smollm2", prompt="Hello", max_tokens=2)
+        assert other.choices[0].text
+        again = server.complete(PROMPT)
+        assert again.text == first.text
+        missing = server.client.chat.completions.with_raw_response
+        with pytest.raises(NotFoundError):
+            missing.create(model="/no/such/model", messages=[{"role": "user", "content": "a"}])
+        assert server.health() == {"status": "ok"}
+    assert server.process.returncode == 0
+    assert not [name for name in server.summary() if "bug" in name]
