@@ -52,8 +52,10 @@ async def test_restored_on_the_thread_that_runs_the_model(
         assert rest == PROMPT[-1:]
         assert ticks > 1
         restored = await prefix.run(logits_after, tiny, rest, cache)
-        assert prefix.last_restore is not None
-        assert prefix.counters["restores"] == 1
+    assert prefix.last_restore is not None
+    assert prefix.last_restore.restored_tokens == 699
+    assert prefix.counters["restores"] == 1
+    await prefix.aclose()
     assert int(restored.argmax()) == int(expected.argmax())
 
 

@@ -48,6 +48,7 @@ class AsyncPrefixCache:
         self._executor: Executor = self._own or executor  # type: ignore[assignment]
         self._thread: int | None = None
         self._prefix: PrefixCache | None = None
+        self._closed = False
 
     async def __aenter__(self) -> Self:
         try:
@@ -63,22 +64,24 @@ class AsyncPrefixCache:
 
     async def aclose(self) -> None:
         """Hand over what is still queued, then let go of the daemon. May be called twice."""
-        prefix, self._prefix = self._prefix, None
+        if self._closed:
+            return
+        self._closed = True
         try:
-            if prefix is not None:
-                await asyncio.to_thread(prefix.close)  # of MLX it needs nothing
+            if self._prefix is not None:
+                await asyncio.to_thread(self._prefix.close)  # of MLX it needs nothing
         finally:
             await self._let_go()
 
     @property
     def last_restore(self) -> RestoreReport | None:
-        """What the last restore did."""
-        return self._open.last_restore
+        """What the last restore did; also after the end."""
+        return None if self._prefix is None else self._prefix.last_restore
 
     @property
     def counters(self) -> dict[str, int]:
-        """A copy of `PrefixCache.counters`."""
-        return dict(self._open.counters)
+        """A copy of `PrefixCache.counters`; also after the end."""
+        return {} if self._prefix is None else dict(self._prefix.counters)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function on the model's thread: your own prefill and generation.
@@ -112,7 +115,7 @@ class AsyncPrefixCache:
 
     @property
     def _open(self) -> PrefixCache:
-        if self._prefix is None:
+        if self._prefix is None or self._closed:
             raise ModelError("this prefix cache is not open: use it within `async with`")
         return self._prefix
 
