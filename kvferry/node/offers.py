@@ -65,11 +65,13 @@ class Offer:
 
     Attributes:
         restored_pages: so many pages came out of the store and are never coded again.
+        lasting: its tail stays where it is when a conversation goes on from it.
     """
 
     tokens: tuple[int, ...]
     source: TensorSource
     restored_pages: int = 0
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,8 @@ class Offers:
                 put = self._put_short(coded, page, meta, coding, replaces, puts)
                 states[page.layers] = put
         puts.finish()
+        if offer.lasting:
+            return
         self._tails[identity] = _Tail(span[0], previous, identity, span[1] - span[0], key, states)
         while len(self._tails) > REMEMBERED_TAILS:
             self._tails.popitem(last=False)

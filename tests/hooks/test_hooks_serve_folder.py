@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from model_zoo import save_model
 from openai import NotFoundError
 from serve_process import Server
 
@@ -104,3 +105,21 @@ def test_models_take_turns_and_one_that_is_not_there_is_said_to_be(
         assert server.health() == {"status": "ok"}
     assert server.process.returncode == 0
     assert not [name for name in server.summary() if "bug" in name]
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "gpt_oss", "deepseek_v32"])
+def test_other_caches_come_back_after_a_restart(kind: str, tmp_path: Path) -> None:
+    """Recurrent and sliding layers at the very token where the prompt ended; latents by pages."""
+    folder = tmp_path / kind
+    folder.mkdir()
+    save_model(kind, folder)
+    cluster = Cluster(tmp_path, nodes=1)
+    cluster.set_policy("exact")
+    with cluster:
+        with Server(tmp_path, cluster.sockets[0], model=str(folder)) as server:
+            first = server.complete(PROMPT)
+        with Server(tmp_path, cluster.sockets[0], model=str(folder)) as server:
+            again = server.complete(PROMPT)
+    assert again.text == first.text
+    assert again.cached_tokens == (256 if kind == "deepseek_v32" else 599)
+    assert not [name for name in server.summary() if "bug" in name or name.startswith("drop")]

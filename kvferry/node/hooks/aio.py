@@ -101,9 +101,16 @@ class AsyncPrefixCache:
         """`PrefixCache.restore`: (cache, remaining tokens); use the cache within `run`."""
         return await self.run(self._open.restore, tokens, beyond=beyond)
 
-    async def offer(self, tokens: Sequence[int], cache: list[Any], event: str = "prefill") -> bool:
+    async def offer(
+        self,
+        tokens: Sequence[int],
+        cache: list[Any],
+        event: str = "prefill",
+        *,
+        lasting: bool = False,
+    ) -> bool:
         """`PrefixCache.offer`: whether it was taken; the rest happens in the background."""
-        return await self.run(self._open.offer, tokens, cache, event)
+        return await self.run(self._open.offer, tokens, cache, event, lasting=lasting)
 
     async def idle(self, budget_s: float = 0.25) -> bool:
         """`PrefixCache.idle`: whether there is more to do now."""

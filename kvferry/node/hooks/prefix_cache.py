@@ -308,7 +308,14 @@ class PrefixCache:
 
     # -- offer --------------------------------------------------------------------
 
-    def offer(self, tokens: Sequence[int], cache: list[Any], event: str = "prefill") -> bool:
+    def offer(
+        self,
+        tokens: Sequence[int],
+        cache: list[Any],
+        event: str = "prefill",
+        *,
+        lasting: bool = False,
+    ) -> bool:
         """Give a cache away for storing; encoding and upload happen in the background.
 
         Args:
@@ -319,11 +326,13 @@ class PrefixCache:
                 before the last tokens of a prompt are run (``keep_last`` of them).
             cache: of the local layers.
             event: "prefill" (right after prefill) or "turn_end".
+            lasting: others begin just here too (the end of a system prompt): what lies
+                behind the last page is kept when this conversation goes on.
         Returns:
             Whether it was taken, now or for a trigger to come.
         """
         try:
-            return self._offer(tokens, cache, event)
+            return self._offer(tokens, cache, event, lasting)
         except FerryError as exc:
             self.counters[f"drop_{exc.reason}"] += 1
         except Exception:
@@ -331,7 +340,7 @@ class PrefixCache:
             self.counters["drop_bug"] += 1
         return False
 
-    def _offer(self, tokens: Sequence[int], cache: list[Any], event: str) -> bool:
+    def _offer(self, tokens: Sequence[int], cache: list[Any], event: str, lasting: bool) -> bool:
         filled = adapters.length(cache)
         held = len(tokens) if filled is None else min(len(tokens), filled)
         restored = self._restored.get(cache[0]) if cache else None
@@ -356,7 +365,8 @@ class PrefixCache:
         self._check(snapshot)
         known = restored.tokens if restored else 0
         self._live.offered(self._standing, tokens[:held], snapshot, known)
-        offer = Offer(tuple(tokens[:held]), snapshot, restored.pages if restored else 0)
+        pages = restored.pages if restored else 0
+        offer = Offer(tuple(tokens[:held]), snapshot, pages, lasting)
         if now:
             return self._offers.submit(offer)
         self._offers.defer(offer)

@@ -158,12 +158,18 @@ class Bridge:
             # Under the model's own keys others would take them for what the model computed.
             self.counters["drop_quantized"] += 1
             return
-        if cache_type == "system" and _can_be_cut(cache):
+        lasting = False
+        if not _can_be_cut(cache):
+            # Nobody can begin within it, so the places where others may are kept: the end of
+            # a system prompt, and of the first prompt of a conversation.
+            fresh = turn is not None and 2 * turn.cached < len(tokens)
+            lasting = cache_type == "system" or (event == "prefill" and fresh)
+        elif cache_type == "system":
             return  # its pages come with those of the prompt
         since = turn.began if turn is not None and turn.alone else None
         pages = self._turns.restored_pages(tokens)
         prefix.remember(cache, turn.cached if turn else 0, pages, since)
-        prefix.offer(tokens, cache, event)
+        prefix.offer(tokens, cache, event, lasting=lasting)
 
     # -- idle time ----------------------------------------------------------------
 
