@@ -31,6 +31,7 @@ PUTS_UNDER_WAY = 2
 DEFERRED_LENGTH = 4
 REMEMBERED_TAILS = 64
 EVENTS = {
+    "prefix": pb.TRIGGER_AFTER_PREFILL,
     "prefill": pb.TRIGGER_AFTER_PREFILL,
     "turn_end": pb.TRIGGER_TURN_END,
 }
@@ -66,12 +67,15 @@ class Offer:
     Attributes:
         restored_pages: so many pages came out of the store and are never coded again.
         lasting: its tail stays where it is when a conversation goes on from it.
+        shared: its prompt goes on, and so do others in other ways: every whole page is
+            coded as one, so that the tail stands where all their pages end.
     """
 
     tokens: tuple[int, ...]
     source: TensorSource
     restored_pages: int = 0
     lasting: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +203,8 @@ class Offers:
             return
         shard = coding.shard
         count = shard.pages_before_tail(len(offer.tokens))
+        if offer.shared and shard.model_layers:
+            count = (len(offer.tokens) - 1) // shard.page_tokens
         keys = page_keys(coding.root, offer.tokens, shard.page_tokens)[:count]
         puts = _Puts(self._counters)
         try:
@@ -294,7 +300,7 @@ def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
 
 
 def wanted_now(policy: pb.Policy, event: str) -> bool:
-    """Whether the policy stores at this event ("prefill", "turn_end")."""
+    """Whether the policy stores at this event ("prefix", "prefill", "turn_end")."""
     return EVENTS[event] in policy.when
 
 

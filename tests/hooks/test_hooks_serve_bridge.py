@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
+from model_zoo import prefilled, save_model
 
 from kvferry.cli.demo.cluster import Cluster
-from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.load import LoadedModel, load_model
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.prefix_cache import PrefixCache
 from kvferry.node.hooks.server.bridge import Bridge
@@ -173,3 +174,29 @@ def test_a_daemon_that_hangs_is_left_alone_after_two_tries(
         time.sleep(0.1)
     bridge.detach()
     assert bridge.counters["miss_not_stored"] >= 1
+
+
+def test_conversations_share_a_system_prompt_that_cannot_be_cut(
+    exact: Cluster, tmp_path: Path
+) -> None:
+    folder = tmp_path / "lfm2"
+    folder.mkdir()
+    save_model("lfm2", folder)
+    model = load_model(str(folder))
+    tokens = [1 + i * i % 25 for i in range(620)]
+    first = Bridge(options(exact, tmp_path))
+    first.attach(KEY, model)
+    assert first.fetch(KEY, tokens[:600], None, tokens[:600])[0] is None
+    first.inserted(KEY, tokens[:300], prefilled(model.model, tokens[:300]), "system")
+    first.inserted(KEY, tokens[:599], prefilled(model.model, tokens[:599]), "user")
+    first.inserted(KEY, tokens, prefilled(model.model, tokens), "assistant")
+    first.detach()
+    second = Bridge(options(exact, tmp_path))
+    second.attach(KEY, model)
+    for wanted, held in (
+        ([*tokens[:300], *range(1, 25), *range(1, 25), *range(1, 25)], 300),
+        (tokens[:600], 599),
+        ([*tokens, *range(1, 25), *range(1, 25), *range(1, 25)], 620),
+    ):
+        assert second.fetch(KEY, wanted, None, wanted)[1] == wanted[held:]
+    second.detach()

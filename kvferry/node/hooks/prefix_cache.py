@@ -325,9 +325,10 @@ class PrefixCache:
                 come back at the position of an offer or not at all: for such models offer
                 before the last tokens of a prompt are run (``keep_last`` of them).
             cache: of the local layers.
-            event: "prefill" (right after prefill) or "turn_end".
-            lasting: others begin just here too (the end of a system prompt): what lies
-                behind the last page is kept when this conversation goes on.
+            event: "prefill" (right after prefill), "turn_end", or "prefix": the end of what
+                others begin with too (a system prompt), while the prompt goes on.
+            lasting: what lies behind the last page is kept when this conversation goes on,
+                as it is after "prefix".
         Returns:
             Whether it was taken, now or for a trigger to come.
         """
@@ -366,7 +367,8 @@ class PrefixCache:
         known = restored.tokens if restored else 0
         self._live.offered(self._standing, tokens[:held], snapshot, known)
         pages = restored.pages if restored else 0
-        offer = Offer(tuple(tokens[:held]), snapshot, pages, lasting)
+        shared = event == "prefix"
+        offer = Offer(tuple(tokens[:held]), snapshot, pages, lasting or shared, shared)
         if now:
             return self._offers.submit(offer)
         self._offers.defer(offer)

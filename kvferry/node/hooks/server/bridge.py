@@ -162,8 +162,8 @@ class Bridge:
         if not _can_be_cut(cache):
             # Nobody can begin within it, so the places where others may are kept: the end of
             # a system prompt, and of the first prompt of a conversation.
-            fresh = turn is not None and 2 * turn.cached < len(tokens)
-            lasting = cache_type == "system" or (event == "prefill" and fresh)
+            event = "prefix" if cache_type == "system" else event
+            lasting = event == "prefill" and turn is not None and 2 * turn.cached < len(tokens)
         elif cache_type == "system":
             return  # its pages come with those of the prompt
         since = turn.began if turn is not None and turn.alone else None
