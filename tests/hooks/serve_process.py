@@ -125,11 +125,9 @@ class Server:
         spent = time.monotonic() - asked
         return Answer(text, usage.prompt_tokens, cached, spent, choice.finish_reason)
 
-    def complete(self, prompt: str, max_tokens: int = 8) -> Answer:
+    def complete(self, prompt: str, max_tokens: int = 8, model: str = "default_model") -> Answer:
         asked = time.monotonic()
-        reply = self.client.completions.create(
-            model="default_model", prompt=prompt, max_tokens=max_tokens
-        )
+        reply = self.client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens)
         choice, usage = reply.choices[0], reply.usage
         assert usage is not None
         assert usage.prompt_tokens_details is not None

@@ -76,7 +76,7 @@ def test_after_a_restart_the_prefix_is_restored_and_the_answer_is_the_same(
     restored = restarted.stream(LONG)
     assert restored.text == before.cold.text
     assert restored.prompt_tokens == before.cold.prompt_tokens
-    assert restored.cached_tokens == (before.cold.prompt_tokens - 128) // 256 * 256
+    assert restored.cached_tokens == before.cold.prompt_tokens - 1
     assert restored.finish_reason == before.cold.finish_reason == "length"
     cold = f"first token of {before.cold.prompt_tokens} after {before.cold.first_s:.2f} s"
     print(f"\n{cold}; with {restored.cached_tokens} restored after {restored.first_s:.2f} s")
@@ -87,20 +87,6 @@ def test_what_was_asked_at_once_comes_back_one_by_one(before: Before, restarted:
         restored = restarted.chat(messages)
         assert restored.cached_tokens >= 256
         assert restored.text == answer.text
-
-
-def test_the_daemon_dies_and_the_server_goes_on(before: Before, tmp_path: Path) -> None:
-    doomed = Cluster(tmp_path, nodes=1)
-    doomed.set_policy("exact")
-    with doomed, Server(tmp_path, doomed.sockets[0]) as server:
-        server.warm()
-        doomed.stop()
-        answer = server.chat(PAIR[1])
-        assert answer.text == before.pair[1].text
-        assert answer.cached_tokens < 64
-        assert server.health() == {"status": "ok"}
-    assert server.process.returncode == 0
-    assert server.summary()["miss_unavailable"] == 1
 
 
 def test_a_turn_after_the_restart_goes_on_where_the_last_one_ended(

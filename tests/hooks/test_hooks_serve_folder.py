@@ -3,7 +3,9 @@
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from mlx_lm.generate import generate_step
 from model_zoo import save_model
 from openai import NotFoundError
 from serve_process import Server
@@ -89,37 +91,59 @@ def test_everything_runs_on_the_models_thread_and_idle_time_is_used(
     assert server.process.returncode == 0
 
 
-@pytest.mark.model
 def test_models_take_turns_and_one_that_is_not_there_is_said_to_be(
     tiny: LoadedModel, cluster: Cluster, tmp_path: Path
 ) -> None:
+    folder = tmp_path / "qwen3"
+    folder.mkdir()
+    save_model("qwen3", folder)
     with Server(tmp_path, cluster.sockets[0], model=tiny.name) as server:
         first = server.complete(PROMPT)
-        other = server.client.completions.create(model="smollm2", prompt="Hello", max_tokens=2)
-        assert other.choices[0].text
+        assert server.complete(PROMPT, model=str(folder)).prompt_tokens == 600
         again = server.complete(PROMPT)
         assert again.text == first.text
-        missing = server.client.chat.completions.with_raw_response
+        chat = server.client.chat.completions
         with pytest.raises(NotFoundError):
-            missing.create(model="/no/such/model", messages=[{"role": "user", "content": "a"}])
+            chat.create(model="/no/such/model", messages=[{"role": "user", "content": "a"}])
         assert server.health() == {"status": "ok"}
     assert server.process.returncode == 0
     assert not [name for name in server.summary() if "bug" in name]
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "gpt_oss", "deepseek_v32"])
-def test_other_caches_come_back_after_a_restart(kind: str, tmp_path: Path) -> None:
-    """Recurrent and sliding layers at the very token where the prompt ended; latents by pages."""
-    folder = tmp_path / kind
-    folder.mkdir()
-    save_model(kind, folder)
+def test_the_daemon_dies_and_the_server_goes_on(
+    tiny: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    other = PROMPT[::-1]
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name) as server:
+        server.complete(PROMPT)
+        cluster.stop()
+        answer = server.complete(other)
+        assert server.health() == {"status": "ok"}
+    assert answer.text == greedy(tiny, other, 8)
+    assert answer.cached_tokens == 0
+    assert server.process.returncode == 0
+    assert server.summary()["miss_unavailable"] == 1
+
+
+def greedy(model: LoadedModel, prompt: str, count: int) -> str:
+    tokens = model.tokenizer.encode(prompt)
+    steps = generate_step(mx.array(tokens), model.model, max_tokens=count)
+    return model.tokenizer.decode([token for token, _ in steps])
+
+
+def test_other_caches_come_back_after_a_restart(tmp_path: Path) -> None:
+    """Recurrent state, sliding windows, latents with an indexer; one server, model by model."""
+    folders = [tmp_path / kind for kind in ("lfm2", "gpt_oss", "deepseek_v32")]
+    for folder in folders:
+        folder.mkdir()
+        save_model(folder.name, folder)
     cluster = Cluster(tmp_path, nodes=1)
     cluster.set_policy("exact")
     with cluster:
-        with Server(tmp_path, cluster.sockets[0], model=str(folder)) as server:
-            first = server.complete(PROMPT)
-        with Server(tmp_path, cluster.sockets[0], model=str(folder)) as server:
-            again = server.complete(PROMPT)
-    assert again.text == first.text
-    assert again.cached_tokens == (256 if kind == "deepseek_v32" else 599)
+        with Server(tmp_path, cluster.sockets[0], model=str(folders[0])) as server:
+            first = [server.complete(PROMPT, model=str(folder)) for folder in folders]
+        with Server(tmp_path, cluster.sockets[0], model=str(folders[0])) as server:
+            again = [server.complete(PROMPT, model=str(folder)) for folder in folders]
+    assert [answer.text for answer in again] == [answer.text for answer in first]
+    assert [answer.cached_tokens for answer in again] == [599, 599, 599]
     assert not [name for name in server.summary() if "bug" in name or name.startswith("drop")]

@@ -158,14 +158,12 @@ class Bridge:
             # Under the model's own keys others would take them for what the model computed.
             self.counters["drop_quantized"] += 1
             return
-        lasting = False
-        if not _can_be_cut(cache):
-            # Nobody can begin within it, so the places where others may are kept: the end of
-            # a system prompt, and of the first prompt of a conversation.
-            event = "prefix" if cache_type == "system" else event
-            lasting = event == "prefill" and turn is not None and 2 * turn.cached < len(tokens)
-        elif cache_type == "system":
-            return  # its pages come with those of the prompt
+        if cache_type == "system":
+            if _can_be_cut(cache):
+                return  # its pages come with those of the prompt
+            event = "prefix"  # nobody can begin within it, so others begin here or nowhere
+        # The first prompt of a conversation may be asked again, word for word.
+        lasting = event == "prefill" and turn is not None and 2 * turn.cached < len(tokens)
         since = turn.began if turn is not None and turn.alone else None
         pages = self._turns.restored_pages(tokens)
         prefix.remember(cache, turn.cached if turn else 0, pages, since)
