@@ -17,6 +17,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "demo",
     "dump",
     "evaluate",
+    "exo",
     "health",
     "inspect",
     "node",

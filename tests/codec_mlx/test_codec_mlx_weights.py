@@ -147,5 +147,3 @@ def test_the_packaged_models_cache_is_described(smollm2: LoadedModel) -> None:
     shape = describe(smollm2.model, smollm2.config)
     assert (shape.layers, shape.kv_heads, shape.head_dim) == (30, 3, 64)
     assert [(s.name, s.rotated) for s in shape.streams.values()] == [("k", True), ("v", False)]
-    with pytest.raises(ModelError, match="latent attention"):
-        describe(smollm2.model, {**smollm2.config, "kv_lora_rank": 512})

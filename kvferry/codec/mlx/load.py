@@ -31,6 +31,7 @@ class LoadedModel:
         layers: absolute, half-open: whose weights are there.
         load_seconds: what loading took.
         adapter_files: of an adapter that is laid over the weights.
+        whole: False: ``model`` has the layers of one rank only, or a part of each.
     """
 
     name: str
@@ -42,6 +43,7 @@ class LoadedModel:
     layers: tuple[int, int]
     load_seconds: float = 0.0
     adapter_files: tuple[Path, ...] = ()
+    whole: bool = True
 
 
 def load_model(name_or_path: str, layers: tuple[int, int] | None = None) -> LoadedModel:
@@ -92,13 +94,16 @@ def loaded_elsewhere(
     config: Mapping[str, Any],
     folder: Path,
     adapter: Path | None = None,
+    *,
+    whole: bool = True,
 ) -> LoadedModel:
-    """A whole model that mlx-lm's own functions have loaded.
+    """A model that mlx-lm's own functions have loaded.
 
     Args:
         wrapper: mlx-lm's ``TokenizerWrapper``.
         folder: of the files it came from.
         adapter: folder of the adapter that was laid over it.
+        whole: see `LoadedModel`.
     Raises:
         ModelError: its config does not say how many layers it has.
     """
@@ -113,6 +118,7 @@ def loaded_elsewhere(
         adapter_files=tuple(sorted(p for p in adapter.glob("adapter*") if p.is_file()))
         if adapter
         else (),
+        whole=whole,
     )
 
 

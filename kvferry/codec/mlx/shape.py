@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from kvferry.codec.mlx.adapters import CacheParts, parts_of, row_names
 from kvferry.codec.mlx.leaves import leaves, rows_adapter, state_adapter
+from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.rope import RopeSpec
 from kvferry.errors import ModelError
@@ -155,6 +156,14 @@ def describe(model: Any, config: Mapping[str, Any]) -> ModelShape:
     except Exception:  # layers without weights fail in as many ways as there are models
         model, cache = _skeleton(config)
     return _shape(model, cache, config)
+
+
+def reference_model(loaded: LoadedModel) -> Any:
+    """All layers, whole: the live model, or without weights where it has but a part of them.
+
+    Raises: ModelError.
+    """
+    return loaded.model if loaded.whole else _skeleton(loaded.config)[0]
 
 
 def describe_config(config: Mapping[str, Any]) -> ModelShape:

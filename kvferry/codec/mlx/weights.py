@@ -18,6 +18,7 @@ from blake3 import blake3
 from kvferry.codec.mlx.gguf import TensorRange, read_gguf
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import rope_specs
+from kvferry.codec.mlx.shape import reference_model
 from kvferry.errors import ModelError
 from kvferry.proto.identity import ModelFingerprint
 from kvferry.proto.keys import canonical_json
@@ -64,7 +65,8 @@ def fingerprint(
         ModelError: files of these layers are missing or damaged.
     """
     held = layers or loaded.layers
-    specs = rope_specs(loaded.model, ())
+    reference = reference_model(loaded)
+    specs = rope_specs(reference, ())
     groups = _digests(loaded, range(*held), cache_dir or user_dir("cache"))
     numbered = {int(name): digest for name, digest in groups.items() if name.isdigit()}
     missing = sorted(set(range(*held)) - set(numbered))
@@ -73,7 +75,7 @@ def fingerprint(
     return ModelFingerprint(
         config=canonical_config(loaded.config),
         layers=numbered,
-        layer_count=len(loaded.model.layers),
+        layer_count=len(reference.layers),
         shared={name: digest for name, digest in groups.items() if not name.isdigit()},
         tokenizer=_tokenizer_digest(loaded.tokenizer_files),
         rope={layer: specs[layer].fingerprint() for layer in range(*held)},

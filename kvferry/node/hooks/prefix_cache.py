@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import page_ropes
-from kvferry.codec.mlx.shape import describe, describe_config
+from kvferry.codec.mlx.shape import describe, reference_model
 from kvferry.errors import FerryError, ModelError
 from kvferry.node.client import NodeClient
 from kvferry.node.hooks.current import CurrentCoding
@@ -87,15 +87,12 @@ class PrefixCache:
         self.counters: Counter[str] = Counter()
         self.last_restore: RestoreReport | None = None
         self._loaded, self._group = loaded, group or Alone()
-        # A model whose heads are divided already shows but its own part of them.
-        divided = tensor[1] > 1
-        self._shape = (
-            describe_config(loaded.config) if divided else describe(loaded.model, loaded.config)
-        )
+        reference = reference_model(loaded)
+        self._shape = describe(reference, loaded.config)
         self._tensor = self._shape.tensor_part(*tensor)
         self._span = self._shape.span(layers or (0, self._shape.all_layers))
         self._make_cache = make_cache or _prompt_cache_maker(loaded.model)
-        specs = page_ropes(loaded.model, self._shape.page_layers)
+        specs = page_ropes(reference, self._shape.page_layers)
         self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._span.pages)}
         self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
@@ -108,7 +105,7 @@ class PrefixCache:
             self._shape.all_layers,
             self.options.cache_dir,
             identified=lambda: self._current.start_warming(),
-            triggered=self._trigger,
+            triggered=self.trigger,
         )
         alone = self._group.size == 1
         self._current = CurrentCoding(
@@ -391,7 +388,8 @@ class PrefixCache:
             log.info("flush: %s", exc)
             return False
 
-    def _trigger(self) -> None:
+    def trigger(self) -> None:
+        """Store now what waits for a moment that the policy names; memory runs short, say."""
         self.counters["triggers"] += 1
         self._offers.trigger()
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -77,8 +77,10 @@ class Worker:
             if config.cache_dir is not None:
                 given["cache_dir"] = Path(config.cache_dir)
             options = HookOptions(socket=Path(config.socket), **given)
+            # Divided heads would be taken for all there are.
+            divided = layers is None and group is not None
             self.prefix = prefix_cache.PrefixCache(
-                loaded,
+                replace(loaded, whole=not divided),
                 options,
                 group=group_of(group),
                 layers=layers,
