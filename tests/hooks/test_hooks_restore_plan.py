@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.cluster.repository import BlobInfo, CodecInfo, LookupResult, TailFound
@@ -15,9 +15,13 @@ ROOT = root_key(b"s" * 16, b"m" * 32)
 
 
 def info(
-    layers: tuple[int, int], page: bytes = b"p" * 32, kind: str = "page", size: int = 10
+    layers: tuple[int, int],
+    page: bytes = b"p" * 32,
+    kind: str = "page",
+    size: int = 10,
+    heads: tuple[int, int] = (0, 3),
 ) -> BlobInfo:
-    key = BlobKey(kind, page, layers, (0, 3), "raw.1-0123456789abcdef")
+    key = BlobKey(kind, page, layers, heads, "raw.1-0123456789abcdef")
     return BlobInfo(
         key=key,
         size=size,
@@ -26,13 +30,14 @@ def info(
         previous_key=b"r" * 32,
         tokens=(0, 256),
         layers=layers,
-        heads=(0, 3),
+        heads=heads,
         model_layers=30,
         model_heads=3,
     )
 
 
 spans = st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda s: s[0] < s[1])
+head_spans = st.tuples(st.integers(0, 3), st.integers(1, 4)).filter(lambda s: s[0] < s[1])
 
 
 @given(st.lists(spans, max_size=8), spans)
@@ -47,6 +52,34 @@ def test_pieces_cover_exactly_what_is_wanted_or_there_are_none(
         assert taken == list(range(*wanted))
         for piece in pieces:
             assert piece.info.layers[0] <= piece.cut[0] < piece.cut[1] <= piece.info.layers[1]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(spans, head_spans), max_size=12, unique=True), spans, head_spans)
+def test_any_split_reads_what_any_others_stored(
+    blobs: list[tuple[tuple[int, int], tuple[int, int]]],
+    layers: tuple[int, int],
+    heads: tuple[int, int],
+) -> None:
+    """Pipeline and tensor parallel ranks, in any mixture: pieces cover all, each cell once."""
+    wanted = {(la, he) for la in range(*layers) for he in range(*heads)}
+    stored = {(la, he) for a, b in blobs for la in range(*a) for he in range(*b)}
+    pieces = choose_pieces([info(a, heads=b) for a, b in blobs], layers, heads)
+    assert (pieces is not None) == (wanted <= stored)
+    if pieces is None:
+        return
+    cells = [(la, he) for p in pieces for la in range(*p.cut) for he in range(*p.heads)]
+    assert sorted(cells) == sorted(wanted)
+    whole = np.arange(12 * 4 * 5 * 2, dtype=np.float32).reshape(12, 4, 5, 2)
+    assembly = Assembly(5, layers, heads)
+    for piece in pieces:
+        a, b = piece.info.layers, piece.info.heads
+        data = whole[slice(*a), slice(*b)]
+        stream = Stream("k", data, DType.FLOAT32)
+        page = PageTensors(a, b, (0, 5), {"k": stream})
+        assembly.add(page.cut_layers(piece.cut).cut_heads(piece.heads))
+    found = assembly.upto(5).streams["k"].data
+    np.testing.assert_array_equal(found, whole[slice(*layers), slice(*heads)])
 
 
 def test_of_two_codings_the_smaller_is_fetched() -> None:
