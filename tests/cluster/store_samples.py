@@ -95,6 +95,28 @@ def tail(anchor: bytes, name: str, start: int = 0, **fields: object) -> tuple[Bl
     )
 
 
+def state(
+    anchor: bytes,
+    name: str,
+    end: int,
+    layers: tuple[int, int] = (0, 3),
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[BlobKey, bytes]:
+    """A state of a model with three state layers, after ``end`` tokens."""
+    return blob(
+        digest("state", name),
+        previous=anchor,
+        kind=blob_pb2.BLOB_KIND_STATE,
+        layers=layers,
+        heads=(part, part + 1),
+        model_layers=3,
+        model_heads=parts,
+        tokens=(end - 10, end),
+        codec="zstd",
+    )
+
+
 async def put(
     store: BlobRepository, key: BlobKey, data: bytes, chunk: int = MIB, **spec: object
 ) -> bool:

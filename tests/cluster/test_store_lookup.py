@@ -18,6 +18,7 @@ from store_samples import (
     pages,
     put,
     query,
+    state,
     tail,
 )
 
@@ -191,6 +192,51 @@ async def test_a_tail_ends_with_its_time() -> None:
         assert len((await store.lookup(query([]))).tails) == 1
         clock.now += 11
         assert (await store.lookup(query([]))).tails == []
+
+
+async def test_states_are_found_along_the_whole_chain() -> None:
+    """Wherever they are anchored, and although pages before them are gone."""
+    async with local_store(MemoryBackend()) as store:
+        keys = chain(3)
+        first, later = state(ROOT, "a", 10), state(keys[2], "b", 778)
+        half = [state(keys[0], "c", 300, (0, 1)), state(keys[0], "c", 300, (1, 3))]
+        parted = [state(keys[0], "d", 310, part=part, parts=2) for part in range(2)]
+        for key, data in (first, later, half[0], parted[0]):
+            assert await put(store, key, data, ttl_s=100)
+
+        async def states(page_keys: list[bytes], **asked: Any) -> list[tuple[bytes, int, int]]:
+            found = await store.lookup(query(page_keys, **{"states": (0, 3), **asked}))
+            return [(s.key, s.pages, s.tokens) for s in found.states]
+
+        whole = [(later[0].page_key, 3, 10), (first[0].page_key, 0, 10)]
+        assert await states(keys) == whole
+        assert await states(keys[:2]) == whole[1:]
+        assert await states(keys, states=(0, 0)) == []
+        assert await states([]) == whole[1:]
+        # Exact states suit whoever accepts lossy pages only.
+        assert await states(keys, codecs=frozenset({"ferry"})) == whole
+        # What lacks a layer or a part does not count; then it does, and only what is asked
+        # for is listed.
+        await put(store, *half[1])
+        await put(store, *parted[1])
+        assert {key for key, _, _ in await states(keys)} == {
+            blob[0].page_key for blob in (first, later, half[0], parted[0])
+        }
+        found = await store.lookup(query(keys, states=(1, 2)))
+        listed = {s.key: [b.layers for b in s.blobs] for s in found.states}
+        assert listed[half[0][0].page_key] == [(1, 3)]
+
+
+async def test_a_state_takes_the_place_of_a_state_and_of_no_tail() -> None:
+    async with local_store(MemoryBackend()) as store:
+        old, new = state(ROOT, "old", 10), state(ROOT, "new", 20)
+        beside = tail(ROOT, "old")
+        for key, data in (old, beside):
+            await put(store, key, data)
+        await put(store, *new, replaces=old[0])
+        found = await store.lookup(query([], states=(0, 3)))
+        assert [s.key for s in found.states] == [new[0].page_key]
+        assert [t.tail_key for t in found.tails] == [beside[0].page_key]
 
 
 @pytest.mark.parametrize("stage", [False, True])
