@@ -90,7 +90,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 32,
         "sliding_window_pattern": 2,
         "rope_local_base_freq": 10000.0,
-        "rope_global_base_freq": 1000000.0,
+        "rope_theta": 1000000.0,
         "query_pre_attn_scalar": 16,
     },
     "qwen3_next": {

@@ -23,6 +23,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "node",
     "plot",
     "policy",
+    "presets",
     "serve",
     "status",
     "store",

@@ -1,7 +1,7 @@
 """Models by name: ``smollm2``, a folder, or a hub id that mlx-lm takes."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from kvferry.codec.mlx.tokenizer import GgufTokenizer, HubTokenizer, Tokenizer
 from kvferry.errors import ModelError
 
 _PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+_LOAD_ERRORS = (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +134,39 @@ def load_tokenizer(name_or_path: str) -> tuple[Tokenizer, int]:
     return _hub_tokenizer(folder), _layer_count(load_config(folder), None)
 
 
+def load_lazily(name_or_path: str) -> tuple[Any | None, Mapping[str, Any]]:
+    """(model, config), to ask what a model is like: its weights are not read.
+
+    Of a hub id nothing but the config is fetched. The model is None where weights are not
+    on this machine. Element types are those that `load_model` would give.
+
+    Raises: ModelError.
+    """
+    if name_or_path == smollm2.NAME:
+        model, config, _, _ = smollm2.load()
+        return model, config
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_model as load_mlx_model
+
+    folder = _folder(name_or_path, ["*.json"])
+    try:
+        config = load_config(folder)
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no object")
+        if not any(folder.glob("model*.safetensors")):
+            return None, config
+        # A machine of a cluster may have the files of its own layers only.
+        model, config = load_mlx_model(folder, lazy=True, strict=False)
+    except _LOAD_ERRORS as exc:
+        raise _not_loaded(name_or_path, exc) from exc
+    return suit_device(model), config
+
+
+def _not_loaded(name: str, exc: Exception) -> ModelError:
+    first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+    return ModelError(f"{name} cannot be loaded by mlx-lm: {first}")
+
+
 def _load_smollm2(layers: tuple[int, int] | None) -> LoadedModel:
     model, config, described, path = smollm2.load(layers)
     tokenizer = GgufTokenizer(described.metadata)
@@ -145,8 +179,8 @@ def _load_folder(name: str, layers: tuple[int, int] | None) -> LoadedModel:
     folder = _folder(name)
     try:
         model, config = load_mlx_model(folder, lazy=True, strict=layers is None)
-    except (ValueError, FileNotFoundError, KeyError, TypeError) as exc:
-        raise ModelError(f"{name} cannot be loaded by mlx-lm: {exc}") from exc
+    except _LOAD_ERRORS as exc:
+        raise _not_loaded(name, exc) from exc
     model = suit_device(model)
     files = tuple(sorted(folder.glob("model*.safetensors")))
     return LoadedModel(
@@ -154,7 +188,7 @@ def _load_folder(name: str, layers: tuple[int, int] | None) -> LoadedModel:
     )
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, patterns: Sequence[str] = _PATTERNS) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -165,7 +199,7 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError) as exc:
         first = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ModelError(f"{name} cannot be fetched from the hub: {first}") from exc

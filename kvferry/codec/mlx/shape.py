@@ -113,6 +113,11 @@ class ModelShape:
         entries = self.page_entries or range(self.layers)
         return [self._layer(entry) for entry in entries]
 
+    @property
+    def state_layers(self) -> Sequence[int]:
+        """Model layer of each state layer; one that holds several is there as often."""
+        return [self._layer(state.entry) for state in self.states]
+
     def _layer(self, entry: int) -> int:
         return self.entry_layers[entry] if self.entry_layers else entry
 
@@ -121,8 +126,7 @@ class ModelShape:
         count = len(self.entry_layers) or self.all_layers
         entries = [e for e in range(count) if layers[0] <= self._layer(e) < layers[1]]
         before = sum(self._layer(e) < layers[0] for e in range(count))
-        pages = [self._layer(e) for e in (self.page_entries or range(self.layers))]
-        states = [self._layer(state.entry) for state in self.states]
+        pages, states = self.page_layers, self.state_layers
         return Span((before, before + len(entries)), _part(pages, layers), _part(states, layers))
 
     def tensor_part(self, rank: int = 0, size: int = 1) -> TensorPart:
@@ -149,13 +153,7 @@ def describe(model: Any, config: Mapping[str, Any]) -> ModelShape:
 
     Raises: ModelError: a kind of cache that is not supported.
     """
-    try:
-        cache = _probed(model)
-    except ModelError:
-        raise
-    except Exception:  # layers without weights fail in as many ways as there are models
-        model, cache = _skeleton(config)
-    return _shape(model, cache, config)
+    return probe(model, config).shape
 
 
 def reference_model(loaded: LoadedModel) -> Any:
@@ -168,17 +166,54 @@ def reference_model(loaded: LoadedModel) -> Any:
 
 def describe_config(config: Mapping[str, Any]) -> ModelShape:
     """`describe` without a model. Raises: ModelError."""
-    model, cache = _skeleton(config)
-    return _shape(model, cache, config)
+    return probe(None, config).shape
 
 
-def _skeleton(config: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """A model's shape with what it was told from.
+
+    Attributes:
+        model: the one given, or its skeleton.
+        cache: one token's, of which no array is computed.
+    """
+
+    shape: ModelShape
+    model: Any
+    cache: Sequence[Any]
+
+
+def probe(model: Any | None, config: Mapping[str, Any], dtype: mx.Dtype | None = None) -> Probe:
+    """`describe`, or without a model `describe_config`.
+
+    Args:
+        dtype: of the weights of a skeleton; float32 if None.
+    Raises: ModelError.
+    """
+    cache = None if model is None else _probed_if_held(model)
+    if cache is None:
+        model, cache = _skeleton(config, dtype)
+    return Probe(_shape(model, cache, config), model, cache)
+
+
+def _probed_if_held(model: Any) -> list[Any] | None:
+    try:
+        return _probed(model)
+    except ModelError:
+        raise
+    except Exception:  # layers without weights fail in as many ways as there are models
+        return None
+
+
+def _skeleton(config: Mapping[str, Any], dtype: mx.Dtype | None = None) -> tuple[Any, list[Any]]:
     from mlx_lm import utils
 
     try:
         get_classes: Any = utils._get_classes
         model_class, args_class = get_classes(dict(config))
         model = model_class(args_class.from_dict(dict(config)))
+        if dtype is not None:
+            model.set_dtype(dtype)
         return model, _probed(model)
     except ModelError:
         raise
