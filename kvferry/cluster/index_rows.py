@@ -21,7 +21,7 @@ from kvferry.proto.keys import BlobKey
 PAGE_BATCH = 128
 LIST_UNITS = 256
 MAX_TAILS = 64
-MAX_STATES = 16
+MAX_STATES = 64
 EXACT_STATES = "zstd"
 
 _BLOB_COLUMNS = (
@@ -235,7 +235,8 @@ def of_states(query: LookupQuery) -> LookupQuery:
 def _states(
     db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
 ) -> tuple[list[StateFound], list[Unit]]:
-    """Those anchored last, whether or not the pages before them are complete."""
+    """Those anchored last, of one anchor the newest, whether or not the pages before them
+    are complete."""
     found: list[StateFound] = []
     used: list[Unit] = []
     if query.states == (0, 0):
@@ -246,7 +247,8 @@ def _states(
         batch = {anchors[i]: i for i in range(max(0, end - PAGE_BATCH), end)}
         clause = (
             f"kind = 'state' AND complete = 1 AND previous_key IN ({marks(list(batch))}) "
-            "ORDER BY token_end DESC LIMIT ?"
+            # Others' long conversations must not hide short ones behind the same anchor.
+            "ORDER BY token_start DESC, id DESC LIMIT ?"
         )
         units = units_where(db, clause, (*batch, MAX_STATES - len(found)))
         held = held_of(db, codecs, units)

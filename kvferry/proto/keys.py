@@ -196,6 +196,11 @@ def token_bytes(tokens: Sequence[int]) -> bytes:
     return ids.astype("<u4").tobytes()
 
 
+def token_ids(tokens: Sequence[int]) -> list[int]:
+    """Token ids of any array or sequence as plain integers. Raises: InvalidKeyError."""
+    return [int(token) for token in np.frombuffer(token_bytes(tokens), dtype="<u4").tolist()]
+
+
 def _chain(domain: bytes, previous: bytes, tokens: bytes, media: Sequence[bytes]) -> bytes:
     if len(previous) != DIGEST_BYTES:
         raise InvalidKeyError("chain", f"previous key has {len(previous)} bytes, 32 wanted")

@@ -225,7 +225,9 @@ class _DigestCache:
     """Digests of one set of files, kept until one of them changes."""
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        # Archives and rsync bring times of change along; nobody sets ctime.
+        found = [(str(f.resolve()), f.stat()) for f in files]
+        stats = [(path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path, s in found]
         self._path = folder / f"{blake3(canonical_json(stats)).hexdigest()[:32]}.json"
 
     def read(self) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.offers import Offer, Offers, wanted_later, wanted_now
-from kvferry.proto.keys import DEFAULT_PAGE_TOKENS
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, token_ids
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class PrefixCache:
         """
         started = time.monotonic()
         self._live.touch()
-        tokens = list(tokens)
+        tokens = _listed(tokens)
         loaded = self._load(tokens, beyond)
         cache = self._make_cache()
         limit = max(0, len(tokens) - self.options.keep_last)
@@ -196,7 +196,7 @@ class PrefixCache:
         if committed < agreed:
             cache, agreed = self._make_cache(), 0
         pages = min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS)
-        self.remember(cache, agreed, pages, time.monotonic())
+        self.remember(cache, agreed, pages, time.monotonic(), tokens[:agreed])
         self._finish(tokens, agreed, pages, loaded, time.monotonic() - started)
         return cache, tokens[agreed:]
 
@@ -263,7 +263,12 @@ class PrefixCache:
         return 0
 
     def remember(
-        self, cache: list[Any], tokens: int, pages: int, since: float | None = None
+        self,
+        cache: list[Any],
+        tokens: int,
+        pages: int,
+        since: float | None = None,
+        ids: list[int] | None = None,
     ) -> None:
         """Say what of a cache came out of the store; for engines that copy what `restore` made.
 
@@ -272,9 +277,10 @@ class PrefixCache:
             tokens: that were there before prefill.
             pages: whole pages of it that were restored; they are not coded again.
             since: ``time.monotonic()`` when prefill began; None: not to be measured.
+            ids: those tokens, so that a cache that went on with others is noticed.
         """
         if cache:  # a rank may hold layers that need none
-            self._restored[cache[0]] = _Restored(tokens, pages, since)
+            self._restored[cache[0]] = _Restored(tokens, pages, since, ids)
 
     def _finish(
         self, tokens: list[int], restored: int, pages: int, loaded: Loaded, seconds: float
@@ -341,7 +347,11 @@ class PrefixCache:
     def _offer(self, tokens: Sequence[int], cache: list[Any], event: str, lasting: bool) -> bool:
         filled = adapters.length(cache)
         held = len(tokens) if filled is None else min(len(tokens), filled)
+        ids = token_ids(tokens[:held])  # here: an array of MLX's belongs to this thread
         restored = self._restored.get(cache[0]) if cache else None
+        if restored is not None and restored.ids is not None:
+            if ids[: restored.tokens] != restored.ids[:held]:
+                restored = None  # trimmed since, and gone on with another conversation
         if restored is not None and restored.at is not None and event == "prefill":
             self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
         policy = self.policy
@@ -362,10 +372,10 @@ class PrefixCache:
         )
         self._check(snapshot)
         known = restored.tokens if restored else 0
-        self._live.offered(self._standing, tokens[:held], snapshot, known)
+        self._live.offered(self._standing, ids, snapshot, known)
         pages = restored.pages if restored else 0
         shared = event == "prefix"
-        offer = Offer(tuple(tokens[:held]), snapshot, pages, lasting or shared, shared)
+        offer = Offer(tuple(ids), snapshot, pages, lasting or shared, shared)
         if now:
             return self._offers.submit(offer)
         self._offers.defer(offer)
@@ -419,6 +429,12 @@ class _Restored:
     tokens: int
     pages: int
     at: float | None
+    ids: list[int] | None
+
+
+def _listed(tokens: Any) -> list[int]:
+    """Arrays as lists of plain numbers; what is no token id is found later."""
+    return list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
 
 
 def _prompt_cache_maker(model: Any) -> Callable[[], list[Any]]:
