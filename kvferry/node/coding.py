@@ -95,6 +95,12 @@ def stores(policy: coordinator_pb2.Policy, shard: Shard) -> bool:
     return all(rule.codec != NOT_STORED for _, rule in whole)
 
 
+def exact(policy: coordinator_pb2.Policy) -> bool:
+    """Whether no rule of a policy changes a bit, nor its tail."""
+    names = {rule.codec for rule in policy.rules} | {policy.tail.codec or "affine"}
+    return names <= {"raw", "zstd", "recompute", NOT_STORED}
+
+
 def state_codec(streams: Collection[str], tail: Codec) -> Codec:
     """Rings are cached keys and values, and coded as tails are. Recurrent state is exact:
     an error in it stays for all tokens to come."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_lm.models.cache import ConcatenateKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import ConcatenateKVCache, KVCache
 
 from kvferry.codec.base import DType, PageTensors
 from kvferry.codec.mlx import adapters
@@ -130,8 +130,9 @@ def test_a_cache_in_use_is_not_overwritten() -> None:
 def test_what_cannot_be_stored_says_why() -> None:
     with pytest.raises(ModelError, match="2 sequences at once"):
         adapters.snapshot(filled(4, batch=2), 4)
-    for layer in (RotatingKVCache(max_size=8), QuantizedKVCache()):
-        with pytest.raises(ModelError, match=type(layer).__name__):
+    for name in ("SlidingKVCache", "BatchKVCache"):  # a subclass may keep another order
+        layer = type(name, (KVCache,), {})()
+        with pytest.raises(ModelError, match=f"cache class {name} is not supported"):
             adapters.snapshot([layer], 1)
     with pytest.raises(ModelError, match="holds 4"):
         adapters.snapshot(filled(4), 5)

@@ -21,6 +21,7 @@ from kvferry.codec.affine import AffineCodec
 from kvferry.codec.base import NoCalibrations, PageTensors
 from kvferry.codec.blob import BlobMeta, decode_blob, encode_blob
 from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx.leaves import cache_form
 from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.mlx.shape import describe, describe_config
 from kvferry.codec.raw import ZstdCodec
@@ -192,6 +193,24 @@ def test_a_quantized_cache_is_stored_as_numbers_and_quantized_again() -> None:
     plain = [KVCache()]  # and anybody else may have the numbers
     adapters.restore(plain, [page])
     np.testing.assert_allclose(rows(plain[0]), numbers, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantized_cache_comes_back_bit_for_bit_through_an_exact_codec(bits: int) -> None:
+    cache = [filled(QuantizedKVCache(group_size=32, bits=bits), 300)]
+    snapshot = adapters.snapshot(cache, 300, packed=True)
+    pages = [snapshot.page((0, 1), span) for span in ((0, 256), (256, 300))]
+    back = through_blobs(pages, "page", ZstdCodec())
+    fresh = [QuantizedKVCache(group_size=32, bits=bits)]
+    assert adapters.restore(fresh, back) == 300
+    np.testing.assert_array_equal(rows(fresh[0]), rows(cache[0]))
+    assert adapters.length(fresh) == 301
+    for other in (KVCache(), QuantizedKVCache(group_size=32, bits=6), QuantizedKVCache(64, bits)):
+        with pytest.raises(ModelError, match="do not fit|were not quantized"):
+            adapters.restore([other], back)
+        assert other.empty()
+    assert cache_form(cache) == f"{bits} bits, groups of 32"
+    assert cache_form([KVCache(), CacheList(ArraysCache(1))]) == ""
 
 
 def test_a_chunked_cache_is_stored_until_it_forgets() -> None:

@@ -8,8 +8,9 @@ layers* are the caches (several may lie in one layer) that can only be restored 
 position where they were read. A model of plain attention has no state layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,10 +20,13 @@ import numpy.typing as npt
 
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.mlx.leaves import (
+    STEP,
     RowsAdapter,
     StateAdapter,
     extracted,
+    fill_packed,
     leaves,
+    packed_rows,
     rows_adapter,
     state_adapter,
 )
@@ -172,6 +176,7 @@ def snapshot(
     latent: bool = False,
     state_start: int = 0,
     row: int | None = None,
+    packed: bool = False,
 ) -> CacheSnapshot:
     """Hold on to the first ``tokens`` positions of a cache. Runs on the model's thread.
 
@@ -183,6 +188,8 @@ def snapshot(
         state_start: absolute state layer of the first state.
         row: which sequence of a batch cache; None: batch caches are refused, since
             tokens and rows might not belong together.
+        packed: quantized caches as they are, for codecs that change no bit; else the
+            numbers that they stand for.
     Raises:
         ModelError: another cache class, more than one sequence, too few tokens.
     """
@@ -192,7 +199,7 @@ def snapshot(
     if tokens < 1 or (held is not None and tokens > held):
         raise ModelError(f"{tokens} tokens wanted of a cache that holds {held}")
     parts = parts_of(cache)
-    views = [_row_views(held, tokens, latent) for held in parts.rows]
+    views = [_row_views(held, tokens, latent, packed) for held in parts.rows]
     states: list[dict[str, _View]] = []
     if held is None or held == tokens:
         states = [_state_views(leaf) for leaf in parts.states]
@@ -208,8 +215,14 @@ def snapshot(
     )
 
 
-def _row_views(held: Sequence[Any], tokens: int, latent: bool) -> dict[str, _View]:
-    return {n: _view(a, n) for n, a in row_arrays(held, tokens, latent).items()}
+def _row_views(held: Sequence[Any], tokens: int, latent: bool, packed: bool) -> dict[str, _View]:
+    if packed and all(type(leaf).__name__ == "QuantizedKVCache" for leaf in held):
+        arrays: dict[str, mx.array] = {}
+        for leaf, names in zip(held, row_names(len(held), latent), strict=True):
+            arrays |= packed_rows(leaf, names, tokens)
+    else:
+        arrays = row_arrays(held, tokens, latent)
+    return {n: _view(a, n) for n, a in arrays.items()}
 
 
 def row_arrays(held: Sequence[Any], tokens: int, latent: bool) -> dict[str, mx.array]:
@@ -277,11 +290,11 @@ def restore(
         _check(pages, (layer_start, layer_start + len(parts.rows)), total)
     rows = [_staged_rows(pages, index, total, held) for index, held in enumerate(parts.rows)]
     kept = _staged_states(parts.states, states, state_start)
-    mx.eval([(first, second) for layer in rows for _, _, first, second in layer])
+    mx.eval([arrays for layer in rows for _, arrays in layer])
     mx.eval([arrays for _, _, arrays in kept])
     for layer in rows:
-        for leaf, adapter, first, second in layer:
-            adapter.fill(leaf, first, second, total)
+        for fill, _ in layer:
+            fill()
     for leaf, state, arrays in kept:
         state.fill(leaf, arrays, total)
     return total
@@ -289,18 +302,43 @@ def restore(
 
 def _staged_rows(
     pages: Sequence[PageTensors], index: int, total: int, held: Sequence[Any]
-) -> list[tuple[Any, RowsAdapter, mx.array, mx.array]]:
-    latent = "latent" in pages[0].streams
-    staged = []
+) -> list[tuple[Callable[[], None], list[mx.array]]]:
+    """For each leaf of a page layer: how to fill it, and the arrays for that."""
+    streams = pages[0].streams
+    latent = any(name.partition(".")[0] == "latent" for name in streams)
+    staged: list[tuple[Callable[[], None], list[mx.array]]] = []
     for leaf, names in zip(held, row_names(len(held), latent), strict=True):
         adapter = _rows(leaf)
+        if f"{names[0]}.levels" in streams:
+            parts = _packed(pages, index, total, leaf, names)
+            fill = partial(fill_packed, leaf, parts, names, total)
+            staged.append((fill, list(parts.values())))
+            continue
         first, second = (_buffer(pages, name, index, total, adapter.step) for name in names)
         if first is None:
             raise ModelError(f"pages without stream {names[0]!r} do not fit this cache")
         if second is None:
             second = mx.zeros((*first.shape[:3], 0), dtype=first.dtype)
-        staged.append((leaf, adapter, first, second))
+        staged.append((partial(adapter.fill, leaf, first, second, total), [first, second]))
     return staged
+
+
+def _packed(
+    pages: Sequence[PageTensors], index: int, total: int, leaf: Any, names: Sequence[str]
+) -> dict[str, mx.array]:
+    parts: dict[str, mx.array] = {}
+    if type(leaf).__name__ != "QuantizedKVCache":
+        raise ModelError(f"pages of a quantized cache do not fit a {type(leaf).__name__}")
+    for name in (f"{n}.{part}" for n in names for part in ("levels", "scales", "biases")):
+        made = _buffer(pages, name, index, total, STEP)
+        if made is None:
+            raise ModelError(f"pages without stream {name!r} do not fit this cache")
+        parts[name] = made.view(mx.uint32) if name.endswith(".levels") else made
+    for name in names:
+        levels, scales = (parts[f"{name}.{part}"].shape[3] for part in ("levels", "scales"))
+        if levels * 32 != scales * leaf.group_size * leaf.bits:
+            raise ModelError(f"pages were not quantized to {leaf.bits} bits as this cache is")
+    return parts
 
 
 def _staged_states(
@@ -325,7 +363,8 @@ def _check(pages: Sequence[PageTensors], layers: tuple[int, int], total: int) ->
     if not pages:
         raise ModelError("there are no pages for a cache that holds rows of tokens")
     kinds = _kinds(pages[0])
-    if not {"k", "v"} <= set(kinds) and not {"latent", "rope_key"} <= set(kinds):
+    plain = {name.partition(".")[0] for name in kinds}
+    if not {"k", "v"} <= plain and not {"latent", "rope_key"} <= plain:
         raise ModelError(f"pages of streams {sorted(kinds)} do not fit a cache")
     for page in pages:
         if page.layers != layers:

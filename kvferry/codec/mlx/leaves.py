@@ -128,6 +128,40 @@ def _read_quantized(leaf: Any) -> Pair:
     return plain(leaf.keys), plain(leaf.values)
 
 
+def packed_rows(leaf: Any, names: Sequence[str], tokens: int) -> dict[str, mx.array]:
+    """A quantized cache as it is: levels, scales and biases of keys and values, as streams.
+
+    32-bit words of levels travel as the bits of float32.
+    """
+    found = {}
+    for name, parts in zip(names, (leaf.keys, leaf.values), strict=True):
+        levels, scales, biases = (part[..., :tokens, :] for part in parts)
+        found[f"{name}.levels"] = levels.view(mx.float32)
+        found[f"{name}.scales"], found[f"{name}.biases"] = scales, biases
+    return found
+
+
+def fill_packed(
+    leaf: Any, parts: Mapping[str, mx.array], names: Sequence[str], tokens: int
+) -> None:
+    """Undo `packed_rows`; must not fail."""
+    keys, values = (
+        tuple(parts[f"{name}.{part}"] for part in ("levels", "scales", "biases")) for name in names
+    )
+    leaf.keys, leaf.values, leaf.offset = keys, values, tokens
+
+
+def cache_form(cache: Sequence[Any]) -> str:
+    """What else than the model decides the numbers in a cache; empty for plain ones."""
+    forms = {
+        f"{leaf.bits} bits, groups of {leaf.group_size}"
+        for layer in cache
+        for leaf in leaves(layer)
+        if type(leaf).__name__ == "QuantizedKVCache"
+    }
+    return "; ".join(sorted(forms))
+
+
 def _fill_quantized(leaf: Any, keys: mx.array, values: mx.array, tokens: int) -> None:
     leaf.keys = mx.quantize(keys, group_size=leaf.group_size, bits=leaf.bits)
     leaf.values = mx.quantize(values, group_size=leaf.group_size, bits=leaf.bits)

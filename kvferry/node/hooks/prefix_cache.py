@@ -9,16 +9,18 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx.leaves import cache_form
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.mlx.shape import describe, reference_model
 from kvferry.errors import FerryError, ModelError
 from kvferry.node.client import NodeClient
+from kvferry.node.coding import exact
 from kvferry.node.hooks.current import CurrentCoding
 from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.live import Live
@@ -92,6 +94,9 @@ class PrefixCache:
         self._tensor = self._shape.tensor_part(*tensor)
         self._span = self._shape.span(layers or (0, self._shape.all_layers))
         self._make_cache = make_cache or _prompt_cache_maker(loaded.model)
+        self._form = cache_form(self._make_cache())
+        if self._form:  # decides the numbers, and so belongs to the model's identity
+            loaded = replace(loaded, config={**loaded.config, "kvferry_cache": self._form})
         specs = page_ropes(reference, self._shape.page_layers)
         self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._span.pages)}
         self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
@@ -369,8 +374,9 @@ class PrefixCache:
             self._tensor.heads[0],
             latent=self._shape.latent,
             state_start=self._span.states[0],
+            packed=exact(policy),
         )
-        self._check(snapshot)
+        self._check(snapshot, cache)
         known = restored.tokens if restored else 0
         self._live.offered(self._standing, ids, snapshot, known)
         pages = restored.pages if restored else 0
@@ -381,8 +387,11 @@ class PrefixCache:
         self._offers.defer(offer)
         return True
 
-    def _check(self, snapshot: adapters.CacheSnapshot) -> None:
+    def _check(self, snapshot: adapters.CacheSnapshot, cache: list[Any]) -> None:
         """Raises: ModelError: the cache is not what the model was said to make."""
+        if cache_form(cache) != self._form:
+            # Its numbers are others than those of the caches that would be filled.
+            raise ModelError(f"a cache of {cache_form(cache) or 'plain numbers'}: not stored")
         found = (snapshot.layers, snapshot.heads)
         wanted = (self._span.pages, self._tensor.heads)
         rows = snapshot.layers[0] < snapshot.layers[1]
