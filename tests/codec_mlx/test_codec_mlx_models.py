@@ -206,7 +206,7 @@ def test_a_quantized_cache_comes_back_bit_for_bit_through_an_exact_codec(bits: i
     np.testing.assert_array_equal(rows(fresh[0]), rows(cache[0]))
     assert adapters.length(fresh) == 301
     for other in (KVCache(), QuantizedKVCache(group_size=32, bits=6), QuantizedKVCache(64, bits)):
-        with pytest.raises(ModelError, match="do not fit|were not quantized"):
+        with pytest.raises(ModelError, match=r"do not fit|were not quantized"):
             adapters.restore([other], back)
         assert other.empty()
     assert cache_form(cache) == f"{bits} bits, groups of 32"
