@@ -5,8 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from kvferry.cli.demo.cluster import Cluster
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,3 +46,17 @@ def calibrated(_own_folders: None) -> Path:
         timeout=560,
     )
     return user_dir("cache")
+
+
+@pytest.fixture(scope="module")
+def exact_cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["Cluster"]:
+    """Store, coordinator and the module's ``NODES`` daemons (1), under the policy ``exact``."""
+    from kvferry.cli.demo.cluster import Cluster
+
+    nodes = getattr(request.module, "NODES", 1)
+    cluster = Cluster(tmp_path_factory.mktemp("exact"), nodes=nodes)
+    cluster.set_policy("exact")
+    with cluster:
+        yield cluster

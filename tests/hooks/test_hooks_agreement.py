@@ -21,9 +21,15 @@ from kvferry.node.hooks import HookOptions, PrefixCache
 from kvferry.proto.keys import BlobKey
 
 pytestmark = pytest.mark.processes
+NODES = 3
 FIRST, SECOND = 300, 700
 SPLITS = {2: [(0, 1), (1, 4)], 3: [(0, 1), (1, 3), (3, 4)]}
 WAIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def cluster(exact_cluster: Cluster) -> Cluster:
+    return exact_cluster
 
 
 class Together:
@@ -86,14 +92,6 @@ class Faulty:
         if self._fault == "raises":
             raise RuntimeError("a bug of ours")
         return self._client.lookup(query)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("ranks"), nodes=3)
-    cluster.set_policy("exact")
-    with cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt_oss", "lfm2"])

@@ -2,7 +2,6 @@
 
 import logging
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,11 +31,8 @@ PROMPT = 600
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("exo"), nodes=1)
-    cluster.set_policy("exact")
-    with cluster:
-        yield cluster
+def cluster(exact_cluster: Cluster) -> Cluster:
+    return exact_cluster
 
 
 def modules() -> Any:

@@ -7,7 +7,6 @@ its fork of mlx-lm on PYTHONPATH, say. exo's Rust parts are not needed.
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("exo"), nodes=1)
-    cluster.set_policy("exact")
-    with cluster:
-        yield cluster
+def cluster(exact_cluster: Cluster) -> Cluster:
+    return exact_cluster
 
 
 def runner(folder: Path, cluster: Cluster, cache_dir: Path, prompt: list[int]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Every kind of cache through node daemon and store, and back on another machine."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,6 @@ from kvferry.node.hooks import HookOptions, PrefixCache
 pytestmark = pytest.mark.processes
 HYBRID = ("lfm2", "gpt_oss", "gemma3_text", "qwen3_next")
 FIRST, TURN, MORE = 400, 700, 8
-
-
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("exact"), nodes=1)
-    cluster.set_policy("exact")
-    with cluster:
-        yield cluster
 
 
 @pytest.fixture
@@ -38,17 +29,17 @@ def opened(cluster: Cluster, model: LoadedModel, folder: Path) -> PrefixCache:
 
 @pytest.mark.parametrize("loaded", CONFIGS, indirect=True)
 def test_a_conversation_goes_on_elsewhere(
-    loaded: LoadedModel, exact: Cluster, tmp_path: Path
+    loaded: LoadedModel, exact_cluster: Cluster, tmp_path: Path
 ) -> None:
     model, tokens = loaded.model, tokens_of(TURN + MORE)
-    with opened(exact, loaded, tmp_path / "here") as here:
+    with opened(exact_cluster, loaded, tmp_path / "here") as here:
         assert here.ready()
         cache = prefilled(model, tokens[:FIRST])
         assert here.offer(tokens[:FIRST], cache)
         assert here.flush()
         assert not [name for name in here.counters if name.startswith("drop")], here.counters
 
-        with opened(exact, loaded, tmp_path / "there") as there:
+        with opened(exact_cluster, loaded, tmp_path / "there") as there:
             assert there.ready()
             found, rest = there.restore(tokens)
             assert rest == tokens[FIRST:]

@@ -1,6 +1,6 @@
 """Ranks that share every layer, and the same pages on other numbers of ranks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,13 @@ from kvferry.node.client import NodeClient
 from kvferry.node.hooks.pipeline.launch import Ranks
 
 pytestmark = pytest.mark.processes
+NODES = 2
 PROMPT = [(7 * i * i + i // 3) % 60 for i in range(700)]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("tensor"), nodes=2)
-    cluster.set_policy("exact")
-    with cluster:
-        yield cluster
+def cluster(exact_cluster: Cluster) -> Cluster:
+    return exact_cluster
 
 
 @pytest.fixture(scope="module")
