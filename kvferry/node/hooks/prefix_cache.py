@@ -354,9 +354,8 @@ class PrefixCache:
         held = len(tokens) if filled is None else min(len(tokens), filled)
         ids = token_ids(tokens[:held])  # here: an array of MLX's belongs to this thread
         restored = self._restored.get(cache[0]) if cache else None
-        if restored is not None and restored.ids is not None:
-            if ids[: restored.tokens] != restored.ids[:held]:
-                restored = None  # trimmed since, and gone on with another conversation
+        if restored is not None and not restored.begins(ids):
+            restored = None  # trimmed since, and gone on with another conversation
         if restored is not None and restored.at is not None and event == "prefill":
             self._prefill.add(held - restored.tokens, time.monotonic() - restored.at)
         policy = self.policy
@@ -439,6 +438,10 @@ class _Restored:
     pages: int
     at: float | None
     ids: list[int] | None
+
+    def begins(self, ids: list[int]) -> bool:
+        """Whether a cache of ``ids`` still holds it; True where that is not known."""
+        return self.ids is None or self.ids[: len(ids)] == ids[: self.tokens]
 
 
 def _listed(tokens: Any) -> list[int]:
