@@ -21,6 +21,7 @@ from kvferry.proto.keys import BlobKey
 PAGE_BATCH = 128
 LIST_UNITS = 256
 MAX_TAILS = 64
+TAIL_ANCHORS = 2
 MAX_STATES = 64
 EXACT_STATES = "zstd"
 
@@ -220,8 +221,7 @@ def lookup(
             used.append(unit)
         if len(pages) < at + len(batch):
             break
-    anchor = query.page_keys[len(pages) - 1] if pages else query.root
-    tails, tail_units = _tails(db, codecs, anchor, query, now_s)
+    tails, tail_units = _tails(db, codecs, tail_anchors(query, len(pages)), query, now_s)
     states, state_units = _states(db, codecs, query, now_s)
     return LookupResult(pages=pages, tails=tails, states=states), used + tail_units + state_units
 
@@ -265,11 +265,24 @@ def _states(
     return found, used
 
 
+def tail_anchors(query: LookupQuery, pages: int) -> Sequence[bytes]:
+    """Where tails may be anchored that reach beyond ``pages`` complete pages: the last of
+    them may be another conversation's, and lie within a tail of this one."""
+    return [query.root, *query.page_keys][: pages + 1][-TAIL_ANCHORS:]
+
+
 def _tails(
-    db: sqlite3.Connection, codecs: CodecTable, anchor: bytes, query: LookupQuery, now_s: float
+    db: sqlite3.Connection,
+    codecs: CodecTable,
+    anchors: Sequence[bytes],
+    query: LookupQuery,
+    now_s: float,
 ) -> tuple[list[TailFound], list[Unit]]:
-    clause = "previous_key = ? AND kind = 'tail' AND complete = 1 ORDER BY id DESC LIMIT ?"
-    units = units_where(db, clause, (anchor, MAX_TAILS))
+    clause = (
+        f"kind = 'tail' AND complete = 1 AND previous_key IN ({marks(anchors)}) "
+        "ORDER BY token_start DESC, id DESC LIMIT ?"
+    )
+    units = units_where(db, clause, (*anchors, MAX_TAILS))
     held = held_of(db, codecs, units)
     found: list[TailFound] = []
     used: list[Unit] = []

@@ -69,7 +69,7 @@ class LookupQuery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailFound:
-    """A complete tail anchored at the end of the run of complete pages."""
+    """A complete tail anchored at the end of the run of complete pages, or a page before."""
 
     tail_key: bytes
     tokens: int

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
 
 from kvferry.cluster.coverage import covers
-from kvferry.cluster.index_rows import of_states
+from kvferry.cluster.index_rows import of_states, tail_anchors
 from kvferry.cluster.repository import (
     BlobInfo,
     ListQuery,
@@ -90,13 +90,13 @@ def merge_local(results: Sequence[LookupResult], query: LookupQuery) -> LookupRe
         if not covers_wanted(together.values(), query):
             break
         pages.append(list(together.values()))
-    anchor = query.page_keys[len(pages) - 1] if pages else query.root
+    ends = tail_anchors(query, len(pages))
     by_tail = _together(
         (tail.tail_key, info)
         for result in results
         for tail in result.tails
         for info in tail.blobs
-        if info.previous_key == anchor
+        if info.previous_key in ends
     )
     tails = [
         TailFound(tail_key=key, tokens=_length(blobs), blobs=blobs)

@@ -127,8 +127,8 @@ def plan_restore(
 ) -> RestorePlan:
     """Turn what a lookup found into segments to fetch.
 
-    A tail counts only where it stands right behind the run of pages and was keyed by
-    exactly these tokens; the longest such tail is taken.
+    A tail counts only where it goes on beyond the run of pages and was keyed by exactly
+    these tokens; the one that reaches farthest is taken, in place of pages within it.
     """
     segments: list[Segment] = []
     for index, blobs in enumerate(found.pages):
@@ -136,16 +136,22 @@ def plan_restore(
         if pieces is None:
             return RestorePlan(tuple(segments))
         segments.append(Segment((index * page_tokens, (index + 1) * page_tokens), pieces))
-    start = len(segments) * page_tokens
-    previous = page_keys[len(segments) - 1] if segments else root
-    for tail in sorted(found.tails, key=lambda t: t.tokens, reverse=True):
-        end = start + tail.tokens
-        if end > len(tokens) or tail_key(previous, tokens[start:end]) != tail.tail_key:
+    places = {key: at for at, key in enumerate([root, *page_keys[: len(segments)]])}
+    anchored = [
+        (places[tail.blobs[0].previous_key], tail)
+        for tail in found.tails
+        if tail.blobs and tail.blobs[0].previous_key in places
+    ]
+    for pages, tail in sorted(anchored, key=lambda t: t[0] * page_tokens + t[1].tokens)[::-1]:
+        start = pages * page_tokens
+        end, previous = start + tail.tokens, page_keys[pages - 1] if pages else root
+        if not len(segments) * page_tokens < end <= len(tokens):
+            continue
+        if tail_key(previous, tokens[start:end]) != tail.tail_key:
             continue
         pieces = choose_pieces(tail.blobs, layers, heads)
         if pieces is not None:
-            segments.append(Segment((start, end), pieces))
-            return RestorePlan(tuple(segments), has_tail=True)
+            return RestorePlan((*segments[:pages], Segment((start, end), pieces)), has_tail=True)
     return RestorePlan(tuple(segments))
 
 

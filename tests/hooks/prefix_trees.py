@@ -106,8 +106,8 @@ class Tree:
     def branch(self) -> list[int]:
         """One more, off any of those that are there; or one of them with another token."""
         old = self.paths[int(self._rng.integers(len(self.paths)))]
-        if self._rng.random() < 0.3:
-            at = int(self._rng.integers(0, len(old)))
+        if self._rng.random() < 0.4:
+            at = int(self._rng.integers(0, len(old) // 4 + 1))
             self.paths.append([*old[:at], old[at] ^ 1, *old[at + 1 :]])
         else:
             self.paths.append(self._grow(self.cut(old)))

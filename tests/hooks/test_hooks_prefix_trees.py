@@ -84,12 +84,13 @@ class Model:
     def offer(self, tokens: list[int], single: int) -> None:
         for rank in self.ranks:
             rank.offer(tokens, single, 0)
+        known = tokens in self.offered
         self.offered.append(tokens)
         # The newest tail that these tokens go on from gives way to theirs.
         ends = [o for o in self.alive if len(o) < len(tokens) and o == tokens[: len(o)]]
         if ends:
             self.alive.remove(ends[-1])
-        if tokens not in self.alive:
+        if not known:  # what comes again keeps its old place among the newest
             self.alive.append(tokens)
             del self.alive[:-REMEMBERED_TAILS]
 
@@ -118,10 +119,10 @@ class Model:
         run = max((min(common(o, tokens) // PAGE, self.pages(o)) for o in self.offered), default=0)
         if not set(self.kinds) & set("ra"):
             return min(PAGE * run, limit)
-        # A tail is found behind the run of whole pages only, and rows must reach the state;
-        # lookups list the newest states only.
+        # A tail is found up to a page before the run of whole pages ends, and rows must
+        # reach the state; lookups list the newest states only.
         newest = self.alive[-NEWEST:]
-        usable = (o for o in newest if o == tokens[: len(o)] and self.pages(o) == run)
+        usable = (o for o in newest if o == tokens[: len(o)] and self.pages(o) >= run - 1)
         return max((len(o) for o in usable if len(o) <= limit), default=0)
 
     def pages(self, offered: list[int]) -> int:
@@ -165,7 +166,8 @@ def test_every_restored_row_belongs_to_its_own_tokens(
             if rng.random() < 0.1:
                 model = models[int(rng.integers(2))]
             if act == "offer":
-                model.offer(tree.cut(path) or path[:1], int(rng.integers(0, 4)))
+                whole = rng.random() < 0.5
+                model.offer(path if whole else tree.cut(path) or path[:1], int(rng.integers(0, 4)))
             elif act == "branch":
                 tree.branch()
             elif act == "evict" and not plenty:
