@@ -1,5 +1,7 @@
 """Which blobs a restore picks, and how their tensors come together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,7 +100,8 @@ def _found(pages: int, tails: list[TailFound]) -> LookupResult:
 
 def _tail(previous: bytes, tokens: list[int]) -> TailFound:
     key = tail_key(previous, tokens)
-    return TailFound(tail_key=key, tokens=len(tokens), blobs=[info((0, 30), key, "tail")])
+    blob = replace(info((0, 30), key, "tail"), previous_key=previous)
+    return TailFound(tail_key=key, tokens=len(tokens), blobs=[blob])
 
 
 def test_a_tail_counts_only_for_exactly_its_tokens() -> None:
@@ -112,6 +115,17 @@ def test_a_tail_counts_only_for_exactly_its_tokens() -> None:
     plan = plan_restore(found, keys, ROOT, tokens, 256, (0, 30), (0, 3))
     assert plan.has_tail
     assert plan.tokens == 580
+
+
+def test_a_tail_may_begin_before_the_pages_of_another_conversation_end() -> None:
+    tokens = list(range(600))
+    keys = page_keys(ROOT, tokens)
+    longer, within = _tail(keys[0], tokens[256:590]), _tail(keys[0], tokens[256:500])
+    plan = plan_restore(_found(2, [within, longer]), keys, ROOT, tokens, 256, (0, 30), (0, 3))
+    assert [segment.tokens for segment in plan.segments] == [(0, 256), (256, 590)]
+    assert plan.has_tail
+    plan = plan_restore(_found(2, [within]), keys, ROOT, tokens, 256, (0, 30), (0, 3))
+    assert (plan.tokens, plan.has_tail) == (512, False)
 
 
 def test_a_tail_without_pages_hangs_on_the_root() -> None:
