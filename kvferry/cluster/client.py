@@ -5,6 +5,7 @@ transport does wrong becomes `StoreUnavailableError` or `StoreTimeoutError`.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TypeAlias
@@ -24,8 +25,9 @@ from kvferry.cluster.repository import (
     ScrubReport,
 )
 from kvferry.cluster.status import error_from_rpc
+from kvferry.cluster.throttle import Throttle
 from kvferry.cluster.transfer import Receiver, data_of
-from kvferry.errors import ProtocolError, StoreUnavailableError
+from kvferry.errors import ProtocolError, StoreTimeoutError, StoreUnavailableError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import store_pb2
@@ -33,6 +35,9 @@ from kvferry.proto.v1.store_pb2_grpc import BlobStoreStub
 
 if TYPE_CHECKING:
     from kvferry.proto.v1.store_pb2_grpc import BlobStoreAsyncStub
+
+# Where a node daemon has a blob that crosses no link on its way to a hook.
+NEAR_SOURCES = ("memory", "disk")
 
 _GetCall: TypeAlias = "grpc.aio.UnaryStreamCall[wire.Outgoing, wire.GetItem]"
 
@@ -66,9 +71,12 @@ class BlobStoreClient:
         *,
         timeout_s: float = 30.0,
         max_blob_bytes: int = DEFAULT_LIMITS.max_blob,
+        throttle: Throttle | None = None,
     ) -> None:
-        """``timeout_s``: deadline of each call that is not given its own."""
+        """``timeout_s``: deadline of each call that is not given its own. ``throttle``: for
+        blobs that `put` and `get` send over a link."""
         self.address = address
+        self._throttle = throttle or Throttle()
         self._timeout_s = timeout_s
         self._max_blob_bytes = max_blob_bytes
         self._channel = grpc.aio.insecure_channel(
@@ -123,6 +131,7 @@ class BlobStoreClient:
         Raises: StoreFullError, CorruptBlobError, BlobTooLargeError, IdentityMismatchError.
         """
         spec = PutSpec(key=key, size=len(data), stage=stage, ttl_s=ttl_s, replaces=replaces)
+        await self._throttle.take(len(data))
 
         async def chunks() -> AsyncIterator[wire.Chunk]:
             for chunk in wire.chunks_of(data):
@@ -165,6 +174,7 @@ class BlobStoreClient:
         Raises: BlobNotFoundError, CorruptBlobError, BlobTooLargeError.
         """
         receiver = Receiver(self.address, offset, length, self._max_blob_bytes)
+        end = time.monotonic() + self._deadline(timeout_s)
         with rpc_errors(self.address):
             call = self._open(key, offset, length, local_only, timeout_s)
             try:
@@ -172,7 +182,13 @@ class BlobStoreClient:
                     receiver.take(item)
             finally:
                 call.cancel()
-        return receiver.finish(verify)
+        data = receiver.finish(verify)
+        if receiver.source not in NEAR_SOURCES:
+            left = end - time.monotonic()
+            if not await self._throttle.take(len(data), left):
+                rate = self._throttle.bytes_per_s
+                raise StoreTimeoutError(self.address, f"throttled to {rate:,.0f} bytes/s")
+        return data
 
     async def open_get(
         self,

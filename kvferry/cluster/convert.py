@@ -108,6 +108,7 @@ def info_to_proto(info: BlobInfo) -> store_pb2.BlobEntry:
         model_layers=info.model_layers,
         model_heads=info.model_heads,
         previous_key=info.previous_key,
+        near=info.near,
     )
 
 
@@ -132,6 +133,7 @@ def info_from_proto(entry: store_pb2.BlobEntry) -> BlobInfo:
         model_heads=entry.model_heads,
         stored_unix_s=entry.stored_unix_s,
         used_unix_s=entry.used_unix_s,
+        near=entry.near,
     )
 
 

@@ -34,7 +34,10 @@ class CodecInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobInfo:
-    """What an index knows of a blob without its payload."""
+    """What an index knows of a blob without its payload.
+
+    ``near``: in a node daemon's lookup, that it holds the blob itself.
+    """
 
     key: BlobKey
     size: int
@@ -48,6 +51,7 @@ class BlobInfo:
     model_heads: int
     stored_unix_s: int = 0
     used_unix_s: int = 0
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

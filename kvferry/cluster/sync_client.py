@@ -22,6 +22,7 @@ from kvferry.cluster.repository import (
     RepositoryStat,
     ScrubReport,
 )
+from kvferry.cluster.throttle import Throttle
 from kvferry.errors import FerryError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
@@ -39,12 +40,13 @@ class SyncBlobStoreClient:
         timeout_s: float = 30.0,
         max_blob_bytes: int = DEFAULT_LIMITS.max_blob,
         loop_thread: LoopThread | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         """``loop_thread``: one to share; without it the client has, and closes, its own."""
         self.address = address
         self._own = loop_thread is None
         self._thread = loop_thread or LoopThread()
-        self._client = self._thread.run(_connect(address, timeout_s, max_blob_bytes))
+        self._client = self._thread.run(_connect(address, timeout_s, max_blob_bytes, throttle))
 
     def __enter__(self) -> Self:
         return self
@@ -223,5 +225,9 @@ async def _next(items: AsyncIterator[T]) -> T | None:
     return await anext(items, None)
 
 
-async def _connect(address: str, timeout_s: float, max_blob_bytes: int) -> BlobStoreClient:
-    return BlobStoreClient(address, timeout_s=timeout_s, max_blob_bytes=max_blob_bytes)
+async def _connect(
+    address: str, timeout_s: float, max_blob_bytes: int, throttle: Throttle | None
+) -> BlobStoreClient:
+    return BlobStoreClient(
+        address, timeout_s=timeout_s, max_blob_bytes=max_blob_bytes, throttle=throttle
+    )

@@ -20,6 +20,7 @@ from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.loop_thread import LoopThread
 from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult
 from kvferry.cluster.sync_client import SyncBlobStoreClient
+from kvferry.cluster.throttle import Throttle
 from kvferry.errors import FerryError, StoreTimeoutError, StoreUnavailableError
 from kvferry.node.backoff import Backoff
 from kvferry.proto.keys import BlobKey
@@ -48,17 +49,32 @@ class NodeClient:
         socket_path: the daemon's Unix socket (or HOST:PORT of a test's server).
         timeout_s: deadline of each call that is not given its own.
         name: how the daemon shall call this client; process number if empty.
+        max_bytes_per_s: of blobs that cross a link; those that the daemon holds itself
+            do not. 0: as fast as it goes.
+
+    Attributes:
+        throttle: where that can be changed.
     """
 
-    def __init__(self, socket_path: str | Path, timeout_s: float = 30.0, name: str = "") -> None:
+    def __init__(
+        self,
+        socket_path: str | Path,
+        timeout_s: float = 30.0,
+        name: str = "",
+        max_bytes_per_s: float = 0.0,
+    ) -> None:
         self.address = f"unix:{socket_path}" if "/" in str(socket_path) else str(socket_path)
         self.name = name or f"pid-{os.getpid()}"
         self._timeout_s = timeout_s
         self._closed = False
         self._reports: set[asyncio.Task[None]] = set()
         self._thread = LoopThread("kvferry-node-client")
+        self.throttle = Throttle(max_bytes_per_s)
         self._blobs = SyncBlobStoreClient(
-            self.address, timeout_s=timeout_s, loop_thread=self._thread
+            self.address,
+            timeout_s=timeout_s,
+            loop_thread=self._thread,
+            throttle=self.throttle,
         )
         self._channel, self._stub = self._thread.run(self._connect())
         self._watches: list[asyncio.Task[None]] = []

@@ -27,6 +27,7 @@ from kvferry.errors import (
 )
 from kvferry.node.journal import Pending
 from kvferry.node.local_lookup import look_up_locally, merge_local
+from kvferry.node.near import mark_near
 from kvferry.node.put_session import NodePut
 from kvferry.node.remotes import Peers, Remote
 from kvferry.node.tiers import Data, Tiers, checked_info
@@ -158,6 +159,9 @@ class NodeRepository:
 
     async def lookup(self, query: LookupQuery) -> LookupResult:
         """From the store; ``partial`` from this node and its peers where it is gone."""
+        return await mark_near(self.tiers, await self._look_up(query))
+
+    async def _look_up(self, query: LookupQuery) -> LookupResult:
         self._active()
         if self.store is not None and not query.local_only:
             try:

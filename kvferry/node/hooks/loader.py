@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol, TypeVar
 
-from kvferry.cluster.repository import LookupQuery, LookupResult
+from kvferry.cluster.repository import BlobInfo, LookupQuery, LookupResult
 from kvferry.codec.base import CalibrationSource, PageTensors
 from kvferry.codec.blob import StoredBlob, decode_blob, decode_blobs
 from kvferry.errors import CodecError, FerryError
 from kvferry.node.coding import Shard
+from kvferry.node.hooks.steps import Step, steps_of
 from kvferry.node.restore import (
     Assembly,
     Parts,
@@ -35,6 +37,7 @@ Data = bytes | memoryview
 
 _MOST_THREADS = 4
 _STATES_TRIED = 2
+NOT_WORTH_IT = "not_worth_it"
 
 
 class LoadClient(Protocol):
@@ -69,6 +72,9 @@ class Loaded:
         reason: why there is not more; empty if the plan held.
         problems: reasons of everything that went wrong on the way.
         bytes: bytes fetched.
+        far_bytes: those of them that crossed a link.
+        first_bytes: size of the first blob that has to cross one.
+        skipped: blobs that are there and were not worth fetching.
         seconds: step -> time; "decode" is what decoding took beyond the last arrival.
     """
 
@@ -80,7 +86,25 @@ class Loaded:
     reason: str = ""
     problems: list[str] = field(default_factory=list)
     bytes: int = 0
+    far_bytes: int = 0
+    first_bytes: int = 0
+    skipped: Sequence[BlobInfo] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def came(self, info: BlobInfo, size: int) -> None:
+        """Count a blob that was fetched."""
+        self.bytes += size
+        self.far_bytes += 0 if info.near else size
+
+
+# Prefixes that can be had, what the lookup took, and tokens that are at hand anyway ->
+# tokens that this rank would fetch, and tokens that all ranks fetch.
+Choose = Callable[[Sequence[Step], float, int], tuple[int, int]]
+
+
+def everything(steps: Sequence[Step], _: float, __: int) -> tuple[int, int]:
+    """The longest."""
+    return steps[-1].tokens, steps[-1].tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +124,14 @@ class Loader:
         deadline_s: float,
         limit: int | None = None,
         beyond: int = 0,
+        choose: Choose = everything,
     ) -> Loaded:
         """The longest prefix of ``tokens`` that can be had whole within the deadline.
 
         Args:
             limit: no state beyond so many tokens is of use.
             beyond: nothing is fetched where no more tokens than these are to be had.
+            choose: how much of what there is to fetch.
         Raises: FerryError where not even the lookup worked.
         """
         loaded = Loaded()
@@ -141,6 +167,9 @@ class Loader:
         if (loaded.positions[0].tokens if loaded.positions else plan.tokens) <= beyond:
             loaded.positions, loaded.reason = [], "no_gain"
             return loaded
+        plan = _chosen(plan, loaded, beyond, choose)
+        if not plan.segments and not loaded.positions:
+            return loaded
         self._load_rows(plan, loaded, end)
         if shard.model_states:
             self._load_longest_state(loaded, end)
@@ -160,7 +189,8 @@ class Loader:
         """The longest position that rows reach and whose states are here and whole."""
         rows, loaded.tokens = loaded.tokens, 0
         for plan in loaded.positions[:_STATES_TRIED]:
-            if plan.tokens <= rows and self.load_state(plan.tokens, loaded, end):
+            load = partial(self.load_state, plan.tokens, loaded, end)
+            if plan.tokens <= rows and _timed(loaded, "fetch", load):
                 loaded.tokens = plan.tokens
                 return
         loaded.reason = loaded.reason or "no_state"
@@ -177,6 +207,7 @@ class Loader:
         if plan is None:
             return False
         blobs: list[StoredBlob] = []
+        infos = {piece.info.key: piece.info for piece in plan.pieces}
         span = (plan.start, plan.tokens)
         answers = self.client.get_each(
             [piece.info.key for piece in plan.pieces], max(end - time.monotonic(), 0.0)
@@ -186,7 +217,7 @@ class Loader:
                 if isinstance(answer, FerryError):
                     loaded.problems.append(answer.reason)
                     return False
-                loaded.bytes += len(answer)
+                loaded.came(infos[key], len(answer))
                 blobs.append(StoredBlob(answer, key, span))
         cuts = {piece.info.key: piece.cut for piece in plan.pieces}
         pages = []
@@ -212,6 +243,24 @@ class Loader:
         return True
 
 
+def _chosen(plan: RestorePlan, loaded: Loaded, beyond: int, choose: Choose) -> RestorePlan:
+    """The part of a plan that is fetched; ``loaded`` says why it is not all."""
+    steps = steps_of(plan, loaded.positions)
+    longest = steps[-1].tokens
+    mine, agreed = choose(steps, loaded.seconds["lookup"], beyond)
+    pieces = [*plan.pieces(), *(p for at in loaded.positions[:1] for p in at.pieces)]
+    loaded.first_bytes = next((p.info.size for p in pieces if not p.info.near), 0)
+    if agreed >= longest:
+        return plan
+    loaded.reason = "agreement" if mine == longest else NOT_WORTH_IT
+    loaded.positions = [state for state in loaded.positions if state.tokens <= agreed]
+    kept = plan.upto(loaded.positions[0].tokens if loaded.positions else agreed)
+    if mine < longest:
+        fetched = {piece.info.key for piece in kept.pieces()}
+        loaded.skipped = [p.info for p in pieces if p.info.key not in fetched]
+    return kept
+
+
 class _Restore:
     """One plan on its way: what is still wanted, what is being decoded, where it ends."""
 
@@ -227,6 +276,7 @@ class _Restore:
             for segment, piece in run.parts:
                 place: tuple[int, int, list[Run]] = (segment.tokens[0], piece.cut[0], [])
                 self._place.setdefault(piece.info.key, place)[2].append(run)
+        self._infos = {piece.info.key: piece.info for piece in plan.pieces()}
         self._wanted = set(self._place)
         # Token, layer and reason of the first gap; what lies behind it is of no use.
         self._gap = (plan.tokens, 0, "")
@@ -255,7 +305,7 @@ class _Restore:
                     self._note_gap(key, answer.reason)
                 else:
                     self._blobs[key] = answer
-                    self._loaded.bytes += len(answer)
+                    self._loaded.came(self._infos[key], len(answer))
                     self._start(self._place[key][2])
                 if not self._wanted:
                     return
@@ -341,4 +391,5 @@ def _timed(loaded: Loaded, step: str, run: Callable[[], T]) -> T:
     try:
         return run()
     finally:
-        loaded.seconds[step] = time.monotonic() - started
+        took = time.monotonic() - started
+        loaded.seconds[step] = loaded.seconds.get(step, 0.0) + took

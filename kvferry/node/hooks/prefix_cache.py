@@ -28,6 +28,7 @@ from kvferry.node.hooks.loader import Loaded, Loader
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.standing import Standing
+from kvferry.node.hooks.worth import Together, Worth
 from kvferry.node.offers import Offer, Offers, wanted_later, wanted_now
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, token_ids
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -99,9 +100,14 @@ class PrefixCache:
             loaded = replace(loaded, config={**loaded.config, "kvferry_cache": self._form})
         specs = page_ropes(reference, self._shape.page_layers)
         self._rope = {layer: specs[layer].fingerprint() for layer in range(*self._span.pages)}
-        self._client = NodeClient(self.options.socket, timeout_s=self.options.request_timeout_s)
+        self._client = NodeClient(
+            self.options.socket,
+            timeout_s=self.options.request_timeout_s,
+            max_bytes_per_s=self.options.max_bytes_per_s,
+        )
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
         self._prefill = Rate()
+        self.worth = Worth(self._prefill, self.options.link_retry_s)
         self._standing = Standing(
             self._client,
             loaded,
@@ -155,6 +161,10 @@ class PrefixCache:
         self._current.wait_warm(timeout_s)
         return self._standing.known
 
+    def throttle(self, max_bytes_per_s: float) -> None:
+        """Change `HookOptions.max_bytes_per_s` from now on; 0: as fast as it goes."""
+        self._client.throttle.bytes_per_s = max_bytes_per_s
+
     @property
     def policy(self) -> pb.Policy:
         """The policy in force on this node."""
@@ -206,12 +216,13 @@ class PrefixCache:
         return cache, tokens[agreed:]
 
     def _load(self, tokens: list[int], beyond: int) -> Loaded:
+        together = Together(self._group.all_min, self.worth.choose)
         try:
             loader = self._loader()
             deadline = self._prefill.seconds_for(len(tokens), self.options.max_restore_s)
             seconds = min(deadline, self.options.max_restore_s)
             limit = max(0, len(tokens) - self.options.keep_last)
-            return loader.load(tokens, seconds, limit, beyond)
+            return loader.load(tokens, seconds, limit, beyond, together)
         except FerryError as exc:
             return Loaded(reason=exc.reason, problems=[exc.reason])
         except Exception:
@@ -219,6 +230,8 @@ class PrefixCache:
             # follow must be entered on every rank.
             log.exception("restore failed")
             return Loaded(reason="bug", problems=["bug"])
+        finally:
+            together.settle()
 
     def _loader(self) -> Loader:
         shard = self._current.shard(self._standing.require())
@@ -302,6 +315,9 @@ class PrefixCache:
             seconds=seconds,
             steps=loaded.seconds,
         )
+        self.worth.learn(loaded)
+        if loaded.skipped:
+            self.worth.probe(self._client, loaded.skipped)
         self._client.report(
             restore=pb.RestoreReport(
                 model_id=self.model_id or b"",
@@ -312,6 +328,7 @@ class PrefixCache:
             ),
             misses=Counter(loaded.problems or ([] if restored else [outcome])),
             prefill_tokens_per_s=self._prefill.per_s or 0.0,
+            decode_tokens_per_s=self.worth.cost.decode or 0.0,
         )
 
     # -- offer --------------------------------------------------------------------

@@ -530,6 +530,7 @@ class BlobEntry(google.protobuf.message.Message):
     MODEL_LAYERS_FIELD_NUMBER: builtins.int
     MODEL_HEADS_FIELD_NUMBER: builtins.int
     PREVIOUS_KEY_FIELD_NUMBER: builtins.int
+    NEAR_FIELD_NUMBER: builtins.int
     size: builtins.int
     stored_unix_s: builtins.int
     used_unix_s: builtins.int
@@ -544,6 +545,8 @@ class BlobEntry(google.protobuf.message.Message):
     model_layers: builtins.int
     model_heads: builtins.int
     previous_key: builtins.bytes
+    near: builtins.bool
+    """In a node daemon's lookup: it holds the blob itself, no link has to be crossed."""
     @property
     def key(self) -> kvferry.proto.v1.blob_pb2.BlobKey: ...
     @property
@@ -566,9 +569,10 @@ class BlobEntry(google.protobuf.message.Message):
         model_layers: builtins.int = ...,
         model_heads: builtins.int = ...,
         previous_key: builtins.bytes = ...,
+        near: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["codec", b"codec", "key", b"key"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["codec", b"codec", "head_end", b"head_end", "head_start", b"head_start", "key", b"key", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "previous_key", b"previous_key", "size", b"size", "stored_unix_s", b"stored_unix_s", "token_end", b"token_end", "token_start", b"token_start", "used_unix_s", b"used_unix_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "head_end", b"head_end", "head_start", b"head_start", "key", b"key", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "near", b"near", "previous_key", b"previous_key", "size", b"size", "stored_unix_s", b"stored_unix_s", "token_end", b"token_end", "token_start", b"token_start", "used_unix_s", b"used_unix_s"]) -> None: ...
 
 Global___BlobEntry: typing_extensions.TypeAlias = BlobEntry
 

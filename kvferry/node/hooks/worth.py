@@ -1,0 +1,189 @@
+"""Whether a restore pays: ``bytes / bandwidth + decode < tokens / prefill rate``.
+
+Design sections 10 and 11, with figures that this process has seen itself. A prefix that
+the model computes sooner is not fetched; where only a part of it pays, that part is. Now
+and then one blob is fetched all the same, beside the prefill, so that a link that got
+better is noticed.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvferry.cluster.repository import BlobInfo
+from kvferry.errors import FerryError
+from kvferry.node.hooks.loader import LoadClient, Loaded
+from kvferry.node.hooks.rates import Rate
+from kvferry.node.hooks.steps import Step
+
+log = logging.getLogger(__name__)
+
+# Rates move by so much from one request to the next: a restore must be quicker than
+# prefill by more than that to be begun.
+MARGIN = 1.2
+MIN_BYTES = 4096
+MOST_RETRY_S = 300.0
+PROBE_DEADLINE_S = 10.0
+JUMP = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What is known of this machine and its links, in units per second; None: not yet."""
+
+    prefill: float | None
+    link: float | None
+    near: float | None
+    decode: float | None
+
+    def seconds(self, step: Step) -> float:
+        """To have the prefix that ends with ``step``; what is not known counts nothing."""
+        times = [(step.far_bytes, self.link), (step.near_bytes, self.near)]
+        times.append((step.tokens, self.decode))
+        return sum(amount / rate for amount, rate in times if rate)
+
+
+def best_step(
+    steps: Sequence[Step], cost: Cost, wait_s: float = 0.0, at_hand: int = 0
+) -> int:
+    """Tokens of the prefix that saves most time; 0: none saves any.
+
+    Args:
+        steps: prefixes that can be had, of growing length.
+        wait_s: what a fetch takes before its first byte comes.
+        at_hand: tokens that need no prefill even if nothing is fetched.
+    """
+    if not steps or not cost.prefill:
+        return steps[-1].tokens if steps else 0
+    best, tokens = 0.0, 0
+    for step in steps:
+        saved = (step.tokens - at_hand) / cost.prefill - MARGIN * (wait_s + cost.seconds(step))
+        if saved > best:
+            best, tokens = saved, step.tokens
+    return tokens
+
+
+class Worth:
+    """What restores of this process have taken, and what to fetch in view of that.
+
+    Belongs to the model's thread, but for what a probe has seen.
+
+    Args:
+        prefill: of the model, in tokens; kept by the caller.
+        retry_s: at first, between two blobs that are fetched to see whether the link got
+            better; twice as long each time that it did not, up to `MOST_RETRY_S`.
+    """
+
+    def __init__(
+        self, prefill: Rate, retry_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._prefill, self._clock = prefill, clock
+        self._link, self._near = Rate(MIN_BYTES, JUMP), Rate(MIN_BYTES, JUMP)
+        self._decode = Rate()
+        self._lock = threading.Lock()
+        self._first_retry_s = self._retry_s = retry_s
+        self._retry_at = 0.0
+        self._probing: threading.Thread | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """What is known now."""
+        with self._lock:
+            link, near = self._link.per_s, self._near.per_s
+        return Cost(self._prefill.per_s, link, near, self._decode.per_s)
+
+    def choose(self, steps: Sequence[Step], wait_s: float, at_hand: int) -> int:
+        """Tokens to fetch. See `best_step`."""
+        return best_step(steps, self.cost, wait_s, at_hand)
+
+    def learn(self, loaded: Loaded) -> None:
+        """What a load took: its bytes, and whether they came over a link."""
+        seconds = loaded.seconds
+        fetch = seconds.get("fetch", 0.0)
+        with self._lock:
+            if 4 * loaded.far_bytes >= loaded.bytes > 0:
+                self._link.add(loaded.far_bytes, fetch)
+            elif loaded.bytes and not loaded.far_bytes:
+                self._near.add(loaded.bytes, fetch)
+            elif "timeout" in loaded.problems and loaded.first_bytes:
+                # Nothing came in all that time: the link is slower than this.
+                self._link.add(loaded.first_bytes, fetch)
+        if loaded.tokens and "decode" in seconds:
+            self._decode.add(loaded.tokens, seconds["decode"] + seconds.get("commit", 0.0))
+        if loaded.far_bytes:
+            self._retry_s = self._first_retry_s
+
+    # -- a link that got better -----------------------------------------------------
+
+    def probe(self, client: LoadClient, blobs: Sequence[BlobInfo]) -> bool:
+        """Fetch one of ``blobs`` in the background, if it is time. Returns: whether."""
+        now = self._clock()
+        if now < self._retry_at or (self._probing is not None and self._probing.is_alive()):
+            return False
+        # One that was fetched before is near now, and would tell nothing of the link.
+        info = next((b for b in blobs if not b.near and b.size >= MIN_BYTES), None)
+        if info is None:
+            return False
+        self._retry_at = now + self._retry_s
+        self._retry_s = min(2 * self._retry_s, max(MOST_RETRY_S, self._first_retry_s))
+        self._probing = threading.Thread(
+            target=self._fetch, args=(client, info), name="kvferry-probe", daemon=True
+        )
+        self._probing.start()
+        return True
+
+    def wait_probe(self, timeout_s: float) -> None:
+        """Until the probe under way, if any, has ended."""
+        if self._probing is not None:
+            self._probing.join(timeout_s)
+
+    def _fetch(self, client: LoadClient, info: BlobInfo) -> None:
+        started = time.monotonic()
+        try:
+            with contextlib.closing(client.get_each([info.key], PROBE_DEADLINE_S)) as answers:
+                for _, answer in answers:
+                    if isinstance(answer, FerryError):
+                        log.debug("probe: %s", answer)
+                        return
+                    with self._lock:
+                        self._link.add(len(answer), time.monotonic() - started)
+        except Exception:
+            log.exception("probe failed")
+
+
+class Together:
+    """One collective of a restore: entered once on every rank, whatever fails there.
+
+    Args:
+        all_min: the group's.
+        choose: this rank's answer, asked where the rank gets that far.
+    """
+
+    def __init__(
+        self,
+        all_min: Callable[[Sequence[int]], list[int]],
+        choose: Callable[[Sequence[Step], float, int], int],
+    ) -> None:
+        self._all_min, self._choose = all_min, choose
+        self._entered = False
+
+    def __call__(self, steps: Sequence[Step], wait_s: float, at_hand: int) -> tuple[int, int]:
+        """(what this rank would fetch, what all ranks fetch), in tokens."""
+        mine = 0
+        try:
+            mine = self._choose(steps, wait_s, at_hand)
+        finally:
+            agreed = self._enter(mine)
+        return mine, agreed
+
+    def settle(self) -> None:
+        """A rank that did not get that far has nothing."""
+        if not self._entered:
+            self._enter(0)
+
+    def _enter(self, mine: int) -> int:
+        self._entered = True
+        return self._all_min([mine])[0]

@@ -1,0 +1,172 @@
+"""A restore that would take longer than prefill is not begun; one that got quicker is."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.cli.demo.cluster import Cluster
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.node.hooks import HookOptions, PrefixCache
+from kvferry.node.hooks.steps import Step
+from kvferry.node.hooks.worth import MARGIN, Cost, Together, best_step
+
+LENGTH = 700
+SLOW = 4_000.0
+PREFILL_S = 0.6
+
+amounts = st.integers(0, 10**9)
+rates = st.none() | st.floats(1.0, 1e12)
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> list[Step]:
+    """Prefixes of growing length, far and near bytes growing with them."""
+    steps, tokens, far, near = [], 0, 0, 0
+    for _ in range(draw(st.integers(1, 20))):
+        tokens += draw(st.integers(1, 4096))
+        far += draw(amounts)
+        near += draw(amounts)
+        steps.append(Step(tokens, far, near))
+    return steps
+
+
+@given(
+    growing(), st.builds(Cost, rates, rates, rates, rates), st.floats(0, 10), st.integers(0, 5000)
+)
+def test_what_is_fetched_is_foreseen_to_be_quicker_than_prefill(
+    steps: list[Step], cost: Cost, wait_s: float, at_hand: int
+) -> None:
+    tokens = best_step(steps, cost, wait_s, at_hand)
+    if cost.prefill is None:
+        assert tokens == steps[-1].tokens
+        return
+    saved = {
+        step.tokens: (step.tokens - at_hand) / cost.prefill - MARGIN * (wait_s + cost.seconds(step))
+        for step in steps
+    }
+    assert saved.get(tokens, 0.0) == max(0.0, *saved.values())
+
+
+def test_a_dear_tail_is_left_out_and_the_pages_before_it_are_fetched() -> None:
+    steps = [Step(256 * n, 100_000 * n, 0) for n in range(1, 9)]
+    steps.append(Step(2300, 5_800_000, 0))
+    cost = Cost(prefill=200.0, link=400_000.0, near=None, decode=10_000.0)
+    assert best_step(steps, cost) == 2048
+    assert best_step(steps, Cost(200.0, 40_000.0, None, 10_000.0)) == 0
+    assert best_step(steps, Cost(200.0, 40_000_000.0, None, 10_000.0)) == 2300
+
+
+def test_what_the_machine_holds_itself_does_not_wait_for_a_slow_link() -> None:
+    cost = Cost(prefill=200.0, link=1_000.0, near=1e9, decode=10_000.0)
+    near = [Step(256 * n, 0, 100_000 * n) for n in range(1, 9)]
+    assert best_step(near, cost) == 2048
+    part = [
+        Step(s.tokens, max(0, s.near_bytes - 300_000), min(s.near_bytes, 300_000)) for s in near
+    ]
+    assert best_step(part, cost) == 768
+
+
+@pytest.mark.parametrize("fails", [(), (0,), (1,), (0, 1)])
+def test_every_rank_enters_once_and_all_fetch_the_minimum(fails: tuple[int, ...]) -> None:
+    answers: list[list[int]] = [[], []]
+    posted: list[list[int]] = [[0], [0]]
+    barrier = Barrier(2, timeout=20)
+
+    def rank(index: int) -> int:
+        def all_min(values: list[int]) -> list[int]:
+            posted[index] = list(values)
+            barrier.wait()
+            lowest = [min(pair) for pair in zip(*posted, strict=True)]
+            barrier.wait()
+            answers[index] += lowest
+            return lowest
+
+        together = Together(all_min, lambda steps, wait_s, at_hand: steps[index].tokens)
+        try:
+            if index in fails:
+                raise OSError("lookup")
+            return together([Step(512, 0, 0), Step(256, 0, 0)], 0.0, 0)[1]
+        except OSError:
+            return -1
+        finally:
+            together.settle()
+
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = list(threads.map(rank, range(2)))
+    lowest = 0 if fails else 256
+    assert answers == [[lowest], [lowest]]
+    assert outcomes == [-1 if index in fails else lowest for index in range(2)]
+
+
+# -- with a real store and daemons ----------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Cluster]:
+    """The first node stores, the second one has to fetch."""
+    cluster = Cluster(tmp_path, nodes=2)
+    cluster.set_policy("exact")
+    with cluster:
+        yield cluster
+
+
+def prompt(seed: int) -> list[int]:
+    return [(seed * 7919 + 31 * i + i * i) % 61 for i in range(LENGTH)]
+
+
+def prefilled(model: LoadedModel, cache: list[object], tokens: list[int]) -> list[object]:
+    mx.eval(model.model(mx.array([tokens]), cache=cache))
+    return cache
+
+
+def restored(prefix: PrefixCache, tokens: list[int]) -> int:
+    _, rest = prefix.restore(tokens)
+    prefix.worth.wait_probe(20.0)
+    return len(tokens) - len(rest)
+
+
+@pytest.mark.processes
+def test_a_link_that_is_too_slow_is_left_alone_until_it_is_quick_again(
+    tiny: LoadedModel, pair: Cluster, tmp_path: Path
+) -> None:
+    prompts = [prompt(seed) for seed in range(6)]
+    storing = HookOptions(socket=pair.sockets[0], cache_dir=tmp_path)
+    with PrefixCache(tiny, storing) as here:
+        assert here.ready()
+        for tokens in prompts[1:]:
+            cache, rest = here.restore(tokens)
+            assert here.offer(tokens, prefilled(tiny, cache, rest))
+        assert here.flush()
+
+    options = HookOptions(
+        socket=pair.sockets[1], cache_dir=tmp_path, max_bytes_per_s=SLOW, link_retry_s=0.0
+    )
+    with PrefixCache(tiny, options) as there:
+        assert there.ready()
+        cache, rest = there.restore(prompts[0])
+        assert rest == prompts[0]
+        time.sleep(PREFILL_S)  # a larger model's prefill
+        there.offer(prompts[0], prefilled(tiny, cache, rest))
+        assert restored(there, prompts[1]) < LENGTH - 1  # this shows how slow the link is
+        assert there.counters["miss_not_worth_it"] == 0
+
+        assert restored(there, prompts[2]) == 0
+        assert there.counters["miss_not_worth_it"] == 1
+        report = there.last_restore
+        assert report is not None
+        assert (report.reason, report.bytes) == ("not_worth_it", 0)
+
+        there.throttle(0.0)
+        assert restored(there, prompts[3]) == 0  # still believed to be slow, and tried
+        assert there.counters["miss_not_worth_it"] == 2
+        assert restored(there, prompts[4]) == LENGTH - 1
+        # The first try's blobs came to this machine, so no link is in their way.
+        there.throttle(SLOW)
+        assert restored(there, prompts[4]) == LENGTH - 1
