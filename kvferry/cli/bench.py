@@ -109,3 +109,78 @@ def codec(
             f"prefilled {result['prefill_tokens_per_second']:,.0f} tokens/s: "
             f"{result['decode_vs_prefill']:.0f} x"
         )
+
+
+@bench_app.command()
+def restore(
+    model: ModelOption = "smollm2",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=130, max=32768, help="Length of a prefix; repeat. Default: 512 to 4096."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Prefills of each length.")] = 3,
+    cold_starts: Annotated[int, typer.Option(min=0, max=20, help="Fresh processes.")] = 2,
+    sweep_tokens: Annotated[
+        int, typer.Option(min=0, max=32768, help="Prefix behind a throttled link; 0: leave out.")
+    ] = 1024,
+    sweep_rounds: Annotated[int, typer.Option(min=1, max=20, help="Per bandwidth.")] = 2,
+    offload_tokens: Annotated[
+        int, typer.Option(min=0, max=32768, help="Offered while generating; 0: leave out.")
+    ] = 2048,
+    offload_rounds: Annotated[int, typer.Option(min=2, max=200, help="Pairs of windows.")] = 11,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw it (needs matplotlib).")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Restores from a store over loopback against prefill; throttled links; offers.
+
+    Starts store, coordinator and a node daemon that keeps nothing itself. Also
+    measured: that no link is so slow that kvferry costs time, and what an offer
+    that is encoded in the background costs a generation.
+    """
+    from kvferry.codec.mlx.openblas import ensure_openblas
+
+    ensure_openblas()
+    from kvferry.cli import lab_input as given
+    from kvferry.cli.bench_restore import RestorePlanned, run
+    from kvferry.cli.demo.scenario import ensure_calibration
+    from kvferry.cli.output import progress, write_json
+    from kvferry.codec.lab.plot_style import check_matplotlib
+    from kvferry.codec.mlx.load import load_model
+    from kvferry.node.hooks.bench_restore import LENGTHS
+
+    given.check_json(json_file)
+    if out is not None:
+        check_matplotlib()
+        given.check_output("--out", out, (".png",))
+    plan = RestorePlanned(
+        model=model,
+        lengths=sorted(set(tokens or LENGTHS)),
+        rounds=rounds,
+        cold_starts=cold_starts,
+        sweep_tokens=sweep_tokens,
+        sweep_rounds=sweep_rounds,
+        offload_tokens=offload_tokens,
+        offload_rounds=offload_rounds,
+    )
+    ensure_calibration(model)
+    loaded = load_model(model)
+    with progress("bench restore", plan.work) as bar:
+        result = run(loaded, plan, bar)
+    if out is not None:
+        from kvferry.node.hooks.bench_plot import draw_restore
+
+        draw_restore(result, out)
+    if json_file is not None:
+        write_json(result, json_file)
+    if json_file != "-":
+        for point in result["points"]:
+            typer.echo(
+                f"{point['tokens']:5} tokens: prefill {point['prefill_seconds']:6.2f} s, "
+                f"restore {point['restore_seconds']:5.2f} s, {point['speedup']:5.1f} x, "
+                f"{point['bytes'] / 1e6:5.2f} MB"
+            )
+        for name in ("cold_speedup", "never_slower", "slowdown_pct"):
+            if name in result:
+                typer.echo(f"{name}: {result[name]}")

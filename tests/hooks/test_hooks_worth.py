@@ -18,7 +18,7 @@ from kvferry.node.hooks.steps import Step
 from kvferry.node.hooks.worth import MARGIN, Cost, Together, best_step
 
 LENGTH = 700
-SLOW = 4_000.0
+SLOW = 20_000.0
 PREFILL_S = 0.6
 
 amounts = st.integers(0, 10**9)
@@ -145,15 +145,15 @@ def test_a_link_that_is_too_slow_is_left_alone_until_it_is_quick_again(
             assert here.offer(tokens, prefilled(tiny, cache, rest))
         assert here.flush()
 
-    options = HookOptions(
-        socket=pair.sockets[1], cache_dir=tmp_path, max_bytes_per_s=SLOW, link_retry_s=0.0
-    )
+    options = HookOptions(socket=pair.sockets[1], cache_dir=tmp_path, link_retry_s=0.0)
     with PrefixCache(tiny, options) as there:
         assert there.ready()
         cache, rest = there.restore(prompts[0])
         assert rest == prompts[0]
         time.sleep(PREFILL_S)  # a larger model's prefill
         there.offer(prompts[0], prefilled(tiny, cache, rest))
+        assert there.flush()
+        there.throttle(SLOW)
         assert restored(there, prompts[1]) < LENGTH - 1  # this shows how slow the link is
         assert there.counters["miss_not_worth_it"] == 0
 

@@ -60,12 +60,18 @@ class Cluster:
         nodes: how many daemons.
         fresh_nodes: empty their tiers first, as new machines would be.
         with_store: False: the daemons are told of a store that is not there.
+        tiers: False: the daemons keep no blobs themselves, all come from the store.
     """
 
     def __init__(
-        self, folder: Path, nodes: int = 2, fresh_nodes: bool = False, with_store: bool = True
+        self,
+        folder: Path,
+        nodes: int = 2,
+        fresh_nodes: bool = False,
+        with_store: bool = True,
+        tiers: bool = True,
     ) -> None:
-        self.folder, self._nodes = folder, nodes
+        self.folder, self._nodes, self._tiers = folder, nodes, tiers
         self._fresh, self._with_store = fresh_nodes, with_store
         self._services: list[Service] = []
         # Unix socket paths have at most 104 bytes on macOS: keep them short.
@@ -125,6 +131,7 @@ class Cluster:
                     store_address,
                     "--coordinator",
                     coordinator_address,
+                    *(() if self._tiers else ("--memory-bytes", "0", "--disk-bytes", "0")),
                 )
             )
         for service in started:
