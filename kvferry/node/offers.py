@@ -1,25 +1,25 @@
 """Offers: what a hook gives away after prefill or a turn, encoded and put in the background.
 
-The model's thread only drops an offer into a bounded queue; a low-priority thread asks
-which blobs are missing, encodes those and hands them to the node daemon. Offers whose
+The model's thread only drops an offer into a bounded queue; a background thread asks
+which blobs are missing, encodes those in idle time and hands them to the node daemon. Offers whose
 moment the policy has not named wait for a trigger (memory pressure, idle, before sleep).
 """
 
 import contextlib
 import logging
-import os
 import queue
-import sys
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from kvferry.codec.base import Codec, PageTensors
 from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
+from kvferry.node.background import Background, OneThread, lower_priority
 from kvferry.node.coding import CodedRange, Shard, state_codec
 from kvferry.proto.keys import BlobKey, page_keys, state_key, tail_key
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -145,6 +145,7 @@ class Offers:
         self._deferred: list[Offer] = []
         self._tails: OrderedDict[bytes, _Tail] = OrderedDict()
         self._lock = threading.Lock()
+        self._one_thread, self._background = OneThread(), Background()
         self._thread = threading.Thread(target=self._run, name="kvferry-offers", daemon=True)
         self._thread.start()
 
@@ -171,20 +172,24 @@ class Offers:
 
     def wait(self) -> None:
         """Until all that was submitted is encoded and handed to the daemon."""
-        self._queue.join()
+        with self._background.hurry():
+            self._queue.join()
 
     def close(self, timeout_s: float) -> bool:
         """Encode what is queued, then stop. False: the time was not enough."""
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=timeout_s)
-        self._thread.join(timeout_s)
+        with self._background.hurry():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=timeout_s)
+            self._thread.join(timeout_s)
+        self._background.close()
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         lower_priority()
         while (offer := self._queue.get()) is not None:
             try:
-                self._process(offer)
+                with self._one_thread:
+                    self._process(offer)
             except FerryError as exc:
                 self._counters[exc.reason] += 1
                 log.info("offer of %d tokens dropped: %s", len(offer.tokens), exc)
@@ -229,9 +234,10 @@ class Offers:
         for (_, coded, index, meta), present in zip(jobs, held, strict=True):
             if not present:
                 span = index * shard.page_tokens, (index + 1) * shard.page_tokens
-                page = offer.source.page(coded.layers, span)
-                key, data = encode_blob(coded.codec, page, meta)
-                puts.add(self._client.put_later(key, data), len(data), page.raw_bytes_fp16)
+                key, data, raw = self._background.run(
+                    partial(_encode, offer.source, coded, span, meta)
+                )
+                puts.add(self._client.put_later(key, data), len(data), raw)
 
     def _put_tail(
         self, offer: Offer, coding: Coding, previous: bytes, pages: int, puts: _Puts
@@ -272,7 +278,7 @@ class Offers:
         replaces: BlobKey | None,
         puts: _Puts,
     ) -> BlobKey:
-        key, data = encode_blob(codec, page, meta)
+        key, data = self._background.run(partial(encode_blob, codec, page, meta))
         put = self._client.put_later(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
         puts.add(put, len(data), page.raw_bytes_fp16)
         return key
@@ -285,6 +291,15 @@ class Offers:
                 del self._tails[identity]
                 return tail
         return None
+
+
+def _encode(
+    source: TensorSource, coded: CodedRange, span: tuple[int, int], meta: BlobMeta
+) -> tuple[BlobKey, bytes, int]:
+    """Key, bytes, and how many bytes the tensors were as float16."""
+    page = source.page(coded.layers, span)
+    key, data = encode_blob(coded.codec, page, meta)
+    return key, data, page.raw_bytes_fp16
 
 
 def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
@@ -308,10 +323,3 @@ def wanted_later(policy: pb.Policy) -> bool:
     """Whether the policy names a trigger that a deferred offer could wait for."""
     later = {pb.TRIGGER_MEMORY_PRESSURE, pb.TRIGGER_IDLE, pb.TRIGGER_BEFORE_SLEEP}
     return not later.isdisjoint(policy.when)
-
-
-def lower_priority() -> None:
-    """This thread yields to the model's. Per thread on Linux; elsewhere left as it is."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -26,9 +26,9 @@ from kvferry.codec.lab.gathered import Gathered
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.device import device_products
 from kvferry.errors import FerryError
+from kvferry.node.background import lower_priority
 from kvferry.node.hooks.gather_idle import HELD_MIN_TOKENS, IdleWork, Sample
 from kvferry.node.hooks.options import HookOptions
-from kvferry.node.offers import lower_priority
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, page_keys, root_key
 
 log = logging.getLogger(__name__)
