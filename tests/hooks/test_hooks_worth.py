@@ -167,6 +167,7 @@ def test_a_link_that_is_too_slow_is_left_alone_until_it_is_quick_again(
         assert restored(there, prompts[3]) == 0  # still believed to be slow, and tried
         assert there.counters["miss_not_worth_it"] == 2
         assert restored(there, prompts[4]) == LENGTH - 1
-        # The first try's blobs came to this machine, so no link is in their way.
         there.throttle(SLOW)
+        assert restored(there, prompts[5]) < LENGTH - 1  # the link is bad again
+        # These blobs are on this machine now: no link is in their way.
         assert restored(there, prompts[4]) == LENGTH - 1
