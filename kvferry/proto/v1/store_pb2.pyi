@@ -366,7 +366,7 @@ class LookupReply(google.protobuf.message.Message):
 
     @property
     def tails(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TailListing]:
-        """complete tails anchored at the end of the run"""
+        """complete tails anchored at the end of the run or a page before"""
 
     @property
     def states(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StateListing]:
