@@ -47,9 +47,7 @@ class Cost:
         return sum(amount / rate for amount, rate in times if rate)
 
 
-def best_step(
-    steps: Sequence[Step], cost: Cost, wait_s: float = 0.0, at_hand: int = 0
-) -> int:
+def best_step(steps: Sequence[Step], cost: Cost, wait_s: float = 0.0, at_hand: int = 0) -> int:
     """Tokens of the prefix that saves most time; 0: none saves any.
 
     Args:
