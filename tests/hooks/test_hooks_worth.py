@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from kvferry.cli.demo.cluster import Cluster
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.node.hooks import HookOptions, PrefixCache
+from kvferry.node.hooks.loader import Loaded
+from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.steps import Step
-from kvferry.node.hooks.worth import MARGIN, Cost, Together, best_step
+from kvferry.node.hooks.worth import MARGIN, Cost, Together, Worth, best_step
 
 LENGTH = 700
 SLOW = 20_000.0
@@ -61,6 +63,17 @@ def test_a_dear_tail_is_left_out_and_the_pages_before_it_are_fetched() -> None:
     assert best_step(steps, cost) == 2048
     assert best_step(steps, Cost(200.0, 40_000.0, None, 10_000.0)) == 0
     assert best_step(steps, Cost(200.0, 40_000_000.0, None, 10_000.0)) == 2300
+
+
+def test_who_wants_everything_gets_it_whatever_it_costs() -> None:
+    prefill = Rate()
+    prefill.add(100_000, 0.1)
+    steps, loaded = [Step(256, 10_000, 0), Step(512, 20_000, 0)], Loaded(bytes=9000, far_bytes=9000)
+    loaded.seconds["fetch"] = 1.0
+    for always, expected in ((False, 0), (True, 512)):
+        worth = Worth(prefill, 1.0, always=always)
+        worth.learn(loaded)
+        assert worth.choose(steps, 0.0, 0) == expected
 
 
 def test_what_the_machine_holds_itself_does_not_wait_for_a_slow_link() -> None:

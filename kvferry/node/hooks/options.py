@@ -22,6 +22,7 @@ class HookOptions:
         keep_last: tokens at the end of a prompt that are never restored: the model
             must be given at least one to say what comes next (exo wants two).
         max_bytes_per_s: of blobs that cross a link, to spare it; 0: as fast as it goes.
+        always_restore: also where prefill would be quicker, as it is with small models.
         link_retry_s: where the link is too slow for restores to pay, one blob is fetched
             so long after the last to see whether it got better; less and less often.
         close_timeout_s: for offers still queued when the hook closes.
@@ -39,6 +40,7 @@ class HookOptions:
     max_restore_s: float = 30.0
     keep_last: int = 1
     max_bytes_per_s: float = 0.0
+    always_restore: bool = False
     link_retry_s: float = 10.0
     close_timeout_s: float = 60.0
     gather_tokens: int = 8192

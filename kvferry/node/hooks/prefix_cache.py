@@ -107,7 +107,9 @@ class PrefixCache:
         )
         self._restored: WeakKeyDictionary[Any, _Restored] = WeakKeyDictionary()
         self._prefill = Rate()
-        self.worth = Worth(self._prefill, self.options.link_retry_s)
+        self.worth = Worth(
+            self._prefill, self.options.link_retry_s, always=self.options.always_restore
+        )
         self._standing = Standing(
             self._client,
             loaded,

@@ -72,14 +72,20 @@ class Worth:
 
     Args:
         prefill: of the model, in tokens; kept by the caller.
+        always: all that is stored is fetched, whatever prefill would take.
         retry_s: at first, between two blobs that are fetched to see whether the link got
             better; twice as long each time that it did not, up to `MOST_RETRY_S`.
     """
 
     def __init__(
-        self, prefill: Rate, retry_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        prefill: Rate,
+        retry_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        always: bool = False,
     ) -> None:
-        self._prefill, self._clock = prefill, clock
+        self._prefill, self._clock, self._always = prefill, clock, always
         self._link, self._near = Rate(MIN_BYTES, JUMP), Rate(MIN_BYTES, JUMP)
         self._decode = Rate()
         self._lock = threading.Lock()
@@ -96,7 +102,7 @@ class Worth:
 
     def choose(self, steps: Sequence[Step], wait_s: float, at_hand: int) -> int:
         """Tokens to fetch. See `best_step`."""
-        return best_step(steps, self.cost, wait_s, at_hand)
+        return steps[-1].tokens if self._always else best_step(steps, self.cost, wait_s, at_hand)
 
     def learn(self, loaded: Loaded) -> None:
         """What a load took: its bytes, and whether they came over a link."""
