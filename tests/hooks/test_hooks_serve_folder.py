@@ -27,12 +27,14 @@ server.LRUPromptCache.insert_cache = insert_cache
 """
 
 SPY = """
+import os
 import threading
 from kvferry.node.hooks.prefix_cache import PrefixCache
+said = os.open({said!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def spy(name):
     known = getattr(PrefixCache, name)
     def called(*args, **kwargs):
-        print("called", name, threading.get_ident(), flush=True)
+        os.write(said, f"{{name}} {{threading.get_ident()}}\\n".encode())
         return known(*args, **kwargs)
     setattr(PrefixCache, name, called)
 for name in ("restore", "offer", "idle"):
@@ -78,16 +80,19 @@ def test_a_changed_mlx_lm_serves_without_us_and_says_so(
 def test_everything_runs_on_the_models_thread_and_idle_time_is_used(
     tiny: LoadedModel, cluster: Cluster, tmp_path: Path
 ) -> None:
-    with Server(tmp_path, cluster.sockets[0], model=tiny.name, prelude=SPY) as server:
+    # A file of its own: in the log, lines of several threads may run into each other.
+    said = tmp_path / "said"
+    prelude = SPY.format(said=str(said))
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name, prelude=prelude) as server:
         server.complete(PROMPT)
         end = time.monotonic() + 20
-        while "called idle" not in server.log.read_text():
+        while "idle" not in said.read_text():
             assert time.monotonic() < end, server.log.read_text()
             time.sleep(0.1)
         assert server.complete(PROMPT).cached_tokens == 599
-    calls = [line.split() for line in server.log.read_text().splitlines() if "called" in line]
-    assert {name for _, name, _ in calls} == {"restore", "offer", "idle"}
-    assert len({thread for _, _, thread in calls}) == 1
+    calls = [line.split() for line in said.read_text().splitlines()]
+    assert {name for name, _ in calls} == {"restore", "offer", "idle"}
+    assert len({thread for _, thread in calls}) == 1
     assert server.process.returncode == 0
 
 
