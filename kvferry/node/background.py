@@ -1,10 +1,10 @@
 """Work beside a model: it takes the time that the model leaves, and no more.
 
-A thread at a low nice value still gets its share of a busy machine: measured with two
-cores, a generation lost half its speed to encoding at nice 10, and nothing to the same on
-a thread that the scheduler runs only where a core would be idle. Its matrix products must
-stay on that thread, or the BLAS's own threads do them at full priority. Where a machine
-has no idle time at all, or somebody waits, the work is done at a low priority instead.
+A thread at a low nice value still gets its share of a busy machine, so work is done on one
+that the scheduler runs only where a core would be idle, and with rests where none is (see
+`kvferry.node.pace`). Its matrix products must stay on that thread, or the BLAS's own
+threads do them at full priority. Where a machine has no idle time at all, or somebody
+waits, the work is done at a low priority instead.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ from typing import Self, TypeVar
 import numpy as np
 from threadpoolctl import LibController, ThreadpoolController
 
+from kvferry.node.pace import SHARE, Pace
+
 T = TypeVar("T")
 
 # Work of some 50 ms that takes longer gets no time at all. Done all the same this often,
@@ -35,17 +37,30 @@ class Background:
 
     Work that got stuck is begun anew on the calling thread: it must not matter that it is
     done twice.
+
+    Args:
+        patience_s: so long a piece may take in idle time.
+        share: of the time that work takes where all cores are busy.
     """
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S, share: float = SHARE) -> None:
         self._patience_s = patience_s
         self._threads = ThreadPoolExecutor(1, "kvferry-idle-time", initializer=only_idle_time)
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._waiting = 0
+        self._hurried = threading.Event()
+        self._pace = Pace(self._hurried, share)
 
     def run(self, work: Callable[[], T]) -> T:
         """What ``work`` gives or raises. Belongs to one thread."""
+        self._pace.begin()
+        try:
+            return self._run(work)
+        finally:
+            self._pace.done()
+
+    def _run(self, work: Callable[[], T]) -> T:
         self._wake.clear()
         if self._waiting:
             return work()
@@ -62,12 +77,15 @@ class Background:
         """Somebody waits: meanwhile nothing is left to idle time. From any thread."""
         with self._lock:
             self._waiting += 1
+            self._hurried.set()
         self._wake.set()
         try:
             yield
         finally:
             with self._lock:
                 self._waiting -= 1
+                if not self._waiting:
+                    self._hurried.clear()
 
     def close(self) -> None:
         """No more work comes."""

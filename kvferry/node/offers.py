@@ -21,6 +21,7 @@ from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
 from kvferry.node.background import Background, OneThread, lower_priority
 from kvferry.node.coding import CodedRange, Shard, state_codec
+from kvferry.node.pace import SHARE
 from kvferry.proto.keys import BlobKey, page_keys, state_key, tail_key
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
@@ -135,17 +136,22 @@ class Offers:
 
     ``coding`` is asked before each offer is encoded, so that a policy change takes hold
     at once; it may return None (nothing is to be stored now) or raise a FerryError.
+    ``busy_share`` is what encoding takes of the time where all cores are busy.
     """
 
     def __init__(
-        self, client: OfferClient, coding: Callable[[], Coding | None], counters: Counter[str]
+        self,
+        client: OfferClient,
+        coding: Callable[[], Coding | None],
+        counters: Counter[str],
+        busy_share: float = SHARE,
     ) -> None:
         self._client, self._coding, self._counters = client, coding, counters
         self._queue: queue.Queue[Offer | None] = queue.Queue(QUEUE_LENGTH)
         self._deferred: list[Offer] = []
         self._tails: OrderedDict[bytes, _Tail] = OrderedDict()
         self._lock = threading.Lock()
-        self._one_thread, self._background = OneThread(), Background()
+        self._one_thread, self._background = OneThread(), Background(share=busy_share)
         self._thread = threading.Thread(target=self._run, name="kvferry-offers", daemon=True)
         self._thread.start()
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvferry.node.pace import SHARE
 from kvferry.settings import GIB, NodeSettings, user_dir
 
 
@@ -25,6 +26,9 @@ class HookOptions:
         always_restore: also where prefill would be quicker, as it is with small models.
         link_retry_s: where the link is too slow for restores to pay, one blob is fetched
             so long after the last to see whether it got better; less and less often.
+        busy_share: of the time that encoding takes while all cores are busy, with the
+            model most likely; above 0, and 1 for no rests. Where a core is idle it has all
+            of that one.
         close_timeout_s: for offers still queued when the hook closes.
         gather_tokens: a model without a calibration gets one from so many tokens of
             live traffic; 0: never.
@@ -42,6 +46,7 @@ class HookOptions:
     max_bytes_per_s: float = 0.0
     always_restore: bool = False
     link_retry_s: float = 10.0
+    busy_share: float = SHARE
     close_timeout_s: float = 60.0
     gather_tokens: int = 8192
     gather_passes: int = 8

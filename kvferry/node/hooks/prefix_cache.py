@@ -130,7 +130,9 @@ class PrefixCache:
             self.options.cache_dir,
             alone=alone,
         )
-        self._offers = Offers(self._client, self._current.now, self.counters)
+        self._offers = Offers(
+            self._client, self._current.now, self.counters, self.options.busy_share
+        )
         self._live = Live(
             loaded.model,
             self._shape,
