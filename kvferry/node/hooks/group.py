@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
+
+_Integers = npt.NDArray[np.int32]
 
 
 class Group(Protocol):
@@ -54,21 +57,23 @@ class MlxGroup:
         self.size: int = group.size()
 
     def all_min(self, values: Sequence[int]) -> list[int]:
-        """Element-wise minimum over all ranks (values must fit 32 bits)."""
-        mine = mx.array(list(values), dtype=mx.int32)
-        with mx.stream(mx.cpu):
-            lowest = mx.distributed.all_min(mine, group=self._group)
-            mx.eval(lowest)
-        return [int(v) for v in np.array(lowest)]
+        """Element-wise minimum over all ranks (values must fit 32 bits).
+
+        Gathered and compared here: MLX's ring passes a reduction round twice.
+        """
+        return [int(v) for v in self._gathered(np.array(values, np.int32)).min(axis=0)]
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank."""
-        mine = mx.array(np.frombuffer(data, dtype=np.uint8).astype(np.int32))
+        everyone = self._gathered(np.frombuffer(data, dtype=np.uint8).astype(np.int32))
+        return [row.tobytes() for row in everyone.astype(np.uint8)]
+
+    def _gathered(self, mine: _Integers) -> _Integers:
+        """One row for each rank."""
         with mx.stream(mx.cpu):
-            everyone = mx.distributed.all_gather(mine, group=self._group)
+            everyone = mx.distributed.all_gather(mx.array(mine), group=self._group)
             mx.eval(everyone)
-        flat = np.array(everyone).astype(np.uint8)
-        return [row.tobytes() for row in flat.reshape(self.size, len(data))]
+        return np.array(everyone).reshape(self.size, len(mine))
 
 
 def group_of(group: Any | None) -> Group:
