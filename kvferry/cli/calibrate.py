@@ -70,7 +70,7 @@ def calibrate(
     from kvferry.codec.lab.memory import GIB, free_memory, memory_need, peak_memory
     from kvferry.codec.lab.plan import Plan
     from kvferry.codec.mlx.load import load_model
-    from kvferry.codec.mlx.shape import describe
+    from kvferry.codec.mlx.probe import describe
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.errors import ConfigError
     from kvferry.node.calibrations import calibration_folder

@@ -12,7 +12,7 @@ from kvferry.cli.main import main
 from kvferry.codec.base import RING_KEYS
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.preset_report import rope_report
-from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.probe import describe
 from kvferry.codec.rope import RopeSpec
 
 Told = dict[str, Any]

@@ -13,6 +13,8 @@ from mlx_lm.models.cache import ConcatenateKVCache, KVCache
 from kvferry.codec.base import DType, PageTensors
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.parts import length
+from kvferry.codec.mlx.refill import restore
 from kvferry.errors import ModelError
 
 HEADS, DIM = 2, 8
@@ -51,7 +53,7 @@ def held(layer: Any) -> tuple[np.ndarray, np.ndarray]:
 def test_round_trip_is_exact(tokens: int, size: int, dtype: mx.Dtype, cls: Any) -> None:
     cache = filled(tokens, dtype=dtype, cls=cls)
     fresh = [cls() for _ in cache]
-    assert adapters.restore(fresh, paged(cache, tokens, size, 7), 7) == tokens
+    assert restore(fresh, paged(cache, tokens, size, 7), 7) == tokens
     for old, new in zip(cache, fresh, strict=True):
         assert new.keys.dtype == dtype
         assert new.offset == tokens
@@ -86,7 +88,7 @@ def test_a_snapshot_does_not_see_what_the_model_writes_later() -> None:
 def test_a_restored_cache_goes_on_growing() -> None:
     cache = filled(300)
     fresh = [KVCache() for _ in cache]
-    adapters.restore(fresh, paged(cache, 300, 128))
+    restore(fresh, paged(cache, 300, 128))
     for layer in (*cache, *fresh):
         assert layer.keys.shape[2] == 512
         assert not np.array(layer.values[:, :, 300:]).any()
@@ -115,7 +117,7 @@ def test_pages_that_do_not_fit_leave_the_cache_empty(how: str) -> None:
     pages = paged(filled(48), 48, 12)
     fresh = [KVCache() for _ in range(3)]
     with pytest.raises(ModelError):
-        adapters.restore(fresh, broken(pages, how))
+        restore(fresh, broken(pages, how))
     assert all(layer.keys is None and layer.offset == 0 for layer in fresh)
 
 
@@ -123,7 +125,7 @@ def test_a_cache_in_use_is_not_overwritten() -> None:
     pages = paged(filled(8), 8, 8)
     busy = filled(5)
     with pytest.raises(ModelError, match="holds 5 tokens already"):
-        adapters.restore(busy, pages)
+        restore(busy, pages)
     assert [layer.offset for layer in busy] == [5, 5, 5]
 
 
@@ -148,8 +150,8 @@ def test_the_real_model_goes_on_from_a_restored_cache_alike(smollm2: LoadedModel
     tokens = mx.array([smollm2.tokenizer.encode("The ferry carries the cache across the water.")])
     cache, fresh = make_prompt_cache(smollm2.model), make_prompt_cache(smollm2.model)
     smollm2.model(tokens[:, :-1], cache=cache)
-    count = adapters.length(cache)
-    assert adapters.restore(fresh, paged(cache, count, 4)) == count
+    count = length(cache)
+    assert restore(fresh, paged(cache, count, 4)) == count
     expected = smollm2.model(tokens[:, -1:], cache=cache)
     np.testing.assert_array_equal(
         np.array(smollm2.model(tokens[:, -1:], cache=fresh)), np.array(expected)

@@ -22,8 +22,10 @@ from kvferry.codec.base import NoCalibrations, PageTensors
 from kvferry.codec.blob import BlobMeta, decode_blob, encode_blob
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.leaves import cache_form
+from kvferry.codec.mlx.parts import length
+from kvferry.codec.mlx.probe import describe, describe_config
+from kvferry.codec.mlx.refill import restore
 from kvferry.codec.mlx.rope import page_ropes
-from kvferry.codec.mlx.shape import describe, describe_config
 from kvferry.codec.raw import ZstdCodec
 from kvferry.errors import ModelError
 
@@ -78,8 +80,8 @@ def test_a_model_goes_on_from_a_restored_cache_as_if_nothing_had_happened(
     cache = prefilled(model, tokens[:held])
     kept = stored(model, name, cache, held, ZstdCodec())
     fresh = make_prompt_cache(model)
-    assert adapters.restore(fresh, **kept) == held
-    assert adapters.length(fresh) in (held, None)
+    assert restore(fresh, **kept) == held
+    assert length(fresh) in (held, None)
     unbroken = go_on(model, cache, tokens[held:], STEPS)
     np.testing.assert_array_equal(go_on(model, fresh, tokens[held:], STEPS), unbroken)
     # And the cache does matter to this model, or the test shows nothing.
@@ -92,7 +94,7 @@ def test_eight_bits_change_the_next_logits_by_little(name: str) -> None:
     model, tokens = model_of(name), tokens_of(320)
     cache = prefilled(model, tokens[:300])
     fresh = make_prompt_cache(model)
-    adapters.restore(fresh, **stored(model, name, cache, 300, AffineCodec(8)))
+    restore(fresh, **stored(model, name, cache, 300, AffineCodec(8)))
     exact = go_on(model, cache, tokens[300:], STEPS)
     found = go_on(model, fresh, tokens[300:], STEPS)
     assert 0 < np.abs(found - exact).max() < 0.05 * np.abs(exact).max()
@@ -142,7 +144,7 @@ def test_two_ranks_hold_together_what_one_holds(name: str, cut: int) -> None:
         np.testing.assert_array_equal(joined, stream.data)
     # States stored by two ranks restore on one.
     fresh = make_prompt_cache(model)
-    adapters.restore(fresh, [whole.page(whole.layers, (0, 50))], states=states, tokens=50)
+    restore(fresh, [whole.page(whole.layers, (0, 50))], states=states, tokens=50)
     more = tokens_of(5, seed=9)
     np.testing.assert_array_equal(
         go_on(model, fresh, more, [1] * 5), go_on(model, cache, more, [1] * 5)
@@ -175,7 +177,7 @@ def test_a_ring_goes_on_where_it_was(keep: int, tokens: int, chunk: int) -> None
     cache = [filled(RotatingKVCache(max_size=64, keep=keep), tokens, chunk)]
     snapshot = adapters.snapshot(cache, tokens)
     fresh = [RotatingKVCache(max_size=64, keep=keep)]
-    adapters.restore(fresh, [], states=list(snapshot.state_pages((0, tokens))), tokens=tokens)
+    restore(fresh, [], states=list(snapshot.state_pages((0, tokens))), tokens=tokens)
     assert fresh[0].offset == cache[0].offset == tokens
     for _ in range(3):  # by age; a query sees them alike in any order
         old, new = rows(cache[0]), rows(fresh[0])
@@ -187,11 +189,11 @@ def test_a_quantized_cache_is_stored_as_numbers_and_quantized_again() -> None:
     cache = [filled(QuantizedKVCache(group_size=32, bits=8), 70)]
     page = adapters.snapshot(cache, 70).page((0, 1), (0, 70))
     fresh = [QuantizedKVCache(group_size=32, bits=8)]
-    assert adapters.restore(fresh, [page]) == 70
+    assert restore(fresh, [page]) == 70
     numbers = rows(cache[0])
     np.testing.assert_allclose(rows(fresh[0]), numbers, atol=0.02)
     plain = [KVCache()]  # and anybody else may have the numbers
-    adapters.restore(plain, [page])
+    restore(plain, [page])
     np.testing.assert_allclose(rows(plain[0]), numbers, atol=1e-6)
 
 
@@ -202,12 +204,12 @@ def test_a_quantized_cache_comes_back_bit_for_bit_through_an_exact_codec(bits: i
     pages = [snapshot.page((0, 1), span) for span in ((0, 256), (256, 300))]
     back = through_blobs(pages, "page", ZstdCodec())
     fresh = [QuantizedKVCache(group_size=32, bits=bits)]
-    assert adapters.restore(fresh, back) == 300
+    assert restore(fresh, back) == 300
     np.testing.assert_array_equal(rows(fresh[0]), rows(cache[0]))
-    assert adapters.length(fresh) == 301
+    assert length(fresh) == 301
     for other in (KVCache(), QuantizedKVCache(group_size=32, bits=6), QuantizedKVCache(64, bits)):
         with pytest.raises(ModelError, match=r"do not fit|were not quantized"):
-            adapters.restore([other], back)
+            restore([other], back)
         assert other.empty()
     assert cache_form(cache) == f"{bits} bits, groups of 32"
     assert cache_form([KVCache(), CacheList(ArraysCache(1))]) == ""
@@ -217,7 +219,7 @@ def test_a_chunked_cache_is_stored_until_it_forgets() -> None:
     cache = [filled(ChunkedKVCache(64), 60)]
     page = adapters.snapshot(cache, 60).page((0, 1), (0, 60))
     fresh = [ChunkedKVCache(64)]
-    adapters.restore(fresh, [page])
+    restore(fresh, [page])
     np.testing.assert_array_equal(rows(fresh[0]), rows(cache[0]))
     filled(cache[0], 50)
     cache[0].maybe_trim_front()
@@ -235,7 +237,7 @@ def test_lists_of_caches_may_hold_both_kinds() -> None:
     snapshot = adapters.snapshot(cache, 30)
     fresh = make()
     states = list(snapshot.state_pages((0, 30)))
-    adapters.restore(fresh, [snapshot.page((0, 1), (0, 30))], states=states, tokens=30)
+    restore(fresh, [snapshot.page((0, 1), (0, 30))], states=states, tokens=30)
     np.testing.assert_array_equal(np.array(fresh[0][0][1]), np.array(cache[0][0][1]))
     assert fresh[0][0][0] is None
     np.testing.assert_array_equal(rows(fresh[0][1][0]), rows(cache[0][1][0]))
@@ -276,5 +278,5 @@ def test_nothing_is_filled_where_a_state_does_not_fit(broken: str) -> None:
         states = list(ring.state_pages((0, 30)))
     fresh = make_prompt_cache(model)
     with pytest.raises(ModelError, match="no state that fits"):
-        adapters.restore(fresh, pages, states=states, tokens=30)
+        restore(fresh, pages, states=states, tokens=30)
     assert all(layer.empty() for layer in fresh)

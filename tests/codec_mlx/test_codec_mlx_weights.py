@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from kvferry.codec.mlx.load import LoadedModel, load_model
-from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.probe import describe
 from kvferry.codec.mlx.weights import fingerprint
 from kvferry.errors import ModelError
 from kvferry.proto.identity import ModelFingerprint, merge, model_id

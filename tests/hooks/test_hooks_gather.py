@@ -19,8 +19,9 @@ from kvferry.codec.calibration_bundle import BundleCalibration, StreamPart
 from kvferry.codec.lab.text import default_text
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel, load_model
+from kvferry.codec.mlx.probe import describe
 from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import ModelShape, StreamShape, describe
+from kvferry.codec.mlx.shape import ModelShape, StreamShape
 from kvferry.node.calibrations import Calibrations, calibration_folder
 from kvferry.node.client import NodeClient
 from kvferry.node.hooks.gather import Made

@@ -17,7 +17,8 @@ from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.raw import RawCodec
 from kvferry.errors import BlobNotFoundError, CalibrationMissingError, FerryError
 from kvferry.node.coding import Shard
-from kvferry.node.hooks.loader import Loaded, Loader
+from kvferry.node.hooks.loaded import Loaded
+from kvferry.node.hooks.loader import Loader
 from kvferry.node.restore import RUN_PAGES
 from kvferry.proto.keys import BlobKey, page_keys
 

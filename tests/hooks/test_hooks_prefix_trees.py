@@ -10,6 +10,7 @@ from prefix_trees import StoreAtHand, Tree, assert_belongs, empty_cache, filled_
 
 from kvferry.codec.base import NoCalibrations
 from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx.refill import restore
 from kvferry.codec.raw import ZstdCodec
 from kvferry.node.coding import CodedRange, Shard
 from kvferry.node.hooks.loader import Loader
@@ -109,7 +110,7 @@ class Model:
             cache = empty_cache(self.kinds)
             rows = [] if loaded.tensors is None else [loaded.tensors.cut_tokens((0, count))]
             states = loaded.states.get(count, ())
-            assert adapters.restore(cache, rows, states=states, tokens=count) == count
+            assert restore(cache, rows, states=states, tokens=count) == count
             assert_belongs(self.kinds, cache, self.model_id, tokens[:count])
         return count, loaded.reason
 

@@ -12,7 +12,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load
 
 from kvferry.codec.mlx.load import LoadedModel, load_model
-from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.probe import describe
 from kvferry.codec.mlx.weights import fingerprint
 from kvferry.errors import ModelError
 from kvferry.node.hooks.server.models import ModelLoading

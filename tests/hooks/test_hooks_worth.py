@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvferry.cli.demo.cluster import Cluster
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.node.hooks import HookOptions, PrefixCache
-from kvferry.node.hooks.loader import Loaded
+from kvferry.node.hooks.loaded import Loaded
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.steps import Step
 from kvferry.node.hooks.worth import MARGIN, Cost, Together, Worth, best_step

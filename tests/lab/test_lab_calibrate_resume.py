@@ -18,8 +18,8 @@ from kvferry.codec.lab.memory import memory_need
 from kvferry.codec.lab.plan import HeldText, Plan, Stopped
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.openblas import model_environment
+from kvferry.codec.mlx.probe import describe
 from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import describe
 from kvferry.errors import ModelError
 
 MODEL_ID = bytes(range(32))

@@ -17,8 +17,8 @@ from kvferry.codec.lab.fisher import Fisher, outer_products, token_energy, unrot
 from kvferry.codec.lab.gathered import Gathered
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import describe, stream_ropes
+from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.rope import rope_specs, stream_ropes
 from kvferry.codec.rope import RopeSpec, apply, positions_of
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 

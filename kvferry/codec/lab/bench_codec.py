@@ -24,7 +24,7 @@ from kvferry.codec.lab.forward import PREFILL_CHUNK, prefill
 from kvferry.codec.lab.machine import load_average, machine
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.shape import describe
+from kvferry.codec.mlx.probe import describe
 from kvferry.codec.rows import page_rows
 from kvferry.codec.transform import Fold, project, reconstruct
 from kvferry.errors import ConfigError

@@ -25,7 +25,9 @@ from kvferry.codec.lab.plan import FIT_WORK, PASS_WORK, HeldText, Plan, Report, 
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.device import device_products
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.shape import ModelShape, describe, stream_ropes
+from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.rope import stream_ropes
+from kvferry.codec.mlx.shape import ModelShape
 from kvferry.errors import ConfigError
 
 __all__ = ["HeldText", "Plan", "Report", "Stopped", "calibrate", "steps_for_bits"]

@@ -18,7 +18,8 @@ from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.lab.forward import logits, prefill
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.shape import describe, stream_ropes
+from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.rope import stream_ropes
 from kvferry.codec.rope import RopeSpec, positions_of, undo
 from kvferry.errors import ConfigError, ModelError
 

@@ -14,7 +14,8 @@ from kvferry.codec.lab.forward import Done, prefill
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.shape import ModelShape, describe
+from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.shape import ModelShape
 from kvferry.errors import ConfigError
 from kvferry.proto.keys import WINDOW_TOKENS
 

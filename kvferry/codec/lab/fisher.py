@@ -19,8 +19,8 @@ from mlx_lm.models.cache import ConcatenateKVCache
 
 from kvferry.codec.base import FloatArray
 from kvferry.codec.importance import DEFAULT_ADAPT
-from kvferry.codec.mlx.adapters import parts_of, row_arrays
 from kvferry.codec.mlx.leaves import leaves, rows_adapter
+from kvferry.codec.mlx.parts import parts_of, row_arrays
 from kvferry.codec.rope import RopeSpec, positions_of, undo
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 

@@ -11,7 +11,8 @@ from kvferry.codec.kvtc_fit import KvtcFit
 from kvferry.codec.lab.forward import prefill
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.shape import describe, stream_ropes
+from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.rope import stream_ropes
 from kvferry.errors import ConfigError
 
 # The covariance of SmolLM2-135M is 5,760 wide: fewer tokens would leave it singular.

@@ -14,10 +14,11 @@ import numpy as np
 
 from kvferry.codec.base import RING_KEYS, RING_VALUES
 from kvferry.codec.calibration import layer_groups
-from kvferry.codec.mlx.adapters import parts_of, row_arrays
 from kvferry.codec.mlx.leaves import state_adapter
+from kvferry.codec.mlx.parts import parts_of, row_arrays
+from kvferry.codec.mlx.probe import probe
 from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import ModelShape, StateShape, probe
+from kvferry.codec.mlx.shape import ModelShape, StateShape
 from kvferry.codec.rope import RopeSpec
 from kvferry.errors import ModelError
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kvferry.codec.mlx.shape import ModelShape
 from kvferry.codec.rope import RopeSpec, apply, positions_of
 from kvferry.errors import ModelError
 
@@ -193,3 +194,9 @@ def _probe(module: Any, spec: RopeSpec) -> None:
                 f"rope module {type(module).__name__} does not do what its name says: "
                 "this version of mlx-lm is not known to kvferry"
             )
+
+
+def stream_ropes(model: Any, shape: ModelShape) -> dict[str, list[RopeSpec]]:
+    """Rotated stream -> one spec per page layer. Raises: ModelError."""
+    specs = page_ropes(model, shape.page_layers)
+    return {name: specs for name, stream in shape.streams.items() if stream.rotated}

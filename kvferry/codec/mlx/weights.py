@@ -17,8 +17,8 @@ from blake3 import blake3
 
 from kvferry.codec.mlx.gguf import TensorRange, read_gguf
 from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.probe import reference_model
 from kvferry.codec.mlx.rope import rope_specs
-from kvferry.codec.mlx.shape import reference_model
 from kvferry.errors import ModelError
 from kvferry.proto.identity import ModelFingerprint
 from kvferry.proto.keys import canonical_json

@@ -18,8 +18,8 @@ from kvferry.codec.lab.coding import group_codecs, join_layers
 from kvferry.codec.lab.compare import compare
 from kvferry.codec.lab.curve import code_group, rate_distortion, stream_curves, total_bits
 from kvferry.codec.lab.gathered import Gathered
-from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
+from kvferry.codec.mlx.refill import restore
 from kvferry.proto.keys import WINDOW_TOKENS
 
 SAMPLE_TOKENS = 768
@@ -157,7 +157,7 @@ class IdleWork:
         held, follow = fitting[-1] if self._gathered.fisher.passes else fitting[0]
         started = time.monotonic()
         cache = make_prompt_cache(self._model)
-        adapters.restore(cache, [sample.page.cut_tokens((0, held))])
+        restore(cache, [sample.page.cut_tokens((0, held))])
         found = self._gathered.fisher.measure(
             self._model, cache, sample.tokens[held : held + follow]
         )
@@ -243,7 +243,7 @@ class _CodedText:
         """Fill one cache, or feed some tokens to all of them. False: all were fed."""
         if self._waiting:
             cache = make_prompt_cache(model)
-            adapters.restore(cache, self._waiting.popleft())
+            restore(cache, self._waiting.popleft())
             self._caches.append(cache)
             return True
         caches = len(self._caches)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from kvferry.cluster.repository import BlobInfo
 from kvferry.errors import FerryError
-from kvferry.node.hooks.loader import LoadClient, Loaded
+from kvferry.node.hooks.loaded import LoadClient, Loaded
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.steps import Step
 
