@@ -13,18 +13,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from kvferry.codec.mlx import adapters
+from kvferry.codec.mlx import adapters, refill
 from kvferry.codec.mlx.leaves import cache_form
 from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.parts import length
+from kvferry.codec.mlx.probe import describe, reference_model
 from kvferry.codec.mlx.rope import page_ropes
-from kvferry.codec.mlx.shape import describe, reference_model
 from kvferry.errors import FerryError, ModelError
 from kvferry.node.client import NodeClient
 from kvferry.node.coding import exact
 from kvferry.node.hooks.current import CurrentCoding
 from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.live import Live
-from kvferry.node.hooks.loader import Loaded, Loader
+from kvferry.node.hooks.loaded import Loaded
+from kvferry.node.hooks.loader import Loader
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.standing import Standing
@@ -267,7 +269,7 @@ class PrefixCache:
         started = time.monotonic()
         try:
             rows = [] if loaded.tensors is None else [loaded.tensors.cut_tokens((0, agreed))]
-            return adapters.restore(
+            return refill.restore(
                 cache,
                 rows,
                 self._span.pages[0],
@@ -371,7 +373,7 @@ class PrefixCache:
         return False
 
     def _offer(self, tokens: Sequence[int], cache: list[Any], event: str, lasting: bool) -> bool:
-        filled = adapters.length(cache)
+        filled = length(cache)
         held = len(tokens) if filled is None else min(len(tokens), filled)
         ids = token_ids(tokens[:held])  # here: an array of MLX's belongs to this thread
         restored = self._restored.get(cache[0]) if cache else None

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.leaves import leaves, rows_adapter
+from kvferry.codec.mlx.parts import length, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -133,10 +133,10 @@ def offers(
     Raises: ModelError: a cache that cannot be stored.
     """
     tokens = _plain_tokens(prompt_tokens, media_regions)
-    held = adapters.length(cache)
+    held = length(cache)
     if held is None:
         held = len(prompt_tokens) - KEEP_LAST
-    trimmable = not adapters.parts_of(cache).states
+    trimmable = not parts_of(cache).states
     made: list[tuple[list[int], list[Any], bool]] = []
     earlier = [s for s in snapshots or [] if 0 < s.token_count < min(held, len(tokens) + 1)]
     # The first, which other prompts are likeliest to share, and the last.
