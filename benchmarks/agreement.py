@@ -11,7 +11,7 @@ from kvferry.node.hooks.pipeline.launch import Ranks
 
 COMMAND = "python -m benchmarks.agreement"
 ROUNDS = 300
-COLLECTIVES = 3  # two for plain caches; one more where there are states
+COLLECTIVES = 2  # of a hit; a miss takes one
 LIMIT_MS = 5.0
 SPLITS = {2: [(0, 15), (15, 30)], 3: [(0, 10), (10, 20), (20, 30)]}
 

@@ -14,6 +14,7 @@ from model_zoo import go_on, prefilled, save_model, tokens_of
 
 from kvferry.cli.demo.cluster import Cluster
 from kvferry.cluster.repository import ListQuery
+from kvferry.codec.mlx import refill
 from kvferry.codec.mlx.load import LoadedModel, load_model
 from kvferry.errors import BlobNotFoundError, FerryError
 from kvferry.node.client import NodeClient
@@ -56,9 +57,11 @@ class Rank:
         self.entered = 0
 
     def all_min(self, values: Sequence[int]) -> list[int]:
+        return [min(column) for column in zip(*self.all_values(values), strict=True)]
+
+    def all_values(self, values: Sequence[int]) -> list[list[int]]:
         self.entered += 1
-        everyone = self._together.exchange(self.rank, list(values))
-        return [min(column) for column in zip(*everyone, strict=True)]
+        return self._together.exchange(self.rank, list(values))
 
     def all_gather(self, data: bytes) -> list[bytes]:
         return self._together.exchange(self.rank, data)
@@ -149,6 +152,7 @@ class Ranks:
         answers = self.each(lambda rank: self.prefixes[rank].restore(tokens))
         entered = {g.entered - b for g, b in zip(self.groups, before, strict=True)}
         assert len(entered) == 1
+        self.collectives = entered.pop()
         rests = [rest for _, rest in answers]
         assert all(rest == rests[0] for rest in rests)
         return [layer for cache, _ in answers for layer in cache], len(tokens) - len(rests[0])
@@ -180,7 +184,7 @@ def continues(ranks: Ranks, tokens: list[int], cache: list[Any], held: int) -> N
 @pytest.mark.parametrize("ranks", [2, 3], indirect=True)
 @pytest.mark.parametrize("fault", ["missing", "corrupt", "slow", "raises"])
 def test_one_rank_that_fails_takes_all_to_the_same_place(ranks: Ranks, fault: str) -> None:
-    hybrid = bool(ranks.prefixes[0]._shape.states)
+    hybrid = bool(ranks.prefixes[0]._part.shape.states)
     seed = {"missing": 1, "corrupt": 2, "slow": 3, "raises": 4}[fault] + 10 * len(ranks.groups)
     tokens = tokens_of(SECOND + 20, seed=seed)
     ranks.offer(tokens[:FIRST])
@@ -188,7 +192,7 @@ def test_one_rank_that_fails_takes_all_to_the_same_place(ranks: Ranks, fault: st
         prefix._offers._tails.clear()
     ranks.offer(tokens[:SECOND])
     cache, held = ranks.restore(tokens)
-    assert held == SECOND
+    assert (held, ranks.collectives) == (SECOND, 2)
     continues(ranks, tokens, cache, held)
 
     # From now on the last rank cannot have what lies behind the second page.
@@ -203,6 +207,27 @@ def test_one_rank_that_fails_takes_all_to_the_same_place(ranks: Ranks, fault: st
         assert fault == "slow" or held == FIRST
     else:
         assert held == 512
+    continues(ranks, tokens, cache, held)
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_a_rank_that_cannot_fill_its_cache_takes_all_to_prefill(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tokens_of(FIRST, seed=99)
+    assert ranks.restore(tokens)[1] == 0
+    assert ranks.collectives == 1  # nobody had anything
+    ranks.offer(tokens)
+    fill = refill.restore
+
+    def broken(cache: Any, *args: Any, **given: Any) -> int:
+        if len(cache) == 3:  # the last rank's layers
+            raise RuntimeError("a bug of ours")
+        return fill(cache, *args, **given)
+
+    monkeypatch.setattr(refill, "restore", broken)
+    cache, held = ranks.restore(tokens)
+    assert held == 0
     continues(ranks, tokens, cache, held)
 
 

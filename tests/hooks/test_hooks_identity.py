@@ -68,6 +68,9 @@ class ThreadRank:
     def all_min(self, values: Sequence[int]) -> list[int]:
         raise NotImplementedError
 
+    def all_values(self, values: Sequence[int]) -> list[list[int]]:
+        raise NotImplementedError
+
 
 WHOLE = model_id(part(range(6)))
 

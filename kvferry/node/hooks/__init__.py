@@ -9,7 +9,8 @@ from kvferry.node.hooks.options import HookOptions
 
 if TYPE_CHECKING:
     from kvferry.node.hooks.aio import AsyncPrefixCache
-    from kvferry.node.hooks.prefix_cache import PrefixCache, RestoreReport
+    from kvferry.node.hooks.prefix_cache import PrefixCache
+    from kvferry.node.hooks.report import RestoreReport
 
 __all__ = ["AsyncPrefixCache", "HookOptions", "PrefixCache", "RestoreReport"]
 
@@ -19,8 +20,12 @@ def __getattr__(name: str) -> Any:
         from kvferry.node.hooks import aio
 
         return aio.AsyncPrefixCache
-    if name in ("PrefixCache", "RestoreReport"):
+    if name == "PrefixCache":
         from kvferry.node.hooks import prefix_cache
 
-        return getattr(prefix_cache, name)
+        return prefix_cache.PrefixCache
+    if name == "RestoreReport":
+        from kvferry.node.hooks import report
+
+        return report.RestoreReport
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

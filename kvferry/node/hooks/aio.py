@@ -15,7 +15,8 @@ from typing import Any, ParamSpec, Self, TypeVar
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import ModelError
 from kvferry.node.hooks.options import HookOptions
-from kvferry.node.hooks.prefix_cache import PrefixCache, RestoreReport
+from kvferry.node.hooks.prefix_cache import PrefixCache
+from kvferry.node.hooks.report import RestoreReport
 from kvferry.node.hooks.thread_end import wait_ended
 
 P = ParamSpec("P")

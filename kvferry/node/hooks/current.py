@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from kvferry.codec.mlx.shape import ModelShape, Span, TensorPart
 from kvferry.errors import FerryError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
 from kvferry.node.coding import Shard, page_coding, stores, tail_codec
+from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.offers import Coding
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -23,8 +23,7 @@ class CurrentCoding:
     """Kept until policy, namespace or calibration change. Any thread may ask.
 
     Args:
-        span: what this rank holds.
-        tensor: its place among tensor-parallel ranks.
+        part: what this rank holds.
         alone: no other rank has to enter `Standing.identify` with this one.
 
     Attributes:
@@ -34,16 +33,14 @@ class CurrentCoding:
     def __init__(
         self,
         standing: Standing,
-        shape: ModelShape,
-        span: Span,
-        tensor: TensorPart,
+        part: Part,
         client: NodeClient,
         cache_dir: Path,
         *,
         alone: bool,
     ) -> None:
-        self._standing, self._shape, self._span = standing, shape, span
-        self._tensor = tensor
+        self._standing = standing
+        self._shape, self._span, self._tensor = part.shape, part.span, part.tensor
         self._client, self._cache_dir, self._alone = client, cache_dir, alone
         self.calibrations = Calibrations(client, cache_dir)
         self._lock = threading.Lock()

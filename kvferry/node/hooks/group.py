@@ -29,6 +29,9 @@ class Group(Protocol):
     def all_min(self, values: Sequence[int]) -> list[int]:
         """Element-wise minimum over all ranks; the same number of values on each."""
 
+    def all_values(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's values, by rank; the same number of them on each, of 32 bits."""
+
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank; the same length on each."""
 
@@ -42,6 +45,10 @@ class Alone:
     def all_min(self, values: Sequence[int]) -> list[int]:
         """The values themselves."""
         return list(values)
+
+    def all_values(self, values: Sequence[int]) -> list[list[int]]:
+        """The one rank's values."""
+        return [list(values)]
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """The one rank's bytes."""
@@ -61,7 +68,11 @@ class MlxGroup:
 
         Gathered and compared here: MLX's ring passes a reduction round twice.
         """
-        return [int(v) for v in self._gathered(np.array(values, np.int32)).min(axis=0)]
+        return [min(column) for column in zip(*self.all_values(values), strict=True)]
+
+    def all_values(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's values, by rank (they must fit 32 bits)."""
+        return [[int(v) for v in row] for row in self._gathered(np.array(values, np.int32))]
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, by rank."""

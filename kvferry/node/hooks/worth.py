@@ -165,6 +165,9 @@ class Together:
     Args:
         all_min: the group's.
         choose: this rank's answer, asked where the rank gets that far.
+
+    Attributes:
+        agreed: tokens that all ranks fetch, once it was entered.
     """
 
     def __init__(
@@ -174,6 +177,7 @@ class Together:
     ) -> None:
         self._all_min, self._choose = all_min, choose
         self._entered = False
+        self.agreed = 0
 
     def __call__(self, steps: Sequence[Step], wait_s: float, at_hand: int) -> tuple[int, int]:
         """(what this rank would fetch, what all ranks fetch), in tokens."""
@@ -181,14 +185,14 @@ class Together:
         try:
             mine = self._choose(steps, wait_s, at_hand)
         finally:
-            agreed = self._enter(mine)
-        return mine, agreed
+            self._enter(mine)
+        return mine, self.agreed
 
     def settle(self) -> None:
         """A rank that did not get that far has nothing."""
         if not self._entered:
             self._enter(0)
 
-    def _enter(self, mine: int) -> int:
+    def _enter(self, mine: int) -> None:
         self._entered = True
-        return self._all_min([mine])[0]
+        self.agreed = self._all_min([mine])[0]

@@ -15,7 +15,8 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import FerryError
 from kvferry.node.backoff import Breaker
 from kvferry.node.hooks.options import HookOptions
-from kvferry.node.hooks.prefix_cache import PrefixCache, RestoreReport
+from kvferry.node.hooks.prefix_cache import PrefixCache
+from kvferry.node.hooks.report import RestoreReport
 from kvferry.node.hooks.server.turns import Turns
 
 log = logging.getLogger(__name__)
