@@ -1,154 +1,70 @@
-"""Rows on their way: fetched in runs, and decoded while the next ones are still coming.
-
-A run is a few pages of one layer group. It is decoded, on threads, as soon as it is there;
-calibrations that the blobs name are read meanwhile.
-"""
+"""Blobs on their way: one request for all that a restore needs, decoded while more is coming."""
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
-from kvferry.codec.base import PageTensors
-from kvferry.codec.blob import StoredBlob, decode_blobs
-from kvferry.errors import CodecError, FerryError
-from kvferry.node.coding import Shard
-from kvferry.node.hooks.loaded import Data, LoadClient, Loaded, WarmSource
-from kvferry.node.restore import Assembly, Parts, RestorePlan, Run, runs_of
+from kvferry.errors import FerryError
+from kvferry.node.hooks.loaded import Data, LoadClient, WarmSource
 from kvferry.proto.keys import BlobKey
+
+_MOST_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class RowsSource:
+class BlobSource:
     """Where blobs come from, and what they are decoded with."""
 
     client: LoadClient
     calibrations: WarmSource
     rope: Mapping[int, bytes]
+    model_id: bytes
 
 
-class RowsFetch:
-    """One plan on its way: what is still wanted, what is being decoded, where it ends."""
+class Awaiting(Protocol):
+    """What a restore needs. What it no longer wants is not waited for."""
 
-    def __init__(
-        self,
-        source: RowsSource,
-        shard: Shard,
-        plan: RestorePlan,
-        loaded: Loaded,
-        threads: ThreadPoolExecutor,
-    ) -> None:
-        self._source, self._model_id = source, shard.model_id
-        self._plan, self._loaded, self._threads = plan, loaded, threads
-        self._assembly = Assembly(plan.tokens, shard.layers, shard.heads)
-        self._runs = runs_of(plan)
-        # Where a blob's first token and layer lie, and the runs that it is a part of.
-        self._place: dict[BlobKey, tuple[int, int, list[Run]]] = {}
-        for run in self._runs:
-            for segment, piece in run.parts:
-                place: tuple[int, int, list[Run]] = (segment.tokens[0], piece.cut[0], [])
-                self._place.setdefault(piece.info.key, place)[2].append(run)
-        self._infos = {piece.info.key: piece.info for piece in plan.pieces()}
-        self._wanted = set(self._place)
-        # Token, layer and reason of the first gap; what lies behind it is of no use.
-        self._gap = (plan.tokens, 0, "")
-        self._blobs: dict[BlobKey, Data] = {}
-        self._warm: dict[bytes, Future[None]] = {}
-        self._started: set[int] = set()
-        self._decoding: list[tuple[Parts, Future[list[CodecError | None]]]] = []
+    @property
+    def keys(self) -> Sequence[BlobKey]:
+        """All its blobs, in the order to be fetched."""
 
-    def run(self, deadline_s: float) -> None:
-        """Fetch, decode, and say in ``loaded`` what came of it."""
-        # First in the queue of the threads, so that no run waits there for one behind it.
-        for piece in self._plan.pieces():
-            wanted = piece.info.codec.calibration_id
-            if wanted and wanted not in self._warm:
-                warm = self._source.calibrations.warm
-                self._warm[wanted] = self._threads.submit(warm, wanted)
-        self._loaded.timed("fetch", lambda: self._fetch(deadline_s))
-        self._loaded.timed("decode", self._finish)
+    @property
+    def wanted(self) -> Collection[BlobKey]:
+        """Those that it still waits for."""
 
-    def _fetch(self, deadline_s: float) -> None:
-        answers = self._source.client.get_each(list(self._place), deadline_s)
-        with contextlib.closing(answers):
-            for key, answer in answers:
-                self._wanted.discard(key)
+    def came(self, key: BlobKey, data: Data) -> None:
+        """One of ``wanted`` is there."""
+
+    def failed(self, key: BlobKey, reason: str) -> None:
+        """One of ``wanted`` is not to be had."""
+
+
+def fetch(client: LoadClient, awaiting: Awaiting, end: float) -> None:
+    """Hand over every blob, or say why not, until ``end`` (monotonic clock) or none is wanted."""
+    answers = client.get_each(awaiting.keys, max(end - time.monotonic(), 0.0))
+    with contextlib.closing(answers):
+        for key, answer in answers:
+            if key in awaiting.wanted:
                 if isinstance(answer, FerryError):
-                    self._note_gap(key, answer.reason)
+                    awaiting.failed(key, answer.reason)
                 else:
-                    self._blobs[key] = answer
-                    self._loaded.came(self._infos[key], len(answer))
-                    self._start(self._place[key][2])
-                if not self._wanted:
-                    return
-        for key in self._wanted.copy():
-            self._note_gap(key, "not_found")
+                    awaiting.came(key, answer)
+            if not awaiting.wanted:
+                return
+    while awaiting.wanted:
+        awaiting.failed(next(iter(awaiting.wanted)), "not_found")
 
-    def _note_gap(self, key: BlobKey, reason: str) -> None:
-        token, layer, _ = self._place[key]
-        self._gap = min(self._gap, (token, layer, reason))
-        self._wanted = {k for k in self._wanted if self._place[k][0] < self._gap[0]}
-        self._start(self._runs)
 
-    def _start(self, runs: Iterable[Run]) -> None:
-        """Have those decoded of which nothing more is awaited."""
-        for run in runs:
-            if id(run) in self._started or any(p.info.key in self._wanted for _, p in run.parts):
-                continue
-            self._started.add(id(run))
-            parts = tuple((s, p) for s, p in run.parts if s.tokens[0] < self._gap[0])
-            if parts:
-                blobs = [
-                    StoredBlob(self._blobs[p.info.key], p.info.key, s.tokens) for s, p in parts
-                ]
-                names = {p.info.codec.calibration_id for _, p in parts}
-                warm = [future for name, future in self._warm.items() if name in names]
-                future = self._threads.submit(self._decode, run, blobs, warm)
-                self._decoding.append((parts, future))
-
-    def _decode(
-        self, run: Run, blobs: Sequence[StoredBlob], warm: Sequence[Future[None]]
-    ) -> list[CodecError | None]:
-        """On a thread: decode a run into its place; for each part, what went wrong."""
-        wait(warm)  # what failed there fails here again, and is told
-        pages = decode_blobs(
-            blobs,
-            model_id=self._model_id,
-            cut=run.cut,
-            calibrations=self._source.calibrations,
-            rope=self._source.rope,
-        )
-        return [
-            page if isinstance(page, CodecError) else self._add(page, run.heads) for page in pages
-        ]
-
-    def _add(self, page: PageTensors, heads: tuple[int, int]) -> CodecError | None:
-        try:
-            self._assembly.add(page if page.heads == heads else page.cut_heads(heads))
-        except CodecError as exc:
-            return exc
-        return None
-
-    def _finish(self) -> None:
-        """Wait for the threads; the prefix ends at the first piece that is not there."""
-        loaded, plan = self._loaded, self._plan
-        done = set()
-        problems = [self._gap[2]] if self._gap[2] else []
-        for parts, future in self._decoding:
-            for (segment, piece), problem in zip(parts, future.result(), strict=True):
-                if problem is None:
-                    done.add((segment.tokens, piece.cut, piece.heads))
-                else:
-                    problems.append(problem.reason)
-        whole = 0
-        for segment in plan.segments:
-            if not done.issuperset((segment.tokens, p.cut, p.heads) for p in segment.pieces):
-                break
-            whole += 1
-        loaded.problems += problems
-        if whole:
-            loaded.tokens = plan.segments[whole - 1].tokens[1]
-            loaded.tensors = self._assembly.upto(loaded.tokens)
-            loaded.pages = whole - (plan.has_tail and whole == len(plan.segments))
-        if whole < len(plan.segments):
-            loaded.reason = problems[0] if problems else "incomplete"
+@contextmanager
+def decoding_threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads for one restore; what still runs at the end is not waited for."""
+    threads = ThreadPoolExecutor(max(2, min(_MOST_THREADS, os.cpu_count() or 1)), "kvferry-decode")
+    try:
+        yield threads
+    finally:  # a calibration that is still being read serves the next restore
+        threads.shutdown(wait=False, cancel_futures=True)

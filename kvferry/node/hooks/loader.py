@@ -1,25 +1,21 @@
 """From a prompt's tokens to tensors that are verified and whole."""
 
-import contextlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from kvferry.cluster.repository import LookupQuery
-from kvferry.codec.blob import StoredBlob, decode_blob
-from kvferry.errors import CodecError, FerryError
 from kvferry.node.coding import Shard
-from kvferry.node.hooks.fetch import RowsFetch, RowsSource
+from kvferry.node.hooks.fetch import BlobSource, decoding_threads, fetch
+from kvferry.node.hooks.fetch_prefix import PrefixFetch
+from kvferry.node.hooks.fetch_rows import RowsFetch
+from kvferry.node.hooks.fetch_states import StateFetch
 from kvferry.node.hooks.loaded import LoadClient, Loaded, WarmSource
 from kvferry.node.hooks.steps import Step, steps_of
 from kvferry.node.restore import RestorePlan, plan_restore, plan_states
 from kvferry.proto.keys import page_keys
 
-_MOST_THREADS = 4
-_STATES_TRIED = 2
+_POSITIONS_TRIED = 2
 NOT_WORTH_IT = "not_worth_it"
 
 
@@ -94,33 +90,36 @@ class Loader:
             loaded.positions, loaded.reason = [], "no_gain"
             return loaded
         plan = _chosen(plan, loaded, beyond, choose)
-        if not plan.segments and not loaded.positions:
+        if not (loaded.positions if shard.model_states else plan.segments):
             return loaded
-        self._load_rows(plan, loaded, end)
+        self._load(plan, loaded, end)
         if shard.model_states:
-            self._load_longest_state(loaded, end)
+            self._settle(loaded, end)
         return loaded
 
-    def _load_rows(self, plan: RestorePlan, loaded: Loaded, end: float) -> None:
-        if self.shard.layers[0] == self.shard.layers[1]:
-            loaded.tokens = loaded.positions[0].tokens
-            return
-        source = RowsSource(self.client, self.calibrations, self.rope)
-        threads = ThreadPoolExecutor(_threads(), "kvferry-decode")
-        try:
-            RowsFetch(source, self.shard, plan, loaded, threads).run(
-                max(end - time.monotonic(), 0.0)
-            )
-        finally:  # a calibration that is still being read serves the next restore
-            threads.shutdown(wait=False, cancel_futures=True)
+    def _load(self, plan: RestorePlan, loaded: Loaded, end: float) -> None:
+        """Rows, and the states of the longest position, in one request."""
+        source, shard, at = self._source(), self.shard, loaded.positions[:_POSITIONS_TRIED]
+        with decoding_threads() as threads:
+            rows = states = None
+            if shard.layers[0] < shard.layers[1]:
+                rows = RowsFetch(source, shard, plan, loaded, threads)
+            if at:
+                states = StateFetch(source, at[0], loaded, threads)
+            tokens = at[0].tokens if at else plan.tokens
+            prefix = PrefixFetch(rows, states, tokens, at[1].tokens if len(at) > 1 else 0)
+            loaded.timed("fetch", lambda: fetch(self.client, prefix, end))
+            loaded.timed("decode", lambda: prefix.finish(loaded))
 
-    def _load_longest_state(self, loaded: Loaded, end: float) -> None:
+    def _settle(self, loaded: Loaded, end: float) -> None:
         """The longest position that rows reach and whose states are here and whole."""
         rows, loaded.tokens = loaded.tokens, 0
-        for plan in loaded.positions[:_STATES_TRIED]:
-            load = partial(self.load_state, plan.tokens, loaded, end)
-            if plan.tokens <= rows and loaded.timed("fetch", load):
-                loaded.tokens = plan.tokens
+        for index, at in enumerate(loaded.positions[:_POSITIONS_TRIED]):
+            # The first was asked for together with the rows, and cannot be had if not here.
+            if at.tokens <= rows and (
+                at.tokens in loaded.states or (index and self.load_state(at.tokens, loaded, end))
+            ):
+                loaded.tokens = at.tokens
                 return
         loaded.reason = loaded.reason or "no_state"
 
@@ -135,41 +134,13 @@ class Loader:
         plan = next((plan for plan in loaded.positions if plan.tokens == tokens), None)
         if plan is None:
             return False
-        blobs: list[StoredBlob] = []
-        infos = {piece.info.key: piece.info for piece in plan.pieces}
-        span = (plan.start, plan.tokens)
-        answers = self.client.get_each(
-            [piece.info.key for piece in plan.pieces], max(end - time.monotonic(), 0.0)
-        )
-        with contextlib.closing(answers):
-            for key, answer in answers:
-                if isinstance(answer, FerryError):
-                    loaded.problems.append(answer.reason)
-                    return False
-                loaded.came(infos[key], len(answer))
-                blobs.append(StoredBlob(answer, key, span))
-        cuts = {piece.info.key: piece.cut for piece in plan.pieces}
-        pages = []
-        for blob in blobs:
-            try:
-                pages.append(
-                    decode_blob(
-                        blob.data,
-                        key=blob.key,
-                        model_id=self.shard.model_id,
-                        tokens=span,
-                        cut=cuts[blob.key],
-                        calibrations=self.calibrations,
-                    )
-                )
-            except CodecError as exc:
-                loaded.problems.append(exc.reason)
-                return False
-        if len(pages) < len(plan.pieces):
-            loaded.problems.append("not_found")
-            return False
-        loaded.states[tokens] = pages
-        return True
+        with decoding_threads() as threads:
+            states = StateFetch(self._source(), plan, loaded, threads)
+            loaded.timed("fetch", lambda: fetch(self.client, states, end))
+            return loaded.timed("decode", states.finish)
+
+    def _source(self) -> BlobSource:
+        return BlobSource(self.client, self.calibrations, self.rope, self.shard.model_id)
 
 
 def _chosen(plan: RestorePlan, loaded: Loaded, beyond: int, choose: Choose) -> RestorePlan:
@@ -188,7 +159,3 @@ def _chosen(plan: RestorePlan, loaded: Loaded, beyond: int, choose: Choose) -> R
         fetched = {piece.info.key for piece in kept.pieces()}
         loaded.skipped = [p.info for p in pieces if p.info.key not in fetched]
     return kept
-
-
-def _threads() -> int:
-    return max(2, min(_MOST_THREADS, os.cpu_count() or 1))
