@@ -174,6 +174,7 @@ def query_to_proto(query: LookupQuery) -> store_pb2.LookupRequest:
         local_only=query.local_only,
         state_start=query.states[0],
         state_end=query.states[1],
+        token_count=query.tokens,
     )
 
 
@@ -191,6 +192,7 @@ def query_from_proto(request: store_pb2.LookupRequest) -> LookupQuery:
         heads=_range("heads", request.head_start, request.head_end, MAX_HEADS),
         local_only=request.local_only,
         states=_range("states", request.state_start, request.state_end, MAX_LAYERS),
+        tokens=request.token_count,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kvferry.cluster import index_lookup
 from kvferry.cluster import index_rows as rows
 from kvferry.cluster.coverage import covers
 from kvferry.cluster.index_rows import CodecTable, Held, Unit
@@ -178,9 +179,9 @@ class Index:
         return [key in live for key in keys]
 
     def lookup(self, query: LookupQuery, now_s: float) -> tuple[LookupResult, list[Unit]]:
-        """See `index_rows.lookup`."""
+        """See `index_lookup.lookup`."""
         with self._read() as db:
-            return rows.lookup(db, self._codecs, query, now_s)
+            return index_lookup.lookup(db, self._codecs, query, now_s)
 
     def listing(
         self, query: ListQuery, after: tuple[int, int, int] = (-1, 0, 0)

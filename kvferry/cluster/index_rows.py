@@ -2,28 +2,18 @@
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvferry.cluster.blob_name import blob_name
-from kvferry.cluster.coverage import Range, covers
 from kvferry.cluster.repository import (
     BlobInfo,
     CodecInfo,
     ListQuery,
-    LookupQuery,
-    LookupResult,
-    StateFound,
-    TailFound,
 )
 from kvferry.proto.keys import BlobKey
 
-PAGE_BATCH = 128
 LIST_UNITS = 256
-MAX_TAILS = 64
-TAIL_ANCHORS = 2
-MAX_STATES = 64
-EXACT_STATES = "zstd"
 
 _BLOB_COLUMNS = (
     "b.unit_id, b.layer_start, b.layer_end, b.head_start, b.head_end, b.codec_ref, b.size, "
@@ -170,129 +160,6 @@ def _held(unit: Unit, row: Sequence[int], codecs: CodecTable) -> Held:
         used_unix_s=unit.used_ns // 1_000_000_000,
     )
     return Held(info, row[9], unit.id, row[10], row[8])
-
-
-def _overlap(a: Range, b: Range) -> bool:
-    return b == (0, 0) or (a[0] < b[1] and b[0] < a[1])
-
-
-def _listing(
-    unit: Unit, held: Sequence[Held], query: LookupQuery, now_s: float
-) -> list[BlobInfo] | None:
-    """The blobs to list of one unit; None where it is not complete for this caller."""
-    live = [h for h in held if not h.expires_s or h.expires_s > now_s]
-    if query.codecs:
-        live = [h for h in live if h.info.codec.name in query.codecs]
-    if len(live) < len(held) or not unit.complete:
-        parts = [(h.info.layers, h.info.heads) for h in live]
-        if not covers(parts, unit.model_layers, unit.model_heads):
-            return None
-    return [
-        h.info
-        for h in live
-        if _overlap(h.info.layers, query.layers) and _overlap(h.info.heads, query.heads)
-    ]
-
-
-def lookup(
-    db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
-) -> tuple[LookupResult, list[Unit]]:
-    """The longest run of complete pages, the tails at its end, states, and their units."""
-    pages: list[list[BlobInfo]] = []
-    used: list[Unit] = []
-    previous = query.root
-    for at in range(0, len(query.page_keys), PAGE_BATCH):
-        batch = query.page_keys[at : at + PAGE_BATCH]
-        clause = f"kind = 'page' AND complete = 1 AND page_key IN ({marks(batch)})"
-        units = {u.page_key: u for u in units_where(db, clause, batch)}
-        run: list[Unit] = []
-        for page_key in batch:
-            unit = units.get(page_key)
-            if unit is None or unit.previous_key != previous:
-                break
-            run.append(unit)
-            previous = page_key
-        held = held_of(db, codecs, run)
-        for unit in run:
-            listing = _listing(unit, held[unit.id], query, now_s)
-            if listing is None:
-                break
-            pages.append(listing)
-            used.append(unit)
-        if len(pages) < at + len(batch):
-            break
-    tails, tail_units = _tails(db, codecs, tail_anchors(query, len(pages)), query, now_s)
-    states, state_units = _states(db, codecs, query, now_s)
-    return LookupResult(pages=pages, tails=tails, states=states), used + tail_units + state_units
-
-
-def of_states(query: LookupQuery) -> LookupQuery:
-    """What ``query`` asks of states: recurrent ones are exact whatever else is accepted."""
-    codecs = query.codecs | {EXACT_STATES} if query.codecs else query.codecs
-    return replace(query, layers=query.states, heads=(0, 0), codecs=codecs)
-
-
-def _states(
-    db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
-) -> tuple[list[StateFound], list[Unit]]:
-    """Those anchored last, of one anchor the newest, whether or not the pages before them
-    are complete."""
-    found: list[StateFound] = []
-    used: list[Unit] = []
-    if query.states == (0, 0):
-        return found, used
-    wanted = of_states(query)
-    anchors = [query.root, *query.page_keys]
-    for end in range(len(anchors), 0, -PAGE_BATCH):
-        batch = {anchors[i]: i for i in range(max(0, end - PAGE_BATCH), end)}
-        clause = (
-            f"kind = 'state' AND complete = 1 AND previous_key IN ({marks(list(batch))}) "
-            # Others' long conversations must not hide short ones behind the same anchor.
-            "ORDER BY token_start DESC, id DESC LIMIT ?"
-        )
-        units = units_where(db, clause, (*batch, MAX_STATES - len(found)))
-        held = held_of(db, codecs, units)
-        for unit in units:
-            listing = _listing(unit, held[unit.id], wanted, now_s)
-            if listing is not None:
-                pages, tokens = batch[unit.previous_key], unit.token_end - unit.token_start
-                found.append(
-                    StateFound(key=unit.page_key, pages=pages, tokens=tokens, blobs=listing)
-                )
-                used.append(unit)
-        if len(found) >= MAX_STATES:
-            break
-    return found, used
-
-
-def tail_anchors(query: LookupQuery, pages: int) -> Sequence[bytes]:
-    """Where tails may be anchored that reach beyond ``pages`` complete pages: the last of
-    them may be another conversation's, and lie within a tail of this one."""
-    return [query.root, *query.page_keys][: pages + 1][-TAIL_ANCHORS:]
-
-
-def _tails(
-    db: sqlite3.Connection,
-    codecs: CodecTable,
-    anchors: Sequence[bytes],
-    query: LookupQuery,
-    now_s: float,
-) -> tuple[list[TailFound], list[Unit]]:
-    clause = (
-        f"kind = 'tail' AND complete = 1 AND previous_key IN ({marks(anchors)}) "
-        "ORDER BY token_start DESC, id DESC LIMIT ?"
-    )
-    units = units_where(db, clause, (*anchors, MAX_TAILS))
-    held = held_of(db, codecs, units)
-    found: list[TailFound] = []
-    used: list[Unit] = []
-    for unit in units:
-        listing = _listing(unit, held[unit.id], query, now_s)
-        if listing is not None:
-            tokens = unit.token_end - unit.token_start
-            found.append(TailFound(tail_key=unit.page_key, tokens=tokens, blobs=listing))
-            used.append(unit)
-    return found, used
 
 
 def list_units(

@@ -59,7 +59,8 @@ class LookupQuery:
     """A chain of page keys, and which part of the complete pages to list.
 
     ``layers`` or ``heads`` of (0, 0) mean all. ``codecs`` empty means any. ``states``:
-    layers of states to list, of any head; (0, 0) means none.
+    layers of states to list, of any head; (0, 0) means none. ``tokens``: no state beyond so
+    many is of use; 0: any may be.
     """
 
     root: bytes
@@ -69,6 +70,7 @@ class LookupQuery:
     heads: tuple[int, int] = (0, 0)
     local_only: bool = False
     states: tuple[int, int] = (0, 0)
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,10 @@ because every rank looks for its own layers and all act on the minimum.
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 
 from kvferry.cluster.coverage import covers
-from kvferry.cluster.index_rows import of_states, tail_anchors
+from kvferry.cluster.index_lookup import MAX_STATES, of_states, tail_anchors
 from kvferry.cluster.repository import (
     BlobInfo,
     ListQuery,
@@ -51,13 +52,12 @@ async def look_up_locally(tiers: Tiers, query: LookupQuery) -> LookupResult:
         TailFound(tail_key=key, tokens=_length(blobs), blobs=blobs)
         for key, blobs in (await _anchored(tiers, "tail", anchors, query)).items()
     ]
-    states = [
-        StateFound(
-            key=key, pages=anchors[blobs[0].previous_key], tokens=_length(blobs), blobs=blobs
-        )
-        for key, blobs in (await _anchored(tiers, "state", anchors, of_states(query))).items()
+    states = _nearest(
+        (await _anchored(tiers, "state", anchors, of_states(query))).items()
         if query.states != (0, 0)
-    ]
+        else (),
+        query,
+    )
     return LookupResult(pages=pages, tails=tails, states=states, partial=True)
 
 
@@ -106,15 +106,34 @@ def merge_local(results: Sequence[LookupResult], query: LookupQuery) -> LookupRe
     by_state = _together(
         (state.key, info) for result in results for state in result.states for info in state.blobs
     )
-    wanted, anchors = of_states(query), _anchors(query)
+    wanted = of_states(query)
+    states = _nearest(
+        ((key, blobs) for key, blobs in by_state.items() if covers_wanted(blobs, wanted)), query
+    )
+    return LookupResult(pages=pages, tails=tails, states=states, partial=True)
+
+
+def _nearest(
+    found: Iterable[tuple[bytes, Sequence[BlobInfo]]], query: LookupQuery
+) -> list[StateFound]:
+    """States of use to the caller, those nearest to the end of its tokens first."""
+    anchors = _anchors(query)
     states = [
         StateFound(
             key=key, pages=anchors[blobs[0].previous_key], tokens=_length(blobs), blobs=blobs
         )
-        for key, blobs in by_state.items()
-        if blobs[0].previous_key in anchors and covers_wanted(blobs, wanted)
+        for key, blobs in found
+        if blobs[0].previous_key in anchors and not 0 < query.tokens < blobs[0].tokens[1]
     ]
-    return LookupResult(pages=pages, tails=tails, states=states, partial=True)
+    states.sort(key=lambda state: state.blobs[0].tokens[1], reverse=True)
+    return states[: 2 * MAX_STATES]
+
+
+def with_states_of(found: LookupResult, other: LookupResult) -> LookupResult:
+    """``found``, and the states that only another lookup of the same chain has found."""
+    known = {state.key for state in found.states}
+    more = [state for state in other.states if state.key not in known]
+    return replace(found, states=[*found.states, *more]) if more else found
 
 
 def _together(blobs: Iterable[tuple[bytes, BlobInfo]]) -> dict[bytes, list[BlobInfo]]:

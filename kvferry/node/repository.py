@@ -5,6 +5,7 @@ import builtins
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from kvferry.cluster.repository import (
     BlobInfo,
@@ -26,7 +27,7 @@ from kvferry.errors import (
     StoreUnavailableError,
 )
 from kvferry.node.journal import Pending
-from kvferry.node.local_lookup import look_up_locally, merge_local
+from kvferry.node.local_lookup import look_up_locally, merge_local, with_states_of
 from kvferry.node.near import mark_near
 from kvferry.node.put_session import NodePut
 from kvferry.node.remotes import Peers, Remote
@@ -42,9 +43,8 @@ PEER_GET_S = 5.0
 PARALLEL_FETCHES = 8
 
 
-def _reach(found: LookupResult) -> tuple[int, int, int]:
-    states = max((state.pages for state in found.states), default=-1)
-    return found.complete_pages, len(found.tails), states
+def _reach(found: LookupResult) -> tuple[int, int]:
+    return found.complete_pages, len(found.tails)
 
 
 class NodeRepository:
@@ -180,18 +180,11 @@ class NodeRepository:
         if not self.uploads.count:
             return found
         own = await self.tiers.complete_run(query)
-        return own if _reach(own) > _reach(found) else found
+        more = _reach(own) > _reach(found)
+        return with_states_of(own, found) if more else with_states_of(found, own)
 
     async def _ask_peers(self, query: LookupQuery) -> list[LookupResult]:
-        asked = LookupQuery(
-            root=query.root,
-            page_keys=query.page_keys,
-            codecs=query.codecs,
-            layers=query.layers,
-            heads=query.heads,
-            local_only=True,
-            states=query.states,
-        )
+        asked = replace(query, local_only=True)
 
         async def ask(peer: Remote) -> LookupResult:
             async with peer.asking():

@@ -1,6 +1,7 @@
 """Complete pages only, the same for every caller: against a model by brute force."""
 
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -226,6 +227,30 @@ async def test_states_are_found_along_the_whole_chain() -> None:
         found = await store.lookup(query(keys, states=(1, 2)))
         listed = {s.key: [b.layers for b in s.blobs] for s in found.states}
         assert listed[half[0][0].page_key] == [(1, 3)]
+
+
+@pytest.mark.parametrize("order", ["as told", "shuffled"])
+@pytest.mark.parametrize("turn_tokens", [3, 100])
+async def test_the_last_of_a_hundred_turns_are_those_listed(turn_tokens: int, order: str) -> None:
+    """Some behind one page or each behind its own; stored in the order of turns or in another."""
+    turns = [turn_tokens * (1 + n) + 10 for n in range(100)]
+    async with local_store(MemoryBackend()) as store:
+        keys = chain(turns[-1] // 256)
+        stored = turns if order == "as told" else random.Random(7).sample(turns, 100)
+        for end in stored:
+            await put(store, *state([ROOT, *keys][end // 256], f"turn {end}", end))
+        for end in turns:  # others' conversations that begin alike, and go on longer
+            await put(store, *state(ROOT, f"other {end}", end + turns[-1]))
+
+        async def ends(last: int) -> list[int]:
+            asked = query(keys[: last // 256], states=(0, 3), tokens=last)
+            return [s.blobs[0].tokens[1] for s in (await store.lookup(asked)).states]
+
+        for last in (turns[-1], turns[70] + 1, turns[69] + 2, turns[3]):
+            listed = await ends(last)
+            assert listed[:4] == [end for end in turns if end <= last][:-5:-1]
+            assert len(listed) <= 128
+            assert max(listed) <= last
 
 
 async def test_a_state_takes_the_place_of_a_state_and_of_no_tail() -> None:

@@ -67,6 +67,7 @@ class Loader:
             layers=shard.layers if shard.layers[0] < shard.layers[1] else (0, 0),
             heads=shard.heads,
             states=shard.states if shard.states[0] < shard.states[1] else (0, shard.model_states),
+            tokens=len(tokens) if limit is None else limit,
         )
         found = loaded.timed("lookup", lambda: self.client.lookup(query))
         plan = plan_restore(

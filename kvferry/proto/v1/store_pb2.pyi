@@ -237,6 +237,7 @@ class LookupRequest(google.protobuf.message.Message):
     LOCAL_ONLY_FIELD_NUMBER: builtins.int
     STATE_START_FIELD_NUMBER: builtins.int
     STATE_END_FIELD_NUMBER: builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: builtins.int
     root: builtins.bytes
     """32 bytes; anchors tails of sequences without a page"""
     layer_start: builtins.int
@@ -252,6 +253,8 @@ class LookupRequest(google.protobuf.message.Message):
     state_start: builtins.int
     """States of these layers, wherever along the chain they are anchored; 0-0: none."""
     state_end: builtins.int
+    token_count: builtins.int
+    """Of the sequence: states that stand behind so many are not listed; 0: all are."""
     @property
     def page_keys(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """32 bytes each, in order"""
@@ -273,8 +276,9 @@ class LookupRequest(google.protobuf.message.Message):
         local_only: builtins.bool = ...,
         state_start: builtins.int = ...,
         state_end: builtins.int = ...,
+        token_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "head_end", b"head_end", "head_start", b"head_start", "layer_end", b"layer_end", "layer_start", b"layer_start", "local_only", b"local_only", "page_keys", b"page_keys", "root", b"root", "state_end", b"state_end", "state_start", b"state_start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codecs", b"codecs", "head_end", b"head_end", "head_start", b"head_start", "layer_end", b"layer_end", "layer_start", b"layer_start", "local_only", b"local_only", "page_keys", b"page_keys", "root", b"root", "state_end", b"state_end", "state_start", b"state_start", "token_count", b"token_count"]) -> None: ...
 
 Global___LookupRequest: typing_extensions.TypeAlias = LookupRequest
 

@@ -1,0 +1,147 @@
+"""What a chain of page keys finds in the index: pages, tails at their end, and states."""
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvferry.cluster.coverage import Range, covers
+from kvferry.cluster.index_rows import CodecTable, Held, Unit, held_of, marks, units_where
+from kvferry.cluster.repository import BlobInfo, LookupQuery, LookupResult, StateFound, TailFound
+
+PAGE_BATCH = 128
+MAX_TAILS = 64
+TAIL_ANCHORS = 2
+MAX_STATES = 64
+EXACT_STATES = "zstd"
+
+
+def _overlap(a: Range, b: Range) -> bool:
+    return b == (0, 0) or (a[0] < b[1] and b[0] < a[1])
+
+
+def _listing(
+    unit: Unit, held: Sequence[Held], query: LookupQuery, now_s: float
+) -> list[BlobInfo] | None:
+    """The blobs to list of one unit; None where it is not complete for this caller."""
+    live = [h for h in held if not h.expires_s or h.expires_s > now_s]
+    if query.codecs:
+        live = [h for h in live if h.info.codec.name in query.codecs]
+    if len(live) < len(held) or not unit.complete:
+        parts = [(h.info.layers, h.info.heads) for h in live]
+        if not covers(parts, unit.model_layers, unit.model_heads):
+            return None
+    return [
+        h.info
+        for h in live
+        if _overlap(h.info.layers, query.layers) and _overlap(h.info.heads, query.heads)
+    ]
+
+
+def lookup(
+    db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
+) -> tuple[LookupResult, list[Unit]]:
+    """The longest run of complete pages, the tails at its end, states, and their units."""
+    pages: list[list[BlobInfo]] = []
+    used: list[Unit] = []
+    previous = query.root
+    for at in range(0, len(query.page_keys), PAGE_BATCH):
+        batch = query.page_keys[at : at + PAGE_BATCH]
+        clause = f"kind = 'page' AND complete = 1 AND page_key IN ({marks(batch)})"
+        units = {u.page_key: u for u in units_where(db, clause, batch)}
+        run: list[Unit] = []
+        for page_key in batch:
+            unit = units.get(page_key)
+            if unit is None or unit.previous_key != previous:
+                break
+            run.append(unit)
+            previous = page_key
+        held = held_of(db, codecs, run)
+        for unit in run:
+            listing = _listing(unit, held[unit.id], query, now_s)
+            if listing is None:
+                break
+            pages.append(listing)
+            used.append(unit)
+        if len(pages) < at + len(batch):
+            break
+    tails, tail_units = _tails(db, codecs, tail_anchors(query, len(pages)), query, now_s)
+    states, state_units = _states(db, codecs, query, now_s)
+    return LookupResult(pages=pages, tails=tails, states=states), used + tail_units + state_units
+
+
+def of_states(query: LookupQuery) -> LookupQuery:
+    """What ``query`` asks of states: recurrent ones are exact whatever else is accepted."""
+    codecs = query.codecs | {EXACT_STATES} if query.codecs else query.codecs
+    return replace(query, layers=query.states, heads=(0, 0), codecs=codecs)
+
+
+# Of one conversation the longest is wanted; of many that hang on one anchor the newest is
+# likelier to be the caller's. A store cannot tell them apart, so that both kinds are listed.
+_STATE_ORDERS = ("token_start DESC, token_end DESC, id DESC", "token_start DESC, id DESC")
+
+
+def _states(
+    db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
+) -> tuple[list[StateFound], list[Unit]]:
+    """Those nearest to the end, of one anchor the longest and the newest, whether or not
+    the pages before them are complete."""
+    if query.states == (0, 0):
+        return [], []
+    wanted = of_states(query)
+    anchors = [query.root, *query.page_keys]
+    used: dict[int, tuple[Unit, StateFound]] = {}
+    for order in _STATE_ORDERS:
+        found = 0
+        for end in range(len(anchors), 0, -PAGE_BATCH):
+            batch = {anchors[i]: i for i in range(max(0, end - PAGE_BATCH), end)}
+            clause = (
+                f"kind = 'state' AND complete = 1 AND previous_key IN ({marks(list(batch))}) "
+                f"AND (? = 0 OR token_end <= ?) ORDER BY {order} LIMIT ?"
+            )
+            values = (*batch, query.tokens, query.tokens, MAX_STATES - found)
+            units = units_where(db, clause, values)
+            held = held_of(db, codecs, units)
+            for unit in units:
+                listing = _listing(unit, held[unit.id], wanted, now_s)
+                if listing is not None:
+                    found += 1
+                    used[unit.id] = unit, _state_found(unit, batch[unit.previous_key], listing)
+            if found >= MAX_STATES:
+                break
+    nearest = sorted(used.values(), key=lambda pair: pair[0].token_end, reverse=True)
+    return [state for _, state in nearest], [unit for unit, _ in nearest]
+
+
+def _state_found(unit: Unit, pages: int, listing: Sequence[BlobInfo]) -> StateFound:
+    tokens = unit.token_end - unit.token_start
+    return StateFound(key=unit.page_key, pages=pages, tokens=tokens, blobs=listing)
+
+
+def tail_anchors(query: LookupQuery, pages: int) -> Sequence[bytes]:
+    """Where tails may be anchored that reach beyond ``pages`` complete pages: the last of
+    them may be another conversation's, and lie within a tail of this one."""
+    return [query.root, *query.page_keys][: pages + 1][-TAIL_ANCHORS:]
+
+
+def _tails(
+    db: sqlite3.Connection,
+    codecs: CodecTable,
+    anchors: Sequence[bytes],
+    query: LookupQuery,
+    now_s: float,
+) -> tuple[list[TailFound], list[Unit]]:
+    clause = (
+        f"kind = 'tail' AND complete = 1 AND previous_key IN ({marks(anchors)}) "
+        "ORDER BY token_start DESC, id DESC LIMIT ?"
+    )
+    units = units_where(db, clause, (*anchors, MAX_TAILS))
+    held = held_of(db, codecs, units)
+    found: list[TailFound] = []
+    used: list[Unit] = []
+    for unit in units:
+        listing = _listing(unit, held[unit.id], query, now_s)
+        if listing is not None:
+            tokens = unit.token_end - unit.token_start
+            found.append(TailFound(tail_key=unit.page_key, tokens=tokens, blobs=listing))
+            used.append(unit)
+    return found, used
