@@ -54,6 +54,14 @@ _LATENT = {
     "attention_bias": False,
     "rope_scaling": None,
 }
+_LINEAR = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+}
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "qwen3": {},
@@ -95,14 +103,21 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen3_next": {
         **_EXPERTS,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-        "linear_conv_kernel_dim": 4,
+        **_LINEAR,
         "shared_expert_intermediate_size": 32,
-        "full_attention_interval": 2,
         "partial_rotary_factor": 0.5,
+    },
+    "qwen3_5": {
+        "text_config": {
+            **_PLAIN,
+            **_LINEAR,
+            "model_type": "qwen3_5_text",
+            "rope_parameters": {
+                "type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
     },
 }
 

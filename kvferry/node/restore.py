@@ -11,6 +11,7 @@ import numpy as np
 
 from kvferry.cluster.repository import BlobInfo, LookupResult
 from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.state_parts import parts_wanted
 from kvferry.errors import IdentityMismatchError
 from kvferry.proto.keys import state_key, tail_key
 
@@ -73,11 +74,17 @@ class RestorePlan:
 
 @dataclass(frozen=True, slots=True)
 class StatePlan:
-    """The states after ``tokens`` tokens; ``start``: where their blobs say they begin."""
+    """The states after ``tokens`` tokens.
+
+    Attributes:
+        start: where their blobs say they begin.
+        parts: ranks that divided each of them.
+    """
 
     start: int
     tokens: int
     pieces: tuple[Piece, ...]
+    parts: int = 1
 
 
 def choose_pieces(
@@ -163,26 +170,30 @@ def plan_states(
     page_tokens: int,
     states: tuple[int, int],
     part: tuple[int, int] = (0, 1),
+    any_parts: bool = True,
 ) -> list[StatePlan]:
     """States keyed by exactly these tokens, the longest first.
 
     Args:
         states: state layers wanted; (a, a): none, only where they stand.
         part: which part of each, of how many.
+        any_parts: whether those of another number of ranks are of use. Of one position
+            those of as many are taken.
     """
-    plans = []
+    plans: dict[int, StatePlan] = {}
     for state in found.states:
         start = state.pages * page_tokens
         end = start + state.tokens
         previous = page_keys[state.pages - 1] if state.pages else root
-        if end > len(tokens):
+        parts = state.blobs[0].model_heads if state.blobs else part[1]
+        if end > len(tokens) or not (any_parts or parts == part[1]):
             continue
-        if state_key(tail_key(previous, tokens[start:end]), part[1]) != state.key:
+        if state_key(tail_key(previous, tokens[start:end]), parts) != state.key:
             continue
-        pieces = choose_pieces(state.blobs, states, (part[0], part[0] + 1))
-        if pieces is not None:
-            plans.append(StatePlan(start, end, pieces))
-    return sorted(plans, key=lambda plan: plan.tokens, reverse=True)
+        pieces = choose_pieces(state.blobs, states, parts_wanted(part, parts))
+        if pieces is not None and (end not in plans or parts == part[1]):
+            plans[end] = StatePlan(start, end, pieces, parts)
+    return sorted(plans.values(), key=lambda plan: plan.tokens, reverse=True)
 
 
 def runs_of(plan: RestorePlan) -> list[Run]:

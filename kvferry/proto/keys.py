@@ -250,8 +250,8 @@ def state_key(tail: bytes, parts: int = 1) -> bytes:
 
     Args:
         tail: `tail_key` of those tokens.
-        parts: how many tensor-parallel ranks divide each state; it can only be restored
-            on as many.
+        parts: how many tensor-parallel ranks divide each state. Others find it by what a
+            lookup says of its blobs, and put the parts together.
     Raises: InvalidKeyError.
     """
     if len(tail) != DIGEST_BYTES or not 1 <= parts <= MAX_HEADS:

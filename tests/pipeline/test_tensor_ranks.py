@@ -110,15 +110,27 @@ def test_latents_are_on_all_ranks_and_stored_once(cluster: Cluster, tmp_path: Pa
         assert generate(ranks) == (cold, [699])
 
 
-def test_rings_are_divided_and_come_back_to_as_many_ranks(cluster: Cluster, tmp_path: Path) -> None:
-    model = zoo("gpt_oss", tmp_path)
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5"])
+def test_states_are_divided_and_come_back_to_any_number_of_ranks(
+    cluster: Cluster, tmp_path: Path, name: str
+) -> None:
+    """Rings, and recurrent state of which each rank has some of three pieces."""
+    model = zoo(name, tmp_path)
+
+    def keep(ranks: Ranks, tokens: int) -> None:
+        generate(ranks, PROMPT[:tokens], use_cache=False, offer=True)
+        ranks.call("flush")
+
     with running(cluster, model, [TENSOR] * 2) as ranks:
         ranks.call("policy", name="exact")
         cold, _ = generate(ranks, use_cache=False)
-        generate(ranks, PROMPT[:600], use_cache=False, offer=True)
-        ranks.call("flush")
+        keep(ranks, 600)
         assert generate(ranks) == (cold, [600, 600])
     assert {info.heads for info in stored(cluster, "state")} >= {(0, 1), (1, 2)}
     with running(cluster, model, [TENSOR]) as ranks:
         ranks.call("policy", name="exact")
-        assert generate(ranks) == (cold, [0])  # a miss, since rings are not put together
+        assert generate(ranks) == (cold, [600])
+        keep(ranks, 650)
+    with running(cluster, model, [TENSOR] * 2) as ranks:
+        ranks.call("policy", name="exact")
+        assert generate(ranks) == (cold, [650, 650])

@@ -17,6 +17,7 @@ from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.mlx.leaves import extracted, packed_rows, state_adapter
 from kvferry.codec.mlx.parts import length, parts_of, row_arrays, row_names
 from kvferry.codec.mlx.refill import restore
+from kvferry.codec.state_parts import StateLayout
 from kvferry.errors import ModelError
 
 _DTYPES = {mx.float16: DType.FLOAT16, mx.bfloat16: DType.BFLOAT16, mx.float32: DType.FLOAT32}
@@ -42,6 +43,7 @@ class CacheSnapshot:
     _views: Sequence[Mapping[str, _View]]
     states: tuple[int, int] = (0, 0)
     _states: Sequence[Mapping[str, _View]] = ()
+    _layout: StateLayout | None = None
 
     def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
         """Host copies of absolute page layers and tokens. Any thread may call it.
@@ -62,15 +64,20 @@ class CacheSnapshot:
         return PageTensors(layers, self.heads, tokens, streams)
 
     def state_pages(self, tokens: tuple[int, int], part: int = 0) -> Iterator[PageTensors]:
-        """States of consecutive layers of one form. Any thread may call it.
+        """States of consecutive layers of one form, as stored. Any thread may call it.
 
         Args:
             tokens: what a blob of them is to say; they stand at its end.
             part: which part of the states this rank has; the pages' ``heads``.
         """
+        layout = self._layout
+        for page in self._state_pages(tokens, part):
+            yield page if layout is None else layout.split(page)
+
+    def _state_pages(self, tokens: tuple[int, int], part: int) -> Iterator[PageTensors]:
         at = self.states[0]
-        for _, run in groupby(self._states, key=_form):
-            held = list(run)
+        for _, run in groupby(enumerate(self._states, at), key=self._form):
+            held = [layer for _, layer in run]
             streams = {}
             for name in held[0]:
                 parts = [_padded(np.asarray(layer[name][0])[0]) for layer in held]
@@ -78,6 +85,12 @@ class CacheSnapshot:
             if streams:
                 yield PageTensors((at, at + len(held)), (part, part + 1), tokens, streams)
             at += len(held)
+
+    def _form(self, numbered: tuple[int, Mapping[str, _View]]) -> object:
+        number, layer = numbered
+        form = [(name, view.shape, dtype) for name, (view, dtype) in layer.items()]
+        divided = None if self._layout is None else self._layout.of(number)
+        return form, divided
 
     def refill(self, cache: Sequence[Any], pages: Sequence[PageTensors]) -> int:
         """Fill fresh caches of the same layers with ``pages`` and the states held here.
@@ -89,14 +102,10 @@ class CacheSnapshot:
             cache,
             pages,
             self.layers[0],
-            states=list(self.state_pages(span)),
+            states=list(self._state_pages(span, 0)),
             state_start=self.states[0],
             tokens=self.tokens,
         )
-
-
-def _form(layer: Mapping[str, _View]) -> object:
-    return [(name, view.shape, dtype) for name, (view, dtype) in layer.items()]
 
 
 def _padded(array: _HostArray) -> _HostArray:
@@ -113,6 +122,7 @@ def snapshot(
     state_start: int = 0,
     row: int | None = None,
     packed: bool = False,
+    layout: StateLayout | None = None,
 ) -> CacheSnapshot:
     """Hold on to the first ``tokens`` positions of a cache. Runs on the model's thread.
 
@@ -126,6 +136,7 @@ def snapshot(
             tokens and rows might not belong together.
         packed: quantized caches as they are, for codecs that change no bit; else the
             numbers that they stand for.
+        layout: which part of the states this rank has; None: all of them.
     Raises:
         ModelError: another cache class, more than one sequence, too few tokens.
     """
@@ -148,6 +159,7 @@ def snapshot(
         views,
         (state_start, state_start + len(states)),
         states,
+        layout,
     )
 
 

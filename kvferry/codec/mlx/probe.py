@@ -70,7 +70,7 @@ def probe(model: Any | None, config: Mapping[str, Any], dtype: mx.Dtype | None =
 
 def _probed_if_held(model: Any) -> list[Any] | None:
     try:
-        return _probed(model)
+        return probed(model)
     except ModelError:
         raise
     except Exception:  # layers without weights fail in as many ways as there are models
@@ -86,7 +86,7 @@ def _skeleton(config: Mapping[str, Any], dtype: mx.Dtype | None = None) -> tuple
         model = model_class(args_class.from_dict(dict(config)))
         if dtype is not None:
             model.set_dtype(dtype)
-        return model, _probed(model)
+        return model, probed(model)
     except ModelError:
         raise
     except Exception as exc:
@@ -97,8 +97,11 @@ def _skeleton(config: Mapping[str, Any], dtype: mx.Dtype | None = None) -> tuple
         ) from exc
 
 
-def _probed(model: Any) -> list[Any]:
-    """A cache that has seen one token; no array of it is computed."""
+def probed(model: Any) -> list[Any]:
+    """A cache that has seen one token; no array of it is computed.
+
+    Raises: ModelError: an unknown cache class; and what a model without weights raises.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from kvferry.codec.base import PageTensors
 from kvferry.codec.blob import decode_blob
+from kvferry.codec.state_parts import StateLayout
 from kvferry.errors import CodecError
 from kvferry.node.hooks.fetch import BlobSource
 from kvferry.node.hooks.loaded import Data, Loaded
@@ -13,12 +14,21 @@ from kvferry.proto.keys import BlobKey
 
 
 class StateFetch:
-    """All states of a position, or none."""
+    """All states of a position, or none.
+
+    Args:
+        layout: which part of them this rank has; None: all.
+    """
 
     def __init__(
-        self, source: BlobSource, plan: StatePlan, loaded: Loaded, threads: ThreadPoolExecutor
+        self,
+        source: BlobSource,
+        layout: StateLayout | None,
+        plan: StatePlan,
+        loaded: Loaded,
+        threads: ThreadPoolExecutor,
     ) -> None:
-        self._source, self._plan = source, plan
+        self._source, self._layout, self._plan = source, layout, plan
         self._loaded, self._threads = loaded, threads
         self._infos = {piece.info.key: piece.info for piece in plan.pieces}
         self._wanted = set(self._infos)
@@ -74,5 +84,9 @@ class StateFetch:
                 except CodecError as exc:
                     self.failed(key, exc.reason)
                     return False
-        self._loaded.states[self._plan.tokens] = pages
+        joined = pages if self._layout is None else self._layout.join(pages, self._plan.parts)
+        if joined is None:
+            self.failed(self.keys[0], "state_split")
+            return False
+        self._loaded.states[self._plan.tokens] = joined
         return True

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvferry.cluster.repository import LookupQuery
+from kvferry.codec.state_parts import StateLayout
 from kvferry.node.coding import Shard
 from kvferry.node.hooks.fetch import BlobSource, decoding_threads, fetch
 from kvferry.node.hooks.fetch_prefix import PrefixFetch
@@ -39,6 +40,7 @@ class Loader:
     root: bytes
     accept: frozenset[str]
     rope: Mapping[int, bytes]
+    layout: StateLayout | None = None
 
     def load(
         self,
@@ -75,7 +77,14 @@ class Loader:
         )
         if shard.model_states:
             states = plan_states(
-                found, keys, self.root, tokens, shard.page_tokens, shard.states, shard.state_part
+                found,
+                keys,
+                self.root,
+                tokens,
+                shard.page_tokens,
+                shard.states,
+                shard.state_part,
+                any_parts=self.layout is not None and self.layout.told,
             )
             most = len(tokens) if limit is None else limit
             reach = min(most, plan.tokens) if shard.model_layers else most
@@ -106,7 +115,7 @@ class Loader:
             if shard.layers[0] < shard.layers[1]:
                 rows = RowsFetch(source, shard, plan, loaded, threads)
             if at:
-                states = StateFetch(source, at[0], loaded, threads)
+                states = StateFetch(source, self.layout, at[0], loaded, threads)
             tokens = at[0].tokens if at else plan.tokens
             prefix = PrefixFetch(rows, states, tokens, at[1].tokens if len(at) > 1 else 0)
             loaded.timed("fetch", lambda: fetch(self.client, prefix, end))
@@ -136,7 +145,7 @@ class Loader:
         if plan is None:
             return False
         with decoding_threads() as threads:
-            states = StateFetch(self._source(), plan, loaded, threads)
+            states = StateFetch(self._source(), self.layout, plan, loaded, threads)
             loaded.timed("fetch", lambda: fetch(self.client, states, end))
             return loaded.timed("decode", states.finish)
 
