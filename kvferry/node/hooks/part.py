@@ -10,7 +10,9 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe, reference_model
 from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.mlx.shape import ModelShape, Span, TensorPart
+from kvferry.codec.mlx.state_layout import state_layout
 from kvferry.codec.rope import RopeSpec
+from kvferry.codec.state_parts import StateLayout
 from kvferry.errors import ModelError
 
 
@@ -24,6 +26,7 @@ class Part:
         layers: absolute layers, half-open.
         span: page and state layers of this rank.
         tensor: heads and states of this rank.
+        layout: how those states lie in the whole ones.
         make_cache: an empty cache of the local layers.
         form: of those caches where their numbers are not plain ones; "" else.
         specs: one rope spec for each page layer of the model.
@@ -34,6 +37,7 @@ class Part:
     layers: tuple[int, int]
     span: Span
     tensor: TensorPart
+    layout: StateLayout
     make_cache: Callable[[], list[Any]]
     form: str
     specs: Sequence[RopeSpec]
@@ -51,6 +55,8 @@ class Part:
         shape = describe(reference, loaded.config)
         layers = layers or (0, shape.all_layers)
         make = make_cache or _prompt_cache_maker(loaded.model)
+        span, part = shape.span(layers), shape.tensor_part(*tensor)
+        layout = state_layout(loaded, shape, span.states, part.place)
         form = cache_form(make())
         if form:  # decides the numbers, and so belongs to the model's identity
             loaded = replace(loaded, config={**loaded.config, "kvferry_cache": form})
@@ -58,8 +64,9 @@ class Part:
             loaded,
             shape,
             layers,
-            shape.span(layers),
-            shape.tensor_part(*tensor),
+            span,
+            part,
+            layout,
             make,
             form,
             page_ropes(reference, shape.page_layers),
@@ -83,6 +90,7 @@ class Part:
             latent=self.shape.latent,
             state_start=self.span.states[0],
             packed=packed,
+            layout=self.layout,
         )
         if cache_form(cache) != self.form:
             # Its numbers are others than those of the caches that would be filled.

@@ -174,6 +174,7 @@ class PrefixCache:
             root=shard.root(self._standing.salt),
             accept=frozenset(self.policy.accept),
             rope=self._part.rope,
+            layout=self._part.layout,
         )
 
     def remember(
