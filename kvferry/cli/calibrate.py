@@ -1,16 +1,15 @@
 """``kvferry calibrate``: learn what a codec needs to know about a model."""
 
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvferry.cli.calibrate_kvtc import calibrate_kvtc
+from kvferry.cli.interrupt import interruptible, stop_signals
 from kvferry.cli.options import ModelOption
-from kvferry.cli.output import JsonOption, progress, write_json
+from kvferry.cli.output import JsonOption, write_json
 
 if TYPE_CHECKING:
     from kvferry.codec.calibration import CalibrationSet, GroupCalibration
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from kvferry.codec.mlx.load import LoadedModel
 
 DEFAULT_TOKENS = 16384
-INTERRUPTED = 130
 
 
 def register(app: typer.Typer) -> None:
@@ -79,14 +77,24 @@ def calibrate(
 
     if codec not in ("ferry", "kvtc"):
         raise ConfigError("codec", codec, "ferry or kvtc; others need no calibration")
+    if memory_limit is not None and not memory_limit > 0:
+        raise ConfigError("memory-limit", memory_limit, "a number of GiB above 0")
+    limit = None if memory_limit is None else int(memory_limit * GIB)
     if codec == "kvtc":
-        calibrate_kvtc(model, text or [], out, tokens, if_missing, json)
+        calibrate_kvtc(
+            model,
+            text or [],
+            out,
+            tokens,
+            json,
+            if_missing=if_missing,
+            restart=restart,
+            limit=limit,
+        )
         return
     tokens = DEFAULT_TOKENS if tokens is None else tokens
     if weights not in ("fisher", "identity"):
         raise ConfigError("weights", weights, "fisher or identity")
-    if memory_limit is not None and not memory_limit > 0:
-        raise ConfigError("memory-limit", memory_limit, "a number of GiB above 0")
     plan = Plan(tokens=tokens) if weights == "fisher" else Plan(tokens=tokens, ridge=None)
     if if_missing and (found := _existing(model, out)) is not None:
         typer.echo(f"calibration of {model} is there already: {found}", err=True)
@@ -99,7 +107,7 @@ def calibrate(
         given, held, source = _texts(loaded, text or [], plan)
         need = memory_need(loaded, describe(loaded.model, loaded.config), plan)
         typer.echo(need.line(), err=True)
-        free = free_memory() if memory_limit is None else int(memory_limit * GIB)
+        free = free_memory() if limit is None else limit
         need.check(free)
         identity = model_id(fingerprint(loaded))
         folder = out or calibration_folder(user_dir("cache"), identity)
@@ -151,58 +159,20 @@ def _run(
     stopping: Callable[[], bool],
 ) -> "tuple[CalibrationSet, list[GroupCalibration]]":
     from kvferry.codec.lab.calibrate import calibrate as run
-    from kvferry.codec.lab.plan import Stopped
 
     work = plan.work(len(loaded.model.layers), len(held))
-    with progress(f"calibrating {loaded.name}", work) as bar:
-
-        def report(done: float, note: str) -> None:
-            bar.update(done, note)
-            if stopping():
-                raise Stopped
-
-        try:
-            return run(
-                loaded,
-                identity,
-                tokens,
-                source,
-                plan,
-                report,
-                held=held,
-                checkpoint=kept,
-                seconds=seconds,
-            )
-        except (Stopped, KeyboardInterrupt):
-            pass
-    typer.echo(
-        f"kvferry: interrupted; the same command goes on from here ({kept.folder}), "
-        "with --restart it starts afresh",
-        err=True,
-    )
-    raise typer.Exit(INTERRUPTED)
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask to stop at the next good moment; a second one stops at once.
-
-    Yields: whether one has come.
-    """
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with interruptible(f"calibrating {loaded.name}", work, kept.folder, stopping) as report:
+        return run(
+            loaded,
+            identity,
+            tokens,
+            source,
+            plan,
+            report,
+            held=held,
+            checkpoint=kept,
+            seconds=seconds,
+        )
 
 
 def _report(

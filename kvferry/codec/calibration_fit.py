@@ -180,14 +180,16 @@ class GroupAccumulator:
         """The group's calibration out of ``bundles`` that were fitted to what was seen.
 
         Args:
+            bundles: of all streams, or of some.
             source: where the text came from, for people.
         """
+        streams = {part.name for bundle in bundles.values() for part in bundle.parts}
         return GroupCalibration(
             model_id=self.model_id,
             layers=self.layers,
             heads=self.heads,
             bundles=bundles,
-            ropes=self.ropes,
+            ropes={name: specs for name, specs in self.ropes.items() if name in streams},
             source=source,
             tokens=self.tokens,
         )

@@ -1,11 +1,12 @@
 """From pages of a model to a calibration of `kvtc`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
-from kvferry.codec.calibration import GroupAccumulator
+from kvferry.codec.calibration import GroupAccumulator, GroupCalibration
 from kvferry.codec.calibration_bundle import StreamPart, bundle_calibration
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.kvtc_quantize import measured_errors
@@ -20,6 +21,26 @@ MAX_WIDTH = 12_288
 MAX_BASIS_BYTES = 240 << 20
 KEPT_ROWS = 1024
 _APART_STRIDE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RowsAside:
+    """Rows on which errors will be measured: stream name -> (rows, p) float32.
+
+    Attributes:
+        kept: of the tokens fitted on, every ``stride``-th of ``count``.
+        apart: of other texts.
+    """
+
+    kept: Mapping[str, FloatArray]
+    apart: Mapping[str, FloatArray]
+    stride: int
+    count: int
+
+    @staticmethod
+    def apart_rows(tokens: int) -> int:
+        """Rows that are taken of a text apart of so many tokens."""
+        return -(-max(tokens - SINK_TOKENS, 0) // _APART_STRIDE)
 
 
 class KvtcFit:
@@ -76,14 +97,23 @@ class KvtcFit:
             before = self._apart.get(name, rows[:0])
             self._apart[name] = np.concatenate([before, rows])
 
+    def set_aside(self) -> "RowsAside":
+        """What was kept beside the sums, to go on from."""
+        return RowsAside(self._kept, self._apart, self._stride, self._count)
+
+    def take_back(self, rows: "RowsAside") -> None:
+        """Go on from what `set_aside` gave; the sums are the accumulator's own."""
+        self._kept, self._apart = dict(rows.kept), dict(rows.apart)
+        self._stride, self._count = rows.stride, rows.count
+
     @property
     def kept(self) -> Mapping[str, FloatArray]:
         """Stream name -> (rows, p) on which errors will be measured: of pages apart, else
         `KEPT_ROWS` to twice as many spread evenly over the tokens fitted on."""
         return self._apart or self._kept
 
-    def finish(self, source: str) -> KvtcCalibration:
-        """Bases by PCA, then errors and plans.
+    def fit(self, name: str, source: str) -> GroupCalibration:
+        """The basis of one stream by PCA, as a calibration of nothing else.
 
         The covariance's eigenvectors are what the SVD of the centred data would give,
         without the data. Exact rather than randomized (as published): at a rank near the
@@ -91,16 +121,27 @@ class KvtcFit:
         Raises: UnsupportedTensorError: too little was seen.
         """
         seen = self._seen
+        total = sum(accumulator.width for accumulator in seen.bundles.values())
+        bundle = bundle_calibration(
+            [StreamPart(name=name, heads=seen.shapes[name][0], dim=seen.shapes[name][1])],
+            eigenbasis(seen.bundles[name], MAX_BASIS_BYTES // (2 * total)),
+        )
+        return seen.calibration({name: bundle}, source)
+
+    def finish(
+        self, source: str, fitted: Mapping[str, GroupCalibration] | None = None
+    ) -> KvtcCalibration:
+        """Bases, then errors and plans.
+
+        Args:
+            fitted: stream -> what `fit` gave; what is missing is fitted.
+        Raises: UnsupportedTensorError: too little was seen.
+        """
+        seen, fitted = self._seen, fitted or {}
         if not seen.bundles:
             raise UnsupportedTensorError("*", "no tokens to calibrate on")
-        total = sum(accumulator.width for accumulator in seen.bundles.values())
-        bundles = {
-            name: bundle_calibration(
-                [StreamPart(name=name, heads=seen.shapes[name][0], dim=seen.shapes[name][1])],
-                eigenbasis(accumulator, MAX_BASIS_BYTES // (2 * total)),
-            )
-            for name, accumulator in seen.bundles.items()
-        }
+        made = {name: fitted.get(name) or self.fit(name, source) for name in seen.bundles}
+        bundles = {name: group.bundles[name] for name, group in made.items()}
         group = seen.calibration(bundles, source)
         errors = {}
         for name, bundle in group.bundles.items():

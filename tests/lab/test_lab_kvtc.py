@@ -9,7 +9,7 @@ import pytest
 from kvferry.cli.lab_input import calibration_of
 from kvferry.codec.kvtc_calibration import KvtcCalibration
 from kvferry.codec.lab.evaluate import Setup, evaluate
-from kvferry.codec.lab.kvtc import calibrate, calibration_work
+from kvferry.codec.lab.kvtc import KvtcPlan, calibrate, calibration_work
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import ConfigError, IdentityMismatchError
 
@@ -26,9 +26,10 @@ def made(tiny: LoadedModel, text: list[int]) -> KvtcCalibration:
     def report(done: float, _: str) -> None:
         reports.append(done)
 
-    found = calibrate(tiny, MODEL_ID, given, "tests", report, apart)
+    plan = KvtcPlan(tokens=TOKENS)
+    found = calibrate(tiny, MODEL_ID, given, "tests", plan, report, apart)
     assert reports == sorted(reports)
-    assert reports[-1] == calibration_work(TOKENS + 600)
+    assert reports[-1] == calibration_work(TOKENS + 600, 2)
     return found
 
 
@@ -73,7 +74,9 @@ def test_eval_finds_it_in_a_folder(made: KvtcCalibration, tmp_path: Path) -> Non
 
 def test_too_few_tokens_are_one_line(tiny: LoadedModel, text: list[int]) -> None:
     with pytest.raises(ConfigError, match="at least 512"):
-        calibrate(tiny, MODEL_ID, text[:500], "x", lambda *_: None)
+        KvtcPlan(tokens=500)
+    with pytest.raises(ConfigError, match="1024 tokens"):
+        calibrate(tiny, MODEL_ID, text[:1000], "x", KvtcPlan(tokens=1024), lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -24,7 +24,7 @@ from kvferry import __version__
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.covariance import StateLayout, StateTensors
 from kvferry.codec.files import read_capped, write_atomically
-from kvferry.codec.lab.plan import HeldText, Plan
+from kvferry.codec.lab.plan import HeldText
 from kvferry.errors import CalibrationCorruptError, CodecError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import canonical_json
@@ -40,8 +40,15 @@ _DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64"}
 _MAX_HEADER_BYTES = 1 << 20
 
 
+class Planned(Protocol):
+    """What a run was asked for."""
+
+    def to_json(self) -> Mapping[str, object]:
+        """All that tells one run's result from another's."""
+
+
 def checkpoint_key(
-    model_id: bytes, tokens: Sequence[int], held: Sequence[HeldText], plan: Plan
+    model_id: bytes, tokens: Sequence[int], held: Sequence[HeldText], plan: Planned
 ) -> str:
     """Names what a run computes: model, text, plan, and who computes it."""
     about = {"format": FORMAT, "kvferry": __version__, "plan": dict(plan.to_json())}
@@ -91,17 +98,19 @@ class Checkpoint:
             log.warning("checkpoint %s is left aside, calibration starts afresh: %s", path, exc)
             return None
 
-    def save_group(self, group: GroupCalibration) -> None:
-        """Keep a fitted group."""
+    def save_group(self, group: GroupCalibration, part: str = "") -> None:
+        """Keep a fitted group, or a ``part`` of it, which is a stream's name."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._group(group.layers), group.to_blob()[1])
+            write_atomically(self._group(group.layers, part), group.to_blob()[1])
         except OSError as exc:
             log.warning("no checkpoint in %s: %s", self.folder, exc)
 
-    def load_group(self, model_id: bytes, layers: tuple[int, int]) -> GroupCalibration | None:
-        """A fitted group; None: there is none that is whole."""
-        path = self._group(layers)
+    def load_group(
+        self, model_id: bytes, layers: tuple[int, int], part: str = ""
+    ) -> GroupCalibration | None:
+        """A fitted group, or ``part`` of it; None: there is none that is whole."""
+        path = self._group(layers, part)
         if not path.is_file():
             return None
         try:
@@ -117,8 +126,9 @@ class Checkpoint:
         with contextlib.suppress(OSError):
             self._root.rmdir()  # the last one of this model
 
-    def _group(self, layers: tuple[int, int]) -> Path:
-        return self.folder / f"layers-{layers[0]}-{layers[1]}.kvferry"
+    def _group(self, layers: tuple[int, int], part: str) -> Path:
+        name = "-".join(["layers", str(layers[0]), str(layers[1]), *([part] if part else [])])
+        return self.folder / f"{name}.kvferry"
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

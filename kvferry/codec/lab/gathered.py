@@ -26,12 +26,17 @@ class SeenGroup(GroupAccumulator):
     def layout(self, shape: ModelShape) -> StateLayout:
         """Names, shapes and dtypes of `tensors` once something was added."""
         count = self.layers[1] - self.layers[0]
-        width = count * sum(stream.heads * stream.dim for stream in shape.streams.values())
-        parts = CovarianceAccumulator.state_layout(width) | {
-            "importance": ((width,), "<f8"),
-            "weighed": ((1,), "<i8"),
-        }
-        return {self._name(part): kind for part, kind in parts.items()}
+        found: StateLayout = {}
+        for names in self._bundled(sorted(shape.streams)):
+            streams = [shape.streams[name] for name in names]
+            width = count * sum(stream.heads * stream.dim for stream in streams)
+            parts = CovarianceAccumulator.state_layout(width) | {
+                "importance": ((width,), "<f8"),
+                "weighed": ((1,), "<i8"),
+            }
+            bundle = JOINER.join(names)
+            found |= {self._name(bundle, part): kind for part, kind in parts.items()}
+        return found
 
     def tensors(self) -> StateTensors:
         """Views of the state; empty before anything was added."""
@@ -41,22 +46,28 @@ class SeenGroup(GroupAccumulator):
             parts = dict(covariance.state)
             parts["importance"] = sums.products
             parts["weighed"] = np.array([sums.count], dtype="<i8")
-            found |= {self._name(part): value for part, value in parts.items()}
+            found |= {self._name(name, part): value for part, value in parts.items()}
         return found
 
     def load(self, tensors: StateTensors, shape: ModelShape) -> None:
         """Take over what `tensors` gave. Raises: KeyError."""
-        parts = {part: tensors[self._name(part)] for part in CovarianceAccumulator.state_layout(1)}
-        covariance = CovarianceAccumulator.of_state(parts)
-        sums = ImportanceSums(covariance.width)
-        sums.products = tensors[self._name("importance")]
-        sums.count = int(tensors[self._name("weighed")][0])
-        bundle = JOINER.join(sorted(shape.streams))
-        self._bundles, self._importance = {bundle: covariance}, {bundle: sums}
+        bundles, importance = {}, {}
+        for names in self._bundled(sorted(shape.streams)):
+            bundle = JOINER.join(names)
+            parts = {
+                part: tensors[self._name(bundle, part)]
+                for part in CovarianceAccumulator.state_layout(1)
+            }
+            covariance = bundles[bundle] = CovarianceAccumulator.of_state(parts)
+            sums = importance[bundle] = ImportanceSums(covariance.width)
+            sums.products = tensors[self._name(bundle, "importance")]
+            sums.count = int(tensors[self._name(bundle, "weighed")][0])
+        self._bundles, self._importance = bundles, importance
         self._shapes = {name: (s.heads, s.dim) for name, s in shape.streams.items()}
 
-    def _name(self, part: str) -> str:
-        return f"layers {self.layers[0]}-{self.layers[1]}/{part}"
+    def _name(self, bundle: str, part: str) -> str:
+        where = f"layers {self.layers[0]}-{self.layers[1]}"
+        return f"{where}/{part}" if self.joint else f"{where}/{bundle}/{part}"
 
 
 class Gathered:

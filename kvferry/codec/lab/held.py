@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from kvferry.codec.lab.plan import HeldText
 from kvferry.codec.lab.text import read_text
 from kvferry.codec.mlx.tokenizer import Tokenizer
@@ -61,19 +63,25 @@ def prose() -> str:
 
 
 def chat(tokenizer: Tokenizer, count: int) -> list[int]:
-    """Short questions and answers in the model's own chat template."""
+    """Short questions and answers in the model's own chat template, or plainly if it has none."""
     tokens: list[int] = []
     for module in _CHAT_MODULES:
         for name, text in docstrings(module):
             if len(tokens) >= count:
                 return tokens[:count]
             question = f"What does {name} of Python's {module} module do?"
-            turn = tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}, {"role": "assistant", "content": text}],
-                add_generation_prompt=False,
-            )
-            tokens.extend(turn)
+            tokens.extend(_turn(tokenizer, question, text))
     return tokens[:count]
+
+
+def _turn(tokenizer: Tokenizer, question: str, answer: str) -> list[int]:
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+            add_generation_prompt=False,
+        )
+    except (ValueError, TemplateError):  # a base model
+        return tokenizer.encode(f"{question}\n\n{answer}\n\n")
 
 
 def docstrings(module: str) -> Iterator[tuple[str, str]]:

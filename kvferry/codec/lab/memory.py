@@ -4,7 +4,7 @@ Sums of sizes that are known beforehand; none grows with the number of tokens. O
 the backward pass and the eigenvectors need on the way is an estimate.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import psutil
 from mlx.utils import tree_flatten
 
 from kvferry.codec.calibration import DEFAULT_MAX_RANK, layer_groups
+from kvferry.codec.kvtc_fit import KEPT_ROWS, MAX_BASIS_BYTES, RowsAside
 from kvferry.codec.lab.fisher import CONTINUATION
+from kvferry.codec.lab.kvtc_state import KvtcPlan
 from kvferry.codec.lab.plan import Plan
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.shape import ModelShape
@@ -37,6 +39,7 @@ class MemoryNeed:
         passing: one sequence forward and backward.
         fitting: eigenvectors of the widest stream of a layer group.
         measuring: folded matrices and caches for the curve.
+        rows: kept through the whole text, to measure on.
     """
 
     resident: int
@@ -46,12 +49,13 @@ class MemoryNeed:
     passing: int
     fitting: int
     measuring: int
+    rows: int = 0
 
     @property
     def additional(self) -> int:
         """The most that will be held at once, beyond ``resident``."""
         gathering = self.covariances + max(self.passing, self.fitting)
-        return self.fisher + max(gathering, self.measuring)
+        return self.fisher + self.rows + max(gathering, self.measuring)
 
     @property
     def total(self) -> int:
@@ -69,12 +73,17 @@ class MemoryNeed:
 
     def line(self) -> str:
         """One line for people."""
-        return (
-            f"memory: {self.total / GIB:.2f} GiB at most (model {self.model / GIB:.2f}, "
-            f"covariances {self.covariances / GIB:.2f}, Fisher sums {self.fisher / GIB:.2f}, "
-            f"a pass {self.passing / GIB:.2f}, a fit {self.fitting / GIB:.2f}, "
-            f"the curve {self.measuring / GIB:.2f}), whatever the number of tokens"
-        )
+        parts = {
+            "model": self.model,
+            "covariances": self.covariances,
+            "Fisher sums": self.fisher,
+            "rows to measure on": self.rows,
+            "a pass": self.passing,
+            "a fit": self.fitting,
+            "measuring": self.measuring,
+        }
+        each = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+        return f"memory: {self.total / GIB:.2f} GiB at most ({each}), whatever the number of tokens"
 
     def to_json(self) -> dict[str, int]:
         """All parts in bytes."""
@@ -101,13 +110,13 @@ def memory_need(loaded: LoadedModel, shape: ModelShape, plan: Plan) -> MemoryNee
     widest = max(widths)
     per_token = sum(widths)
     weights = _weights(loaded.model)
-    item = max((value.itemsize for value in weights if value.size), default=_FLOAT)
+    item = _item(weights)
     cached = plan.sequence * per_token
     fisher = sum(shape.layers * s.heads * s.dim**2 for s in shape.streams.values()) * _DOUBLE
     kept = sum(width * min(width, DEFAULT_MAX_RANK) for width in widths)
     held = plan.held_context + WINDOW_TOKENS + plan.held_continuation
     caches = (3 + len(plan.curve_bits)) * held * per_token * max(item, _FLOAT)
-    adding = 3 * plan.sequence * widest * _FLOAT + widest**2 * (_FLOAT + _DOUBLE)
+    adding = _adding(plan.sequence, widest)
     gradients = 0
     if plan.ridge is not None:
         gradients = 2 * cached * _FLOAT + _activations(loaded.config, shape, plan.sequence, item)
@@ -120,6 +129,44 @@ def memory_need(loaded: LoadedModel, shape: ModelShape, plan: Plan) -> MemoryNee
         fitting=_FIT_MATRICES * widest**2 * _DOUBLE + kept * _HALF,
         measuring=kept * (_HALF + 2 * _FLOAT) + caches if plan.curve_bits else 0,
     )
+
+
+def kvtc_memory_need(
+    loaded: LoadedModel, shape: ModelShape, plan: KvtcPlan, apart: Sequence[Sequence[int]]
+) -> MemoryNeed:
+    """What `kvferry.codec.lab.kvtc.calibrate` is going to need; ``apart`` as it has it."""
+    widths = [shape.layers * stream.heads * stream.dim for stream in shape.streams.values()]
+    widest, per_token = max(widths), sum(widths)
+    weights = _weights(loaded.model)
+    ranks = [min(width, MAX_BASIS_BYTES // (_HALF * per_token)) for width in widths]
+    kept = sum(width * rank for width, rank in zip(widths, ranks, strict=True))
+    covariances = sum(width**2 for width in widths) * _DOUBLE
+    # While rows are added, those of one stream are there twice.
+    fitted = 2 * KEPT_ROWS + plan.sequence
+    others = sum(RowsAside.apart_rows(len(part)) for part in apart)
+    # Coefficients of one stream, and what they become and come back from.
+    measured = 5 * max(2 * KEPT_ROWS, others) * max(ranks) * _FLOAT
+    return MemoryNeed(
+        resident=resident_memory(),
+        model=sum(value.nbytes for value in weights),
+        covariances=covariances,
+        fisher=0,
+        passing=plan.sequence * per_token * (_item(weights) + _FLOAT)
+        + _adding(plan.sequence, widest),
+        fitting=_FIT_MATRICES * widest**2 * _DOUBLE + kept * _HALF,
+        measuring=covariances + kept * (_HALF + _FLOAT) + measured,
+        rows=(fitted + others) * (per_token + widest) * _FLOAT,
+    )
+
+
+def _item(weights: Sequence[mx.array]) -> int:
+    """Bytes of a value of the cache, which has the weights' type."""
+    return max((value.itemsize for value in weights if value.size), default=_FLOAT)
+
+
+def _adding(sequence: int, width: int) -> int:
+    """A sequence's rows, and their product, beside the sums that it is added to."""
+    return 3 * sequence * width * _FLOAT + width**2 * (_FLOAT + _DOUBLE)
 
 
 def _weights(model: Any) -> list[mx.array]:
