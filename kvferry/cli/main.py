@@ -18,6 +18,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "dump",
     "evaluate",
     "exo",
+    "explain",
     "health",
     "inspect",
     "node",

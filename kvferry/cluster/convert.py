@@ -1,5 +1,6 @@
 """Messages of store.proto to our dataclasses and back; what comes in is checked here."""
 
+import time
 from collections.abc import Iterable, Sequence
 
 from kvferry.cluster.repository import (
@@ -295,6 +296,7 @@ def stat_to_proto(stat: RepositoryStat, version: str) -> store_pb2.StatReply:
         backend=stat.backend,
         version=version,
         counters=dict(stat.counters),
+        unix_s=time.time(),
     )
 
 
@@ -311,4 +313,6 @@ def stat_from_proto(reply: store_pb2.StatReply) -> RepositoryStat:
         pinned=reply.pinned,
         backend=reply.backend,
         counters=dict(reply.counters),
+        version=reply.version,
+        unix_s=reply.unix_s,
     )

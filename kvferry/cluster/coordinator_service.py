@@ -3,11 +3,13 @@
 import asyncio
 import math
 import re
+import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 import grpc
 
+from kvferry import __version__
 from kvferry.cluster import policy as policies
 from kvferry.cluster import state as states
 from kvferry.cluster.coordinator import Coordinator
@@ -94,7 +96,11 @@ class CoordinatorServicer:
 
     async def members(self, request: pb.MembersRequest) -> pb.MembersReply:
         """Members."""
-        reply = pb.MembersReply(policy_version=self._coordinator.policies.policy.version)
+        reply = pb.MembersReply(
+            policy_version=self._coordinator.policies.policy.version,
+            version=__version__,
+            unix_s=time.time(),
+        )
         for member, presence, age_s in self._coordinator.members():
             reply.members.add(
                 node_id=member.node_id,

@@ -115,7 +115,10 @@ class LookupResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepositoryStat:
-    """Counts and bytes; ``counters`` are refusals and failures by reason."""
+    """Counts and bytes; ``counters`` are refusals and failures by reason.
+
+    ``version`` and ``unix_s`` (its clock) are of the server that answered.
+    """
 
     blobs: int
     bytes: int
@@ -127,6 +130,8 @@ class RepositoryStat:
     pinned: int = 0
     backend: str = ""
     counters: Mapping[str, int] = field(default_factory=dict)
+    version: str = ""
+    unix_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,14 @@ class NodeClient:
         request = node_pb2.NodeStatusRequest()
         return self._run(lambda: self._stub.Status(request, timeout=end), end)
 
+    def locate(
+        self, keys: Sequence[BlobKey], *, timeout_s: float | None = None
+    ) -> node_pb2.LocateReply:
+        """Where each blob is to be had now; nothing is fetched."""
+        request = node_pb2.LocateRequest(keys=[key.to_proto() for key in keys])
+        end = self._deadline(timeout_s)
+        return self._run(lambda: self._stub.Locate(request, timeout=end), end)
+
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was put so far is in the store. False: not within the time."""
         request = node_pb2.FlushRequest(timeout_ms=int(timeout_s * 1000))

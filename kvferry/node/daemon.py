@@ -164,21 +164,12 @@ class NodeDaemon:
 
     def _beat(self) -> pb.HeartbeatRequest:
         self.facts.coordinator_reachable = self.link is not None and self.link.reachable
-        remotes = [*self.peers.all, *([self.store] if self.store else [])]
-        links = [
-            pb.LinkSample(
-                to="store" if r is self.store else r.name,
-                bytes_per_s=r.bytes_per_s,
-                latency_s=r.latency_s,
-            )
-            for r in remotes
-        ]
         return pb.HeartbeatRequest(
             memory_used_share=memory_used_share(),
             free_disk_bytes=_free_bytes(self.settings.data_dir),
             prefill_tokens_per_s=self.facts.prefill_tokens_per_s,
             decode_tokens_per_s=self.facts.decode_tokens_per_s,
-            links=links,
+            links=self.repository.links(),
             shards=list(self.facts.shards.values()),
             policy_version=self.facts.policy.version,
             counters=dict(self.counters.most_common(256)),

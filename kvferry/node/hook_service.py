@@ -1,5 +1,6 @@
 """The gRPC service Node, for hooks on this machine, over the Unix socket only."""
 
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -7,10 +8,12 @@ import grpc
 import psutil
 
 from kvferry import __version__
+from kvferry.cluster.convert import keys_from_proto
 from kvferry.cluster.handlers import stream, unary
 from kvferry.cluster.server import Service
 from kvferry.errors import FerryError
 from kvferry.node.events import EventHub
+from kvferry.node.locate import locate
 from kvferry.node.pressure import IdleWatch
 from kvferry.node.repository import NodeRepository
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -116,6 +119,18 @@ class HookServicer:
             peers=[pb.NodeAddress(node_id=p.name, address=p.address) for p in repository.peers.all],
             resident_bytes=psutil.Process().memory_info().rss,
             counters=repository.counters,
+            prefill_tokens_per_s=facts.prefill_tokens_per_s,
+            decode_tokens_per_s=facts.decode_tokens_per_s,
+            links=repository.links(),
+            unix_s=time.time(),
+        )
+
+    async def locate(self, request: node_pb2.LocateRequest) -> node_pb2.LocateReply:
+        """Locate."""
+        found = await locate(self._repository, keys_from_proto(request.keys))
+        return node_pb2.LocateReply(
+            blobs=[node_pb2.Places(places=places) for places in found.places],
+            silent=found.silent,
         )
 
     async def _tiers(self) -> list[node_pb2.TierStatus]:
@@ -154,6 +169,7 @@ class HookServicer:
             "Report": unary(self.report, node_pb2.HookReport, on_failure),
             "Flush": unary(self.flush, node_pb2.FlushRequest, on_failure),
             "Status": unary(self.status, node_pb2.NodeStatusRequest, on_failure),
+            "Locate": unary(self.locate, node_pb2.LocateRequest, on_failure),
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))

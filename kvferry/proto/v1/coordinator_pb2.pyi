@@ -593,7 +593,13 @@ class MembersReply(google.protobuf.message.Message):
 
     MEMBERS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    UNIX_S_FIELD_NUMBER: builtins.int
     policy_version: builtins.int
+    version: builtins.str
+    """of the coordinator"""
+    unix_s: builtins.float
+    """its clock"""
     @property
     def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Member]: ...
     def __init__(
@@ -601,7 +607,9 @@ class MembersReply(google.protobuf.message.Message):
         *,
         members: collections.abc.Iterable[Global___Member] | None = ...,
         policy_version: builtins.int = ...,
+        version: builtins.str = ...,
+        unix_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["members", b"members", "policy_version", b"policy_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["members", b"members", "policy_version", b"policy_version", "unix_s", b"unix_s", "version", b"version"]) -> None: ...
 
 Global___MembersReply: typing_extensions.TypeAlias = MembersReply

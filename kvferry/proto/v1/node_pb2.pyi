@@ -10,6 +10,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import kvferry.proto.v1.blob_pb2
 import kvferry.proto.v1.coordinator_pb2
 import sys
 import typing
@@ -20,6 +21,64 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+@typing.final
+class LocateRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: builtins.int
+    @property
+    def keys(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kvferry.proto.v1.blob_pb2.BlobKey]: ...
+    def __init__(
+        self,
+        *,
+        keys: collections.abc.Iterable[kvferry.proto.v1.blob_pb2.BlobKey] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["keys", b"keys"]) -> None: ...
+
+Global___LocateRequest: typing_extensions.TypeAlias = LocateRequest
+
+@typing.final
+class Places(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PLACES_FIELD_NUMBER: builtins.int
+    @property
+    def places(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """"memory", "disk", "uploading", "peer:NAME", "store" """
+
+    def __init__(
+        self,
+        *,
+        places: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["places", b"places"]) -> None: ...
+
+Global___Places: typing_extensions.TypeAlias = Places
+
+@typing.final
+class LocateReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOBS_FIELD_NUMBER: builtins.int
+    SILENT_FIELD_NUMBER: builtins.int
+    @property
+    def blobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Places]:
+        """in the order asked"""
+
+    @property
+    def silent(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Who did not answer: "store", "peer:NAME"."""
+
+    def __init__(
+        self,
+        *,
+        blobs: collections.abc.Iterable[Global___Places] | None = ...,
+        silent: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs", "silent", b"silent"]) -> None: ...
+
+Global___LocateReply: typing_extensions.TypeAlias = LocateReply
 
 @typing.final
 class HelloRequest(google.protobuf.message.Message):
@@ -292,6 +351,10 @@ class NodeStatus(google.protobuf.message.Message):
     PEERS_FIELD_NUMBER: builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    DECODE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    LINKS_FIELD_NUMBER: builtins.int
+    UNIX_S_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     version: builtins.str
@@ -302,12 +365,19 @@ class NodeStatus(google.protobuf.message.Message):
     policy_version: builtins.int
     policy_name: builtins.str
     resident_bytes: builtins.int
+    prefill_tokens_per_s: builtins.float
+    """What hooks and transfers of this machine were last seen to do; 0: not measured yet."""
+    decode_tokens_per_s: builtins.float
+    unix_s: builtins.float
+    """its clock"""
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TierStatus]: ...
     @property
     def peers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kvferry.proto.v1.coordinator_pb2.NodeAddress]: ...
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kvferry.proto.v1.coordinator_pb2.LinkSample]: ...
     def __init__(
         self,
         *,
@@ -324,7 +394,11 @@ class NodeStatus(google.protobuf.message.Message):
         peers: collections.abc.Iterable[kvferry.proto.v1.coordinator_pb2.NodeAddress] | None = ...,
         resident_bytes: builtins.int = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        prefill_tokens_per_s: builtins.float = ...,
+        decode_tokens_per_s: builtins.float = ...,
+        links: collections.abc.Iterable[kvferry.proto.v1.coordinator_pb2.LinkSample] | None = ...,
+        unix_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["coordinator_reachable", b"coordinator_reachable", "counters", b"counters", "incarnation", b"incarnation", "node_id", b"node_id", "peers", b"peers", "policy_name", b"policy_name", "policy_version", b"policy_version", "resident_bytes", b"resident_bytes", "store_reachable", b"store_reachable", "tiers", b"tiers", "uploads_pending", b"uploads_pending", "uploads_pending_bytes", b"uploads_pending_bytes", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["coordinator_reachable", b"coordinator_reachable", "counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "incarnation", b"incarnation", "links", b"links", "node_id", b"node_id", "peers", b"peers", "policy_name", b"policy_name", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_bytes", b"resident_bytes", "store_reachable", b"store_reachable", "tiers", b"tiers", "unix_s", b"unix_s", "uploads_pending", b"uploads_pending", "uploads_pending_bytes", b"uploads_pending_bytes", "version", b"version"]) -> None: ...
 
 Global___NodeStatus: typing_extensions.TypeAlias = NodeStatus

@@ -59,6 +59,11 @@ class NodeStub(object):
                 request_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.NodeStatusRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.NodeStatus.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/kvferry.v1.Node/Locate',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateReply.FromString,
+                _registered_method=True)
 
 
 class NodeServicer(object):
@@ -98,6 +103,13 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Where each of these blobs is to be had now. Nothing is fetched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -125,6 +137,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.NodeStatusRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.NodeStatus.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -262,6 +279,33 @@ class Node(object):
             '/kvferry.v1.Node/Status',
             kvferry_dot_proto_dot_v1_dot_node__pb2.NodeStatusRequest.SerializeToString,
             kvferry_dot_proto_dot_v1_dot_node__pb2.NodeStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Node/Locate',
+            kvferry_dot_proto_dot_v1_dot_node__pb2.LocateRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_node__pb2.LocateReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -107,7 +107,23 @@ _NodeStatusType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportType, _NodeFlushType, _NodeStatusType]):
+_NodeLocateType = typing_extensions.TypeVar(
+    '_NodeLocateType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.LocateRequest,
+        kvferry.proto.v1.node_pb2.LocateReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.LocateRequest,
+        kvferry.proto.v1.node_pb2.LocateReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.LocateRequest,
+        kvferry.proto.v1.node_pb2.LocateReply,
+    ],
+)
+
+class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportType, _NodeFlushType, _NodeStatusType, _NodeLocateType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -129,6 +145,10 @@ class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportT
         grpc.UnaryUnaryMultiCallable[
             kvferry.proto.v1.node_pb2.NodeStatusRequest,
             kvferry.proto.v1.node_pb2.NodeStatus,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.node_pb2.LocateRequest,
+            kvferry.proto.v1.node_pb2.LocateReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -154,6 +174,10 @@ class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportT
             kvferry.proto.v1.node_pb2.NodeStatusRequest,
             kvferry.proto.v1.node_pb2.NodeStatus,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.node_pb2.LocateRequest,
+            kvferry.proto.v1.node_pb2.LocateReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Hello: _NodeHelloType
@@ -169,6 +193,9 @@ class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportT
     """Waits until uploads accepted so far are in the store, or the time is up."""
 
     Status: _NodeStatusType
+
+    Locate: _NodeLocateType
+    """Where each of these blobs is to be had now. Nothing is fetched."""
 
 NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -190,6 +217,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kvferry.proto.v1.node_pb2.NodeStatusRequest,
         kvferry.proto.v1.node_pb2.NodeStatus,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.LocateRequest,
+        kvferry.proto.v1.node_pb2.LocateReply,
     ],
 ]
 
@@ -232,5 +263,13 @@ class NodeServicer(metaclass=abc.ABCMeta):
         request: kvferry.proto.v1.node_pb2.NodeStatusRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.proto.v1.node_pb2.NodeStatus, collections.abc.Awaitable[kvferry.proto.v1.node_pb2.NodeStatus]]: ...
+
+    @abc.abstractmethod
+    def Locate(
+        self,
+        request: kvferry.proto.v1.node_pb2.LocateRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.node_pb2.LocateReply, collections.abc.Awaitable[kvferry.proto.v1.node_pb2.LocateReply]]:
+        """Where each of these blobs is to be had now. Nothing is fetched."""
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

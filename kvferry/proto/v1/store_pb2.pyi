@@ -637,6 +637,7 @@ class StatReply(google.protobuf.message.Message):
     BACKEND_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
+    UNIX_S_FIELD_NUMBER: builtins.int
     blobs: builtins.int
     bytes: builtins.int
     budget_bytes: builtins.int
@@ -647,6 +648,8 @@ class StatReply(google.protobuf.message.Message):
     pinned: builtins.int
     backend: builtins.str
     version: builtins.str
+    unix_s: builtins.float
+    """its clock"""
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """refusals and failures by reason"""
@@ -665,8 +668,9 @@ class StatReply(google.protobuf.message.Message):
         backend: builtins.str = ...,
         version: builtins.str = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        unix_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "blobs", b"blobs", "budget_bytes", b"budget_bytes", "bytes", b"bytes", "counters", b"counters", "free_disk_bytes", b"free_disk_bytes", "in_flight_bytes", b"in_flight_bytes", "pages_complete", b"pages_complete", "pinned", b"pinned", "quarantined", b"quarantined", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "blobs", b"blobs", "budget_bytes", b"budget_bytes", "bytes", b"bytes", "counters", b"counters", "free_disk_bytes", b"free_disk_bytes", "in_flight_bytes", b"in_flight_bytes", "pages_complete", b"pages_complete", "pinned", b"pinned", "quarantined", b"quarantined", "unix_s", b"unix_s", "version", b"version"]) -> None: ...
 
 Global___StatReply: typing_extensions.TypeAlias = StatReply
 
