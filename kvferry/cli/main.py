@@ -15,6 +15,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "calibrate",
     "coordinator",
     "demo",
+    "doctor",
     "dump",
     "evaluate",
     "exo",
