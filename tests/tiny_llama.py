@@ -20,13 +20,16 @@ CONFIG = {
 }
 
 
-def sharp_llama(vocabulary: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Three layers, random but sharp enough to have opinions; and its configuration."""
+def sharp_llama(vocabulary: int, head_dim: int = 16) -> tuple[nn.Module, dict[str, Any]]:
+    """Three layers, random but sharp enough to have opinions; and its configuration.
+
+    Caches can be quantized from heads of 32 on.
+    """
     mx.random.seed(3)
     config = CONFIG | {
         "num_hidden_layers": 3,
         "intermediate_size": 96,
-        "head_dim": 16,
+        "head_dim": head_dim,
         "vocab_size": vocabulary,
         "rope_theta": 1000.0,
         "tie_word_embeddings": False,

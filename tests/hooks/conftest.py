@@ -20,6 +20,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load_model(str(folder))
 
 
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """`tiny` with wider heads, so that its caches can be quantized."""
+    folder = tmp_path_factory.mktemp("wide")
+    save_model(*sharp_llama(VOCABULARY, head_dim=32), folder)
+    return load_model(str(folder))
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path, nodes=1)

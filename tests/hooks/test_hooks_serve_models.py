@@ -58,6 +58,7 @@ def test_a_folder_has_the_identity_that_load_model_gives_it(
     assert wrapper.encode("abc") == tiny.tokenizer.encode("abc")
     loaded = loading.describe(model, tiny.name, None)
     assert identity(loaded, tmp_path) == identity(tiny, tmp_path)
+    loading.forget()
     with pytest.raises(ModelError, match="not loaded by us"):
         loading.describe(model, tiny.name, None)
 

@@ -12,7 +12,7 @@ from kvferry.codec.mlx.load import load_tokenizer
 from kvferry.codec.mlx.tokenizer import GgufTokenizer
 from kvferry.node.hooks.server.checks import cache_problem, loading_problem
 from kvferry.node.hooks.server.tokenizer import wrap_gguf
-from kvferry.node.hooks.server.turns import Turns
+from kvferry.node.hooks.server.turns import RestoredPages, Turns
 
 
 def test_the_installed_mlx_lm_is_as_we_know_it() -> None:
@@ -95,11 +95,11 @@ def test_only_a_request_without_company_tells_a_speed() -> None:
 def test_pages_count_as_restored_only_where_every_token_is_the_same(
     restored: int, shared: int, length: int
 ) -> None:
-    turns = Turns()
+    pages = RestoredPages()
     tokens = list(range(1200))
-    turns.add_restored(tokens, restored)
+    pages.add(tokens, restored)
     other = [t if i < shared else t + 5000 for i, t in enumerate(tokens[:length])]
-    assert turns.restored_pages(other) == min(restored, min(shared, length) // 256)
+    assert pages.count(other) == min(restored, min(shared, length) // 256)
 
 
 # -- the tokenizer --------------------------------------------------------------

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import FerryError
 from kvferry.node.backoff import Breaker
+from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.options import HookOptions
-from kvferry.node.hooks.prefix_cache import PrefixCache
-from kvferry.node.hooks.report import RestoreReport
+from kvferry.node.hooks.server.served import Served, stored
+from kvferry.node.hooks.server.stored import Found, Moment, Stored
 from kvferry.node.hooks.server.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ Cache = list[Any]
 class Bridge:
     """kvferry beside the prompt cache of a server that has one model loaded at a time.
 
+    Of a model that several ranks serve, each has one; all calls but `idle` are made on all
+    of them alike.
+
     Args:
         options: of the `PrefixCache` that each model gets.
         ready_timeout_s: how long a model that was just loaded may wait for its identity;
@@ -49,32 +52,53 @@ class Bridge:
         self.counters: Counter[str] = Counter()
         self._options, self._ready_timeout_s = options, ready_timeout_s
         self._key: object = None
-        self._prefix: PrefixCache | None = None
+        self._stored: Stored | None = None
+        self._group: Group = Alone()
         self._turns, self._breaker = Turns(), Breaker(first_s=1.0, most_s=30.0)
         self._served_at = time.monotonic()
 
     # -- models -------------------------------------------------------------------
 
-    def attach(self, key: object, loaded: LoadedModel) -> None:
-        """A model was loaded; ``key`` is what the server calls it. Never raises."""
+    def attach(self, key: object, served: Served) -> None:
+        """A model was loaded; ``key`` is what the server calls it. Never raises.
+
+        All ranks of it enter this together, and store or do without together.
+        """
         self.detach()
+        made: Stored | None = None
+        self._group = served.ranks.group
         with _ours("attach", self.counters):
             try:
-                prefix = PrefixCache(loaded, self._options)
+                made = stored(served, self._options)
             except FerryError as exc:
                 log.warning("served without stored caches: %s", exc)
-                return
-            self._key, self._prefix = key, prefix
-            prefix.ready(self._ready_timeout_s)
+        if self._abandoned(made is not None):
+            if made is not None:
+                log.warning("served without stored caches, since another rank has to be")
+                made.close()
+            return
+        self._key, self._stored = key, made
+        with _ours("ready", self.counters):
+            assert made is not None  # noqa: S101 - or it would have been abandoned
+            made.ready(self._ready_timeout_s)
+
+    def absent(self, group: Group) -> None:
+        """This rank has nothing to `attach`, and so no rank of the model stores."""
+        self.detach()
+        self._group = group
+        self._abandoned(ours=False)
+
+    def _abandoned(self, ours: bool) -> bool:
+        return not self._group.all_min([int(ours)])[0]
 
     def detach(self) -> None:
         """The model goes: hand over what is still to be stored. May be called twice."""
-        prefix, self._prefix, self._key = self._prefix, None, None
+        stored, self._stored, self._key = self._stored, None, None
         self._turns.clear()
-        if prefix is not None:
+        if stored is not None:
             with _ours("close", self.counters):
-                prefix.close()
-            self.counters.update(prefix.counters)
+                stored.close()
+            self.counters.update(stored.counters)
 
     # -- the prompt cache ---------------------------------------------------------
 
@@ -97,51 +121,61 @@ class Bridge:
         self, key: object, tokens: list[int], cache: Cache | None, rest: Sequence[int]
     ) -> tuple[Cache | None, Sequence[int]]:
         self.counters["requests"] += 1
-        found, held = cache, len(tokens) - len(rest)
-        if (prefix := self._serving(key, tokens)) is None:
+        if self._stored is None or key != self._key:
             return cache, rest
-        if len(rest) < WORTH_ASKING:
-            self.counters["local_hits"] += 1
-        elif self._breaker.allow():
-            restored, remaining = prefix.restore(tokens, beyond=held)
-            self._judge(prefix.last_restore)
-            if len(remaining) < len(rest):
-                found, rest = restored, remaining
-                self._restored(tokens, prefix.last_restore)
-        else:
+        held, allowed = self._together(len(tokens) - len(rest))
+        if held < 0:  # ranks found different caches of their own: none is of use
+            cache, held = None, 0
+        text = _text_of(tokens)
+        if len(text) < len(tokens):
+            self.counters["with_images"] += 1
+        if len(text) - held < WORTH_ASKING:
+            self.counters["local_hits"] += bool(held)
+        elif not allowed:
             self.counters["miss_breaker"] += 1
-        self._turns.begin(tokens, len(tokens) - len(rest))
-        return found, rest
+        else:
+            # A picture's first token is no token, but it leaves all text to be restored.
+            wanted = text if len(text) == len(tokens) else [*text, 0]
+            self._breaker.allow()
+            started = time.monotonic()
+            found = self._stored.restore(wanted, held)
+            self._judge(found, time.monotonic() - started)
+            if found is not None:
+                self._restored(tokens, found, time.monotonic() - started)
+                cache, held = found.cache, found.tokens
+        self._turns.begin(tokens, held)
+        return cache, tokens[held:]
 
-    def _serving(self, key: object, tokens: Sequence[int]) -> PrefixCache | None:
-        """Who could know these tokens; negative ones stand for images, which have no key."""
-        if self._prefix is None or key != self._key:
-            return None
-        if min(tokens, default=0) < 0:
-            self.counters["miss_media"] += 1
-            return None
-        return self._prefix
+    def _together(self, held: int) -> tuple[int, bool]:
+        """(tokens at hand on every rank, -1 where they differ; whether to ask the daemons)."""
+        allowed = self._breaker.wait_s() <= 0
+        least, most, all_allow = self._group.all_min([held, -held, int(allowed)])
+        return (held if least == -most else -1), bool(all_allow)
 
-    def _judge(self, report: RestoreReport | None) -> None:
+    def _judge(self, found: Found | None, seconds: float) -> None:
         """A daemon that hangs would hold up every answer: leave it alone for a while."""
-        if report is not None and not report.restored_tokens and report.seconds >= HANGING_S:
+        if found is None and seconds >= HANGING_S:
             self._breaker.failed()
         else:
             self._breaker.succeeded()
 
-    def _restored(self, tokens: list[int], report: RestoreReport | None) -> None:
-        if report is None:
-            return
-        self._turns.add_restored(tokens, report.restored_pages)
+    def _restored(self, tokens: list[int], found: Found, seconds: float) -> None:
         self.counters["restored_requests"] += 1
-        self.counters["restored_tokens"] += report.restored_tokens
+        self.counters["restored_tokens"] += found.tokens
         log.info(
             "%d of %d prompt tokens restored in %.2f s (%.2f MB)",
-            report.restored_tokens,
-            report.prompt_tokens,
-            report.seconds,
-            report.bytes / 1e6,
+            found.tokens,
+            len(tokens),
+            seconds,
+            found.bytes / 1e6,
         )
+
+    def aligned(self, key: object, tokens: list[int], cache: Cache) -> list[int]:
+        """The tokens that a cache the server is about to keep really holds; it may be cut."""
+        with _ours("aligned", self.counters):
+            if cache and self._stored is not None and key == self._key:
+                return self._stored.aligned(tokens, cache)
+        return tokens
 
     def inserted(
         self, key: object, tokens: Sequence[int], cache: Cache, cache_type: str = "assistant"
@@ -152,12 +186,12 @@ class Bridge:
             self._inserted(key, list(tokens), cache, cache_type)
 
     def _inserted(self, key: object, tokens: list[int], cache: Cache, cache_type: str) -> None:
-        if not cache or (prefix := self._serving(key, tokens)) is None:
+        if not cache or self._stored is None or key != self._key:
             return
         event, turn = self._turns.find(tokens)
-        if any("Quantized" in type(layer).__name__ for layer in cache):
-            # Under the model's own keys others would take them for what the model computed.
-            self.counters["drop_quantized"] += 1
+        text = _text_of(tokens)
+        if len(text) < len(tokens) and not _can_be_cut(cache):
+            self.counters["drop_images"] += 1
             return
         if cache_type == "system":
             if _can_be_cut(cache):
@@ -165,18 +199,20 @@ class Bridge:
             event = "prefix"  # nobody can begin within it, so others begin here or nowhere
         # The first prompt of a conversation may be asked again, word for word.
         lasting = event == "prefill" and turn is not None and 2 * turn.cached < len(tokens)
-        since = turn.began if turn is not None and turn.alone else None
-        pages = self._turns.restored_pages(tokens)
-        prefix.remember(cache, turn.cached if turn else 0, pages, since)
-        prefix.offer(tokens, cache, event, lasting=lasting)
+        self._stored.offer(text, cache, Moment(event, lasting, turn))
 
     # -- idle time ----------------------------------------------------------------
 
     def idle(self) -> None:
         """The server has nothing to do. At most a short piece of work."""
         self._turns.clear()
-        if self._prefix is not None and time.monotonic() - self._served_at >= QUIET_S:
-            self._prefix.idle()
+        if self._stored is not None and time.monotonic() - self._served_at >= QUIET_S:
+            self._stored.idle()
+
+
+def _text_of(tokens: list[int]) -> list[int]:
+    """What comes before the first image: the server gives those negative numbers."""
+    return next((tokens[:at] for at, token in enumerate(tokens) if token < 0), tokens)
 
 
 def _can_be_cut(cache: Cache) -> bool:

@@ -13,6 +13,7 @@ _LOAD = {"load": ("path_or_hf_repo", "tokenizer_config", "adapter_path", "lazy",
 _CACHE = {
     "LRUPromptCache.fetch_nearest_cache": ("self", "model", "tokens"),
     "LRUPromptCache.insert_cache": ("self", "model", "tokens", "prompt_cache", "cache_type"),
+    "sharded_load": ("repo", "pipeline_group", "tensor_group", "return_config"),
     "ModelProvider._load": ("self", "model_path", "adapter_path", "draft_model_path"),
     "ModelProvider.load_default": ("self",),
     "ResponseGenerator.stop_and_join": ("self",),
@@ -23,8 +24,9 @@ _LOAD_USES = {"ModelProvider._load": ("load",)}
 _CACHE_USES = {
     "main": ("run", "ModelProvider"),
     "run": ("LRUPromptCache", "ResponseGenerator"),
-    "ModelProvider._load": ("model_key", "model"),
+    "ModelProvider._load": ("model_key", "model", "draft_model", "sharded_load"),
     "ResponseGenerator._generate": ("fetch_nearest_cache", "insert_cache", "_next_request"),
+    "ModelProvider.__init__": ("pipeline_group",),
     "ResponseGenerator._serve_single": ("fetch_nearest_cache", "insert_cache"),
 }
 

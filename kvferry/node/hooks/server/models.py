@@ -27,6 +27,7 @@ class _Made:
     wrapper: Any
     config: Mapping[str, Any]
     own: LoadedModel | None = None
+    whole: bool = True
 
 
 @dataclass(slots=True)
@@ -74,19 +75,40 @@ class ModelLoading:
         given = (made.model, made.wrapper)
         return (*given, made.config) if return_config else given
 
-    def describe(self, model: Any, name: str, adapter_path: str | None) -> LoadedModel:
-        """The model that `load` gave away, as hooks want it; all others are forgotten.
+    def load_sharded(
+        self,
+        original: Callable[..., Any],
+        repo: str,
+        *args: Any,
+        return_config: bool = False,
+        **others: Any,
+    ) -> tuple[Any, ...]:
+        """Takes the place of ``mlx_lm.utils.sharded_load``: this rank's part of a model.
+
+        Raises: whatever the original raises.
+        """
+        model, wrapper, config = original(repo, *args, return_config=True, **others)
+        made = _Made(suit_device(model), wrapper, config, whole=False)
+        mx.eval(made.model.parameters())
+        if self.keep:
+            self._made.append(made)
+        given = (made.model, made.wrapper)
+        return (*given, made.config) if return_config else given
+
+    def describe(self, model: Any, name: str, adapter_path: str | None = None) -> LoadedModel:
+        """The model that `load` gave away, as hooks want it.
 
         Raises: ModelError: it did not come from here, or its files cannot be found.
         """
         made = next((m for m in self._made if m.model is model), None)
-        self._made.clear()
         if made is None:
             raise ModelError(f"{name} was not loaded by us")
         adapter = Path(adapter_path) if adapter_path else None
         if made.own is None:
             folder = _folder(name)
-            return loaded_elsewhere(name, model, made.wrapper, made.config, folder, adapter)
+            return loaded_elsewhere(
+                name, model, made.wrapper, made.config, folder, adapter, whole=made.whole
+            )
         if adapter is None:
             return made.own
         files = loaded_elsewhere(name, model, made.wrapper, made.config, adapter, adapter)

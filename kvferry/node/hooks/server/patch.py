@@ -10,10 +10,13 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kvferry.node.hooks.server.bridge import Bridge
 from kvferry.node.hooks.server.models import ModelLoading
+from kvferry.node.hooks.server.ranks import all_ranks, ranks_of
+from kvferry.node.hooks.server.served import Quantized, Served
 from kvferry.node.hooks.thread_end import wait_ended
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ class Patch:
         loading = ModelLoading(self.server.load, keep=bridge is not None)
         new: dict[str, Any] = {"load": loading.load}
         if bridge is not None:
+            new["sharded_load"] = partial(loading.load_sharded, self.server.sharded_load)
             new["LRUPromptCache"] = _prompt_cache(self.server.LRUPromptCache, bridge)
             new["ModelProvider"] = _provider(self.server.ModelProvider, loading, bridge, running)
             new["ResponseGenerator"] = _generator(self.server.ResponseGenerator, bridge, running)
@@ -86,6 +90,7 @@ def _prompt_cache(base: Any, bridge: Bridge) -> type:
         def insert_cache(
             self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
         ) -> None:
+            tokens = bridge.aligned(model, tokens, prompt_cache)
             super().insert_cache(model, tokens, prompt_cache, **kwargs)
             bridge.inserted(model, tokens, prompt_cache, **kwargs)
 
@@ -103,17 +108,18 @@ def _provider(base: Any, loading: ModelLoading, bridge: Bridge, running: Running
             draft_model_path: str | None = None,
         ) -> None:
             bridge.detach()
-            super()._load(model_path, adapter_path, draft_model_path)
-            if draft_model_path is not None:
-                loading.forget()
-                log.warning("served without stored caches: there is a draft model beside this one")
-                return
             try:
-                loaded = loading.describe(self.model, model_path, adapter_path)
-            except Exception as exc:  # of whatever kind: the server has its model
-                log.warning("served without stored caches: %s", exc)
+                super()._load(model_path, adapter_path, draft_model_path)
+                served = _served(self, loading, model_path, adapter_path, draft_model_path)
+            except Exception as exc:
+                if self.model is None:
+                    raise
+                log.warning("served without stored caches: %s", exc)  # the server has its model
+                bridge.absent(all_ranks())
                 return
-            bridge.attach(self.model_key, loaded)
+            finally:
+                loading.forget()
+            bridge.attach(self.model_key, served)
 
         def reset(self) -> None:
             """In releases that have it: the model is let go of."""
@@ -132,6 +138,21 @@ def _provider(base: Any, loading: ModelLoading, bridge: Bridge, running: Running
                 raise SystemExit(1) from exc
 
     return Provider
+
+
+def _served(
+    provider: Any, loading: ModelLoading, name: str, adapter: str | None, draft: str | None
+) -> Served:
+    """Raises: ModelError."""
+    how = provider.cli_args
+    bits = getattr(how, "kv_bits", None)  # since 0.32
+    return Served(
+        loading.describe(provider.model, name, adapter),
+        None if draft is None else loading.describe(provider.draft_model, draft),
+        None if bits is None else Quantized(bits, how.kv_group_size, how.quantized_kv_start),
+        ranks_of(provider),
+        how.prefill_step_size,
+    )
 
 
 def _generator(base: Any, bridge: Bridge, running: Running) -> type:

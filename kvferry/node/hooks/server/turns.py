@@ -34,11 +34,10 @@ class Turn:
 
 
 class Turns:
-    """Requests under way, and pages that came out of the store. For the model's thread."""
+    """Requests under way. For the model's thread."""
 
     def __init__(self) -> None:
         self._turns: deque[Turn] = deque(maxlen=MOST_TURNS)
-        self._restored: OrderedDict[bytes, None] = OrderedDict()
 
     def begin(self, tokens: Sequence[int], cached: int) -> None:
         """A prompt goes to the model."""
@@ -66,19 +65,26 @@ class Turns:
                 return "turn_end", turn
         return "turn_end", None
 
-    def add_restored(self, tokens: Sequence[int], pages: int) -> None:
+
+class RestoredPages:
+    """Pages that came out of the store, and are not to be coded again."""
+
+    def __init__(self) -> None:
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
+
+    def add(self, tokens: Sequence[int], pages: int) -> None:
         """The first ``pages`` pages of ``tokens`` came out of the store."""
         for key in page_keys(_ROOT, tokens[: pages * DEFAULT_PAGE_TOKENS]):
-            self._restored[key] = None
-            self._restored.move_to_end(key)
-        while len(self._restored) > MOST_PAGES:
-            self._restored.popitem(last=False)
+            self._keys[key] = None
+            self._keys.move_to_end(key)
+        while len(self._keys) > MOST_PAGES:
+            self._keys.popitem(last=False)
 
-    def restored_pages(self, tokens: Sequence[int]) -> int:
+    def count(self, tokens: Sequence[int]) -> int:
         """How many of the first pages of ``tokens`` did."""
         count = 0
-        for key in page_keys(_ROOT, tokens) if self._restored else ():
-            if key not in self._restored:
+        for key in page_keys(_ROOT, tokens) if self._keys else ():
+            if key not in self._keys:
                 break
             count += 1
         return count
