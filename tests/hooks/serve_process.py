@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import mlx_lm
 from openai import OpenAI
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
+
+
+def has_argument(name: str) -> bool:
+    """Whether the mlx-lm that is served with has it; releases differ."""
+    other = os.environ.get("KVFERRY_TEST_MLX_LM")
+    folder = Path(other) / "mlx_lm" if other else Path(str(mlx_lm.__path__[0]))
+    return f'"{name}"' in (folder / "server.py").read_text()
 
 
 def free_port() -> int:

@@ -177,6 +177,17 @@ class Bridge:
                 return self._stored.aligned(tokens, cache)
         return tokens
 
+    def prefilled(self, cache: Cache) -> None:
+        """The request that was fetched last is the only one, and ``cache`` holds its prompt.
+
+        Where the server serves one at a time it keeps the end of the turn only; this is for
+        when the same is asked again.
+        """
+        with _ours("prefilled", self.counters):
+            turn = self._turns.last()
+            if turn is not None and len(turn.tokens) - turn.cached >= WORTH_ASKING:
+                self._inserted(self._key, turn.tokens[:-1], cache, "user")
+
     def inserted(
         self, key: object, tokens: Sequence[int], cache: Cache, cache_type: str = "assistant"
     ) -> None:

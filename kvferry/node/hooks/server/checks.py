@@ -27,7 +27,11 @@ _CACHE_USES = {
     "ModelProvider._load": ("model_key", "model", "draft_model", "sharded_load"),
     "ResponseGenerator._generate": ("fetch_nearest_cache", "insert_cache", "_next_request"),
     "ModelProvider.__init__": ("pipeline_group",),
-    "ResponseGenerator._serve_single": ("fetch_nearest_cache", "insert_cache"),
+    "ResponseGenerator._serve_single": (
+        "fetch_nearest_cache",
+        "insert_cache",
+        "stream_generate",
+    ),
 }
 
 

@@ -7,8 +7,8 @@ subclasses that leave everything else as it is, and put back afterwards.
 import _thread
 import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -64,6 +64,7 @@ class Patch:
         new: dict[str, Any] = {"load": loading.load}
         if bridge is not None:
             new["sharded_load"] = partial(loading.load_sharded, self.server.sharded_load)
+            new["stream_generate"] = _one_at_a_time(self.server.stream_generate, bridge)
             new["LRUPromptCache"] = _prompt_cache(self.server.LRUPromptCache, bridge)
             new["ModelProvider"] = _provider(self.server.ModelProvider, loading, bridge, running)
             new["ResponseGenerator"] = _generator(self.server.ResponseGenerator, bridge, running)
@@ -95,6 +96,28 @@ def _prompt_cache(base: Any, bridge: Bridge) -> type:
             bridge.inserted(model, tokens, prompt_cache, **kwargs)
 
     return PromptCache
+
+
+def _one_at_a_time(original: Callable[..., Any], bridge: Bridge) -> Callable[..., Any]:
+    def stream_generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        """The server's own; when the prompt is in the cache, that is known."""
+        cache, report = kwargs.get("prompt_cache"), kwargs.get("prompt_progress_callback")
+        speculating = kwargs.get("draft_model") is not None
+
+        def progress(done: int, total: int) -> None:
+            if report is not None:
+                report(done, total)
+            if 0 < done == total - 1:
+                bridge.prefilled(cache or [])
+
+        kwargs["prompt_progress_callback"] = progress
+        with closing(original(*args, **kwargs)) as pieces:
+            for count, piece in enumerate(pieces):
+                if count == 0 and speculating:  # which reports no progress, and whose caches
+                    bridge.prefilled(cache or [])  # can be cut at a token
+                yield piece
+
+    return stream_generate
 
 
 def _provider(base: Any, loading: ModelLoading, bridge: Bridge, running: Running) -> type:

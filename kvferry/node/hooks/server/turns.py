@@ -50,6 +50,10 @@ class Turns:
         """Nothing is under way: requests that were broken off are forgotten."""
         self._turns.clear()
 
+    def last(self) -> Turn | None:
+        """The request that began last, while it is under way."""
+        return self._turns[-1] if self._turns else None
+
     def find(self, tokens: Sequence[int]) -> tuple[str, Turn | None]:
         """("prefill" or "turn_end", request) of a cache that holds ``tokens``.
 
