@@ -30,7 +30,8 @@ def serve(
     -- --help` lists them. A prompt that this or another machine has seen is restored from the
     node daemon and the store behind it (`kvferry up`, or `kvferry node`) instead of being
     prefilled, after a restart too. Whatever goes wrong with that is a miss, and the model
-    prefills. --json tells at the end what was served and restored.
+    prefills. --json tells at the end what was served and restored; of several ranks
+    (`mlx.launch ... kvferry serve ...`), the first does.
     """
     from kvferry.codec.mlx.openblas import ensure_openblas
 
@@ -42,5 +43,5 @@ def serve(
     if model is not None:
         arguments = ["--model", model, *arguments]
     result = run(arguments, HookOptions() if socket is None else HookOptions(socket=socket))
-    if json is not None:
+    if json is not None and result["rank"] == 0:  # ranks may share a folder
         write_json(result, json)

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -56,6 +57,7 @@ class Server:
         *arguments: str,
         model: str = "smollm2",
         prelude: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.port = free_port()
         self.log = folder / f"serve-{self.port}.log"
@@ -64,12 +66,12 @@ class Server:
         command = [sys.executable, "-c", program, "serve", "--model", model]
         command += ["--socket", str(node), "--json", str(self._summary)]
         command += ["--port", str(self.port), "--temp", "0", *arguments]
-        environment = dict(os.environ)
-        if other := environment.get("KVFERRY_TEST_MLX_LM"):
-            paths = [other, *filter(None, [environment.get("PYTHONPATH")])]
-            environment["PYTHONPATH"] = os.pathsep.join(paths)
+        variables = {**os.environ, **(environment or {})}
+        if other := variables.get("KVFERRY_TEST_MLX_LM"):
+            paths = [other, *filter(None, [variables.get("PYTHONPATH")])]
+            variables["PYTHONPATH"] = os.pathsep.join(paths)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=variables)
         self.client = OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120
         )
@@ -83,6 +85,10 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it, as a user would."""
         self.client.close()
         if self.process.poll() is None:
             self.process.terminate()

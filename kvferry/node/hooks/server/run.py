@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
+
 from kvferry.codec.mlx import smollm2
 from kvferry.errors import FerryError, ModelError
 from kvferry.node.client import NodeClient
@@ -30,7 +32,7 @@ def serve(arguments: Sequence[str], options: HookOptions) -> dict[str, Any]:
     Args:
         arguments: mlx_lm.server's own.
         options: where the node daemon is, and how long things may take.
-    Returns: what was served and restored: "seconds" and counters.
+    Returns: what was served and restored: "seconds", "rank" and counters.
     Raises:
         FerryError: the model cannot be loaded, or the address cannot be listened on.
         SystemExit: arguments that mlx_lm.server refuses.
@@ -50,7 +52,8 @@ def serve(arguments: Sequence[str], options: HookOptions) -> dict[str, Any]:
         else:
             _run(server, bridge)
     counters = dict(sorted(bridge.counters.items())) if bridge is not None else {}
-    return {"seconds": time.monotonic() - started, "counters": counters}
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "rank": mx.distributed.init().rank(), "counters": counters}
 
 
 def say(line: str) -> None:
