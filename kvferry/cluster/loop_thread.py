@@ -2,11 +2,31 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextvars import Context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """One that may be told of something when it is closed already.
+
+    grpc.aio has one queue of completions for all event loops of a process. Whichever loop
+    is awake takes them off and passes them on, those of clients that have just closed too;
+    an error there would be logged, and hold up the completions behind it.
+    """
+
+    def call_soon_threadsafe(
+        self, callback: Callable[..., Any], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        try:
+            return super().call_soon_threadsafe(callback, *args, context=context)
+        except RuntimeError:
+            if not self.is_closed():
+                raise
+            return asyncio.Handle(callback, args, self, context)  # that nobody runs
 
 
 class LoopThread:
@@ -14,7 +34,7 @@ class LoopThread:
     waits for the model."""
 
     def __init__(self, name: str = "kvferry-client") -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = _Loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
@@ -28,7 +48,13 @@ class LoopThread:
             raise
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Let it run; its result comes with the future, and cancelling that ends it."""
+        """Let it run; its result comes with the future, and cancelling that ends it.
+
+        Raises: RuntimeError: it is closed.
+        """
+        if self._loop.is_closed():
+            coroutine.close()
+            raise RuntimeError("this event loop is closed")
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
