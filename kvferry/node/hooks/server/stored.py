@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.leaves import cache_form
+from kvferry.codec.mlx.parts import length as held_by
 from kvferry.node.hooks.prefix_cache import PrefixCache
 from kvferry.node.hooks.server.turns import RestoredPages, Turn
 
@@ -210,7 +210,7 @@ class WithDraft:
         model, or the draft model, has not seen them; used again it would lack these.
         """
         parts = (cache[: self._split], cache[self._split :])
-        lengths = [adapters.length(part) for part in parts]
+        lengths = [held_by(part) for part in parts]
         held = min(len(tokens), *(n for n in lengths if n is not None))
         for part, length in zip(parts, lengths, strict=True):
             if length is not None and length > held:
