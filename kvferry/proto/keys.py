@@ -8,6 +8,7 @@ Everything that changes the numbers is in the key. The vectors in
     tail_key    = BLAKE3("kvferry/tail/1" | previous key | token count u32le |
                          tokens u32le ... | media hashes)
     state_key   = BLAKE3("kvferry/state/1" | parts u32le | tail_key)
+    media hash  = BLAKE3("kvferry/medium/1" | first token u32le | end u32le | what is there)
     codec_id    = NAME "." VERSION "-" first 16 hex digits of
                   BLAKE3("kvferry/codec/1" | canonical params JSON | calibration id)
 """
@@ -35,6 +36,7 @@ _ROOT_DOMAIN = b"kvferry/root/1"
 _TAIL_DOMAIN = b"kvferry/tail/1"
 _STATE_DOMAIN = b"kvferry/state/1"
 _CODEC_DOMAIN = b"kvferry/codec/1"
+_MEDIUM_DOMAIN = b"kvferry/medium/1"
 _CODEC_ID = re.compile(r"[a-z][a-z0-9_]{0,31}\.[0-9]{1,5}-[0-9a-f]{16}")
 _RANGED_KEY = re.compile(
     r"(page|tail|state)/([0-9a-f]{64})/L([0-9]+)-([0-9]+)/H([0-9]+)-([0-9]+)/(.+)"
@@ -238,6 +240,43 @@ def page_keys(
         previous = _chain(b"", previous, page, (media or {}).get(index, ()))
         keys.append(previous)
     return keys
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Medium:
+    """An image or a sound whose tokens say where it stands and not what it is.
+
+    Attributes:
+        start, end: its tokens in the prompt, half-open.
+        digest: 32 bytes over all that its numbers depend on; see `medium_digest`.
+    """
+
+    start: int
+    end: int
+    digest: bytes
+
+
+def medium_digest(start: int, end: int, content: bytes) -> bytes:
+    """Digest of a medium at its place, so that two in one page cannot change places.
+
+    Args:
+        content: names what is seen there, and whatever turns it into numbers.
+    """
+    place = start.to_bytes(4, "little") + end.to_bytes(4, "little")
+    return blake3(_MEDIUM_DOMAIN + place + content).digest()
+
+
+def media_within(media: Sequence[Medium], start: int, end: int) -> tuple[bytes, ...]:
+    """Digests of those that have tokens among ``start`` to ``end``, in their order."""
+    return tuple(m.digest for m in sorted(media) if m.start < end and start < m.end)
+
+
+def media_by_page(
+    media: Sequence[Medium], page_tokens: int = DEFAULT_PAGE_TOKENS
+) -> dict[int, tuple[bytes, ...]]:
+    """Page index -> digests, as `page_keys` takes them."""
+    pages = {i for m in media for i in range(m.start // page_tokens, -(-m.end // page_tokens))}
+    return {i: media_within(media, i * page_tokens, (i + 1) * page_tokens) for i in pages}
 
 
 def tail_key(previous: bytes, tokens: Sequence[int], media: Sequence[bytes] = ()) -> bytes:
