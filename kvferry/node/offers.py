@@ -22,7 +22,15 @@ from kvferry.errors import FerryError
 from kvferry.node.background import Background, OneThread, lower_priority
 from kvferry.node.coding import CodedRange, Shard, state_codec
 from kvferry.node.pace import SHARE
-from kvferry.proto.keys import BlobKey, page_keys, state_key, tail_key
+from kvferry.proto.keys import (
+    BlobKey,
+    Medium,
+    media_by_page,
+    media_within,
+    page_keys,
+    state_key,
+    tail_key,
+)
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -70,6 +78,7 @@ class Offer:
         lasting: its tail stays where it is when a conversation goes on from it.
         shared: its prompt goes on, and so do others in other ways: every whole page is
             coded as one, so that the tail stands where all their pages end.
+        media: what the tokens do not tell.
     """
 
     tokens: tuple[int, ...]
@@ -77,6 +86,13 @@ class Offer:
     restored_pages: int = 0
     lasting: bool = False
     shared: bool = False
+    media: tuple[Medium, ...] = ()
+
+    def goes_on_from(self, other: "Offer") -> bool:
+        """Whether it holds all that ``other`` does."""
+        end = len(other.tokens)
+        mine = media_within(self.media, 0, end)
+        return self.tokens[:end] == other.tokens and mine == media_within(other.media, 0, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +183,7 @@ class Offers:
     def defer(self, offer: Offer) -> None:
         """Keep for a trigger; a longer offer of the same conversation takes its place."""
         with self._lock:
-            kept = [old for old in self._deferred if offer.tokens[: len(old.tokens)] != old.tokens]
+            kept = [old for old in self._deferred if not offer.goes_on_from(old)]
             self._deferred = [*kept, offer][-DEFERRED_LENGTH:]
 
     def trigger(self) -> int:
@@ -216,7 +232,8 @@ class Offers:
         count = shard.pages_before_tail(len(offer.tokens))
         if offer.shared and shard.model_layers:
             count = (len(offer.tokens) - 1) // shard.page_tokens
-        keys = page_keys(coding.root, offer.tokens, shard.page_tokens)[:count]
+        media = media_by_page(offer.media, shard.page_tokens)
+        keys = page_keys(coding.root, offer.tokens, shard.page_tokens, media)[:count]
         puts = _Puts(self._counters)
         try:
             if shard.writes_rows:
@@ -252,8 +269,8 @@ class Offers:
         shard, codec = coding.shard, coding.tail
         assert codec is not None  # noqa: S101 - narrowed by the caller
         span = pages * shard.page_tokens, len(offer.tokens)
-        identity = tail_key(previous, offer.tokens[slice(*span)])
-        old = self._outdated(offer.tokens)
+        identity = _tail_key(previous, offer, *span)
+        old = self._outdated(offer)
         key, states = None, {}
         if shard.writes_rows and shard.layers[0] < shard.layers[1]:
             meta = _meta(shard, "tail", identity, previous)
@@ -289,14 +306,19 @@ class Offers:
         puts.add(put, len(data), page.raw_bytes_fp16)
         return key
 
-    def _outdated(self, tokens: Sequence[int]) -> _Tail | None:
-        """The newest tail of ours that these tokens go on from; forgotten here."""
+    def _outdated(self, offer: Offer) -> _Tail | None:
+        """The newest tail of ours that an offer goes on from; forgotten here."""
         for identity, tail in reversed(self._tails.items()):
             end = tail.start + tail.tokens
-            if end < len(tokens) and tail_key(tail.previous, tokens[tail.start : end]) == identity:
+            longer = end < len(offer.tokens)
+            if longer and _tail_key(tail.previous, offer, tail.start, end) == identity:
                 del self._tails[identity]
                 return tail
         return None
+
+
+def _tail_key(previous: bytes, offer: Offer, start: int, end: int) -> bytes:
+    return tail_key(previous, offer.tokens[start:end], media_within(offer.media, start, end))
 
 
 def _encode(

@@ -13,7 +13,7 @@ from kvferry.cluster.repository import BlobInfo, LookupResult
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.state_parts import parts_wanted
 from kvferry.errors import IdentityMismatchError
-from kvferry.proto.keys import state_key, tail_key
+from kvferry.proto.keys import Medium, media_within, state_key, tail_key
 
 # Enough rows for a matrix product at full speed, few enough that decoding starts early
 # and that a deadline costs little of the prefix.
@@ -131,6 +131,7 @@ def plan_restore(
     page_tokens: int,
     layers: tuple[int, int],
     heads: tuple[int, int],
+    media: Sequence[Medium] = (),
 ) -> RestorePlan:
     """Turn what a lookup found into segments to fetch.
 
@@ -154,7 +155,8 @@ def plan_restore(
         end, previous = start + tail.tokens, page_keys[pages - 1] if pages else root
         if not len(segments) * page_tokens < end <= len(tokens):
             continue
-        if tail_key(previous, tokens[start:end]) != tail.tail_key:
+        seen = media_within(media, start, end)
+        if tail_key(previous, tokens[start:end], seen) != tail.tail_key:
             continue
         pieces = choose_pieces(tail.blobs, layers, heads)
         if pieces is not None:
@@ -171,6 +173,7 @@ def plan_states(
     states: tuple[int, int],
     part: tuple[int, int] = (0, 1),
     any_parts: bool = True,
+    media: Sequence[Medium] = (),
 ) -> list[StatePlan]:
     """States keyed by exactly these tokens, the longest first.
 
@@ -188,7 +191,8 @@ def plan_states(
         parts = state.blobs[0].model_heads if state.blobs else part[1]
         if end > len(tokens) or not (any_parts or parts == part[1]):
             continue
-        if state_key(tail_key(previous, tokens[start:end]), parts) != state.key:
+        tail = tail_key(previous, tokens[start:end], media_within(media, start, end))
+        if state_key(tail, parts) != state.key:
             continue
         pieces = choose_pieces(state.blobs, states, parts_wanted(part, parts))
         if pieces is not None and (end not in plans or parts == part[1]):

@@ -14,7 +14,7 @@ from kvferry.node.hooks.fetch_states import StateFetch
 from kvferry.node.hooks.loaded import LoadClient, Loaded, WarmSource
 from kvferry.node.hooks.steps import Step, steps_of
 from kvferry.node.restore import RestorePlan, plan_restore, plan_states
-from kvferry.proto.keys import page_keys
+from kvferry.proto.keys import Medium, media_by_page, page_keys
 
 _POSITIONS_TRIED = 2
 NOT_WORTH_IT = "not_worth_it"
@@ -49,6 +49,7 @@ class Loader:
         limit: int | None = None,
         beyond: int = 0,
         choose: Choose = everything,
+        media: Sequence[Medium] = (),
     ) -> Loaded:
         """The longest prefix of ``tokens`` that can be had whole within the deadline.
 
@@ -56,12 +57,15 @@ class Loader:
             limit: no state beyond so many tokens is of use.
             beyond: nothing is fetched where no more tokens than these are to be had.
             choose: how much of what there is to fetch.
+            media: what the tokens do not tell.
         Raises: FerryError where not even the lookup worked.
         """
         loaded = Loaded()
         end = time.monotonic() + deadline_s
         shard = self.shard
-        keys = page_keys(self.root, tokens, shard.page_tokens)
+        keys = page_keys(
+            self.root, tokens, shard.page_tokens, media_by_page(media, shard.page_tokens)
+        )
         query = LookupQuery(
             root=self.root,
             page_keys=keys,
@@ -73,7 +77,7 @@ class Loader:
         )
         found = loaded.timed("lookup", lambda: self.client.lookup(query))
         plan = plan_restore(
-            found, keys, self.root, tokens, shard.page_tokens, shard.layers, shard.heads
+            found, keys, self.root, tokens, shard.page_tokens, shard.layers, shard.heads, media
         )
         if shard.model_states:
             states = plan_states(
@@ -85,6 +89,7 @@ class Loader:
                 shard.states,
                 shard.state_part,
                 any_parts=self.layout is not None and self.layout.told,
+                media=media,
             )
             most = len(tokens) if limit is None else limit
             reach = min(most, plan.tokens) if shard.model_layers else most

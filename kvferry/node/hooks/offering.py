@@ -14,7 +14,7 @@ from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.offers import Offer, Offers, wanted_later, wanted_now
-from kvferry.proto.keys import token_ids
+from kvferry.proto.keys import Medium, token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,14 @@ class Offering:
         if cache:  # a rank may hold layers that need none
             self._came[cache[0]] = came
 
-    def take(self, tokens: Sequence[int], cache: list[Any], event: str, lasting: bool) -> bool:
+    def take(
+        self,
+        tokens: Sequence[int],
+        cache: list[Any],
+        event: str,
+        lasting: bool,
+        media: tuple[Medium, ...],
+    ) -> bool:
         """See `kvferry.node.hooks.PrefixCache.offer`.
 
         Raises: ModelError: this cache cannot be stored.
@@ -81,10 +88,11 @@ class Offering:
             self._counters["drop_policy"] += 1
             return False
         snapshot = self._part.snapshot(cache, held, packed=exact(policy))
-        self._live.offered(self._standing, ids, snapshot, came.tokens if came else 0)
+        if not media:  # the model cannot be asked again with tokens alone
+            self._live.offered(self._standing, ids, snapshot, came.tokens if came else 0)
         shared = event == "prefix"
         pages = came.pages if came else 0
-        offer = Offer(tuple(ids), snapshot, pages, lasting or shared, shared)
+        offer = Offer(tuple(ids), snapshot, pages, lasting or shared, shared, media)
         if now:
             return self._offers.submit(offer)
         self._offers.defer(offer)

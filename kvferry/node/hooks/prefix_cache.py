@@ -28,7 +28,7 @@ from kvferry.node.hooks.restoring import Restoring
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.hooks.worth import Worth
 from kvferry.node.offers import Offers
-from kvferry.proto.keys import DEFAULT_PAGE_TOKENS
+from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, Medium
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,9 @@ class PrefixCache:
 
     # -- restore ------------------------------------------------------------------
 
-    def restore(self, tokens: Sequence[int], *, beyond: int = 0) -> tuple[list[Any], list[int]]:
+    def restore(
+        self, tokens: Sequence[int], *, beyond: int = 0, media: Sequence[Medium] = ()
+    ) -> tuple[list[Any], list[int]]:
         """The longest stored prefix of a prompt, in a fresh cache.
 
         Every rank calls this for every request, with the same arguments.
@@ -153,13 +155,14 @@ class PrefixCache:
             tokens: the whole prompt, token ids.
             beyond: the caller has a cache of so many of them; no more than that is a miss,
                 and nothing is fetched.
+            media: images and sounds in the prompt: their tokens do not tell what they are.
         Returns:
             (cache, remaining tokens to prefill; at least ``options.keep_last``).
         """
         started = time.monotonic()
         self._live.touch()
         tokens = _listed(tokens)
-        cache, agreed, loaded = self._restoring.run(tokens, beyond)
+        cache, agreed, loaded = self._restoring.run(tokens, beyond, media)
         pages = min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS)
         self.remember(cache, agreed, pages, time.monotonic(), tokens[:agreed])
         self._finish(tokens, agreed, pages, loaded, time.monotonic() - started)
@@ -236,6 +239,7 @@ class PrefixCache:
         event: str = "prefill",
         *,
         lasting: bool = False,
+        media: Sequence[Medium] = (),
     ) -> bool:
         """Give a cache away for storing; encoding and upload happen in the background.
 
@@ -250,11 +254,12 @@ class PrefixCache:
                 others begin with too (a system prompt), while the prompt goes on.
             lasting: what lies behind the last page is kept when this conversation goes on,
                 as it is after "prefix".
+            media: as for `restore`.
         Returns:
             Whether it was taken, now or for a trigger to come.
         """
         try:
-            return self._offering.take(tokens, cache, event, lasting)
+            return self._offering.take(tokens, cache, event, lasting, tuple(media))
         except FerryError as exc:
             self.counters[f"drop_{exc.reason}"] += 1
         except Exception:

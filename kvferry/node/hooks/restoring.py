@@ -19,6 +19,7 @@ from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.worth import Together, Worth
+from kvferry.proto.keys import Medium
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ class Restoring:
     prefill: Rate
     loader: Callable[[], Loader]
 
-    def run(self, tokens: list[int], beyond: int) -> tuple[list[Any], int, Loaded]:
+    def run(
+        self, tokens: list[int], beyond: int, media: Sequence[Medium]
+    ) -> tuple[list[Any], int, Loaded]:
         """A cache, how many tokens all ranks have in theirs, and how that came."""
         together = Together(self.group.all_min, self.worth.choose)
-        loaded = self._load(tokens, beyond, together)
+        loaded = self._load(tokens, beyond, media, together)
         if not together.agreed:  # the same on every rank
             return self.part.make_cache(), 0, loaded
         mine = loaded.tokens
@@ -69,13 +72,15 @@ class Restoring:
     def _everyone(self, filled: int) -> list[list[int]]:
         return self.group.all_values([filled])
 
-    def _load(self, tokens: Sequence[int], beyond: int, together: Together) -> Loaded:
+    def _load(
+        self, tokens: Sequence[int], beyond: int, media: Sequence[Medium], together: Together
+    ) -> Loaded:
         try:
             loader = self.loader()
             deadline = self.prefill.seconds_for(len(tokens), self.options.max_restore_s)
             seconds = min(deadline, self.options.max_restore_s)
             limit = max(0, len(tokens) - self.options.keep_last)
-            return loader.load(tokens, seconds, limit, beyond, together)
+            return loader.load(tokens, seconds, limit, beyond, together, media)
         except FerryError as exc:
             return Loaded(reason=exc.reason, problems=[exc.reason])
         except Exception:
