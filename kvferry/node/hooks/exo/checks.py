@@ -27,6 +27,7 @@ _CACHE = {
     "KVPrefixCache._evict_if_needed": ("self",),
     "KVPrefixCache.get_memory_used_percentage": ("self",),
     "KVPrefixCache": ("group",),
+    "KVPrefixCache.clear": ("self",),
     "make_kv_cache": ("model", "max_kv_size", "keep"),
 }
 _CACHE_USES = {
@@ -37,8 +38,15 @@ _BUILDER = {
     "MlxBuilder.load": ("self", "bound_instance"),
     "MlxBuilder.build": ("self",),
 }
-_BUILDER_USES = {"MlxBuilder.build": ("KVPrefixCache", "inference_model", "group")}
-_UTILS = {"build_model_path": ("model_id",)}
+_BUILDER_USES = {
+    "MlxBuilder.load": ("load_mlx_items", "group"),
+    "MlxBuilder.build": ("KVPrefixCache", "inference_model", "group"),
+}
+_UTILS = {"build_model_path": ("model_id",), "mx_barrier": ("group",)}
+_UTILS_USES = {
+    "shard_and_load": ("mx_barrier",),
+    "load_mlx_items": ("shard_and_load",),
+}
 _SUPERVISOR = {
     "entrypoint": (
         "bound_instance",
@@ -56,7 +64,7 @@ def engine_problem(cache: Any, builder: Any, utils: Any) -> str:
     return (
         first_problem(cache, _CACHE, _CACHE_USES)
         or first_problem(builder, _BUILDER, _BUILDER_USES)
-        or first_problem(utils, _UTILS, {})
+        or first_problem(utils, _UTILS, _UTILS_USES)
     )
 
 

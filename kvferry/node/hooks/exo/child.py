@@ -6,11 +6,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from kvferry.codec.mlx.load import LoadedModel, loaded_elsewhere
 from kvferry.errors import FerryError
 from kvferry.node.hooks.exo.checks import engine_problem
-from kvferry.node.hooks.exo.prefix import KEEP_LAST, with_ferry
-from kvferry.node.hooks.group import group_of
+from kvferry.node.hooks.exo.handshake import asking
+from kvferry.node.hooks.exo.media import name_images, vision_id, vision_problem
+from kvferry.node.hooks.exo.prefix import KEEP_LAST, Link, with_ferry
+from kvferry.node.hooks.group import Group, group_of
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.prefix_cache import PrefixCache
 
@@ -19,6 +23,7 @@ log = logging.getLogger(__name__)
 CACHE = "exo.worker.engines.mlx.cache"
 BUILDER = "exo.worker.engines.mlx.builder"
 UTILS = "exo.worker.engines.mlx.utils_mlx"
+VISION = "exo.worker.engines.mlx.vision"
 
 
 def entrypoint(
@@ -47,27 +52,50 @@ def _install(options: HookOptions, logger: Any) -> None:
     if problem:
         logger.warning(f"kvferry: exo runs as without it, since exo has changed: {problem}")
         return
-    install(cache, builder, utils, options, logger)
+    install(cache, builder, utils, options, logger, import_module(VISION))
 
 
-def install(cache: Any, builder: Any, utils: Any, options: HookOptions, logger: Any) -> None:
+def install(
+    cache: Any, builder: Any, utils: Any, options: HookOptions, logger: Any, vision: Any = None
+) -> None:
     """Put our prefix cache where exo's builder looks for it.
 
     Args:
-        cache, builder, utils: exo's modules of these names.
+        cache, builder, utils, vision: exo's modules of these names; without the last,
+            prompts are stored up to their first image.
     """
+    problem = vision_problem(vision) if vision is not None else ""
+    if problem:
+        logger.warning(f"kvferry: images are not stored, since exo has changed: {problem}")
+    elif vision is not None:
+        name_images(vision)
+    named = vision is not None and not problem
     engine = builder.MlxBuilder
     load, build, base = engine.load, engine.build, builder.KVPrefixCache
 
     def loading(self: Any, bound_instance: Any) -> Generator[Any]:
         self.kvferry_shard = bound_instance.bound_shard
-        yield from load(self, bound_instance)
+        with asking(utils, self.group) as handshake:
+            yield from load(self, bound_instance)
+        self.kvferry_everywhere = handshake.everyone
 
     def building(self: Any) -> Any:
         shard = getattr(self, "kvferry_shard", None)
 
-        def connect() -> PrefixCache | None:
-            return _connected(self, shard, cache.make_kv_cache, utils, options, logger)
+        def connect() -> Link | None:
+            if not getattr(self, "kvferry_everywhere", False):
+                logger.warning(
+                    "kvferry: exo runs as without it, since not every machine of this model "
+                    "does: start all of them with `kvferry exo`, of one release"
+                )
+                return None
+            group = group_of(self.group)
+            ferry = _connected(self, shard, group, cache.make_kv_cache, utils, options, logger)
+            if ferry is None:
+                return None
+            seen = _vision(self, shard, utils, logger) if named else b""
+            model = self.inference_model
+            return Link(ferry, lambda: cache.make_kv_cache(model), group.all_min, seen, _settle)
 
         made = with_ferry(base, connect, float(cache._MEMORY_THRESHOLD))
         builder.KVPrefixCache = made
@@ -79,16 +107,38 @@ def install(cache: Any, builder: Any, utils: Any, options: HookOptions, logger: 
     engine.load, engine.build = loading, building
 
 
+def _settle() -> None:
+    """Wait for what other requests' next tokens have under way.
+
+    Under tensor parallelism that takes collectives of its own, which must not mix with ours.
+    """
+    mx.synchronize(import_module("mlx_lm.generate").generation_stream)
+
+
+def _vision(builder: Any, shard: Any, utils: Any, logger: Any) -> bytes:
+    """`vision_id`; empty where there is no vision tower, or it cannot be told."""
+    processor = getattr(builder, "vision_processor", None)
+    if processor is None:
+        return b""
+    try:
+        name = shard.model_card.model_id
+        folder = utils.build_model_path(type(name)(processor.vision_config.weights_repo))
+        return vision_id(processor, Path(folder), Path(utils.build_model_path(name)))
+    except Exception as exc:
+        logger.warning(f"kvferry: prompts are stored up to their first image: {exc}")
+        return b""
+
+
 def _connected(
     builder: Any,
     shard: Any,
+    group: Group,
     make_kv_cache: Callable[[Any], list[Any]],
     utils: Any,
     options: HookOptions,
     logger: Any,
 ) -> PrefixCache | None:
     """A collective of all ranks: all of them get one, or none."""
-    group = group_of(builder.group)
     made: PrefixCache | None = None
     try:
         model = builder.inference_model
