@@ -131,6 +131,9 @@ class Rank:
             generator.step()
         del batch.next
         undo()
+        # One step more than was asked for is under way, and needs all ranks.
+        mx.synchronize(import_module("mlx_lm.generate").generation_stream)
+        self.utils.mx_barrier(self.group)
         if self.ferry is not None and request.get("flush", True):
             assert self.ferry.flush()
         return {

@@ -148,6 +148,7 @@ def with_ferry(base: type[Any], connect: Callable[[], Link | None], threshold: f
             if self.kvferry is not None:
                 # Now, as nothing can have failed on one rank alone: there are collectives
                 # in it, and exo goes on after whatever fails later.
+                self.kvferry.settle()
                 self._evict_if_needed()
                 self._compute(cache)
             self._room_made = self.kvferry is not None
