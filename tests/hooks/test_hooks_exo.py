@@ -28,6 +28,7 @@ pytestmark = pytest.mark.processes
 MODELS = ["llama", "deepseek_v3", "gpt_oss", "lfm2", "qwen3_next"]
 HYBRID = ("gpt_oss", "lfm2", "qwen3_next", "qwen3_5")
 PROMPT = 600
+IMAGE_TOKEN = 95
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +47,21 @@ def modules() -> Any:
 class Runner:
     """One process of a runner: modules of its own, and what they build."""
 
-    def __init__(self, folder: Path, cluster: Cluster, cache_dir: Path) -> None:
-        exo = modules()
+    def __init__(
+        self, folder: Path, cluster: Cluster, cache_dir: Path, eyes: Path | None = None
+    ) -> None:
+        self.exo = exo = modules()
         options = HookOptions(
             socket=cluster.sockets[0], cache_dir=cache_dir, keep_last=KEEP_LAST, gather_tokens=0
         )
         logger = SimpleNamespace(
             warning=logging.warning, info=logging.info, opt=lambda **_: logging.getLogger()
         )
-        install(exo, exo, exo, options, logger)
+        install(exo, exo, exo, options, logger, exo if eyes else None)
         loaded = load_model(str(folder))
-        builder = exo.MlxBuilder(loaded.model, loaded.tokenizer)
+        vision = exo.VisionProcessor(str(eyes), IMAGE_TOKEN) if eyes else None
+        builder = exo.MlxBuilder(loaded.model, loaded.tokenizer, vision_processor=vision)
+        self.vision = vision
         list(builder.load(exo_contract.shard(folder, len(loaded.model.layers))))
         self.engine = builder.build()
         self.model = loaded.model
@@ -149,6 +154,34 @@ def test_what_lies_behind_an_image_is_neither_stored_nor_restored(
         runner.ferry.close()
 
 
+def test_images_are_a_part_of_what_a_prompt_is_known_by(cluster: Cluster, tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    prompt = [token % IMAGE_TOKEN for token in tokens_of(900, seed=12)]
+    for start in (300, 560):
+        prompt[start : start + 10] = [IMAGE_TOKEN] * 10
+    eyes = tmp_path / "eyes"
+    eyes.mkdir()
+    (eyes / "config.json").write_text("{}")
+    (eyes / "model.safetensors").write_bytes(b"weights")
+
+    def asked(name: str, images: list[str]) -> int:
+        runner = Runner(tmp_path, cluster, tmp_path / name, eyes)
+        try:
+            return runner.submit(prompt, runner.vision.process(images, prompt))[1]
+        finally:
+            runner.ferry.close()
+
+    cat, dog = "8x8:cat", "8x8:dog"
+    assert asked("a", [cat, dog]) == 0
+    assert asked("b", [cat, dog]) == 898
+    assert asked("c", [cat, cat]) == 512  # the page before the second image
+    assert asked("d", [dog, cat]) == 256
+    assert asked("e", ["4x16:cat", dog]) == 256  # the same pixels in other rows
+    assert asked("f", [cat]) == 512  # what is no image is told by nothing
+    (eyes / "model.safetensors").write_bytes(b"others")
+    assert asked("g", [cat, dog]) == 256  # seen with other eyes
+
+
 def test_memory_pressure_stores_what_waits_before_exo_drops_it(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
     cluster = Cluster(tmp_path, nodes=1)
@@ -179,6 +212,7 @@ def test_nothing_is_touched_where_exo_has_changed() -> None:
         ("get_kv_cache", lambda self, model, tokens: None),
         ("add_kv_cache", lambda self, prompt_tokens, cache: None),
         ("_evict_if_needed", lambda self: None),
+        ("clear", None),
     ):
         exo = modules()
         setattr(exo.KVPrefixCache, name, replacement)
