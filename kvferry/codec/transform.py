@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
 from kvferry.codec.covariance import CovarianceAccumulator, Float64Array
+from kvferry.codec.eigen import strongest
 from kvferry.errors import CalibrationCorruptError, UnsupportedTensorError
 
 # Directions whose calibrated deviation is below this share of a step are left out: the
@@ -106,13 +107,12 @@ def eigenbasis(seen: CovarianceAccumulator, max_rank: int, weights: Weights = ()
     if seen.count < 2 or max_rank < 1:
         raise UnsupportedTensorError("rows", f"{seen.count} rows and rank {max_rank}: no basis")
     mean = apply_weights(weights, seen.mean()[:, None])[:, 0]
-    variances, vectors = np.linalg.eigh(weighted_covariance(seen, weights))
     keep = min(max_rank, seen.width, seen.count - 1)
-    order = np.arange(seen.width - 1, seen.width - 1 - keep, -1)
-    sigma = np.sqrt(np.maximum(variances[order], 0.0))
+    variances, vectors = strongest(weighted_covariance(seen, weights), keep)
+    sigma = np.sqrt(np.maximum(variances, 0.0))
     return Basis(
         mean.astype(np.float32),
-        np.ascontiguousarray(vectors[:, order], dtype=np.float32),
+        np.ascontiguousarray(vectors, dtype=np.float32),
         sigma.astype(np.float32),
     )
 
