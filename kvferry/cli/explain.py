@@ -83,6 +83,7 @@ def explain(
             _cost(client, prefill_rate, link_rate),
             holders=_holders(settings.coordinator, wanted.shard.model_id),
             calibration_here=_calibration_here,
+            layout=wanted.layout,
         )
     about = {
         "model": model,

@@ -11,6 +11,7 @@ from kvferry.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvferry.codec.mlx.load import LoadedModel
+    from kvferry.codec.state_parts import StateLayout
     from kvferry.node.coding import Shard
 
 MAX_PROMPT_BYTES = 64 << 20
@@ -22,6 +23,7 @@ class Asked:
     """A model's identity and shape, and the tokens of a prompt."""
 
     shard: "Shard"
+    layout: "StateLayout"
     tokens: Sequence[int]
 
 
@@ -37,28 +39,28 @@ def asked(model: str, prompt: str, *, chat: bool) -> Asked:
     Raises: ModelError; ConfigError: a prompt that cannot be read.
     """
     from kvferry.codec.mlx.load import load_model
-    from kvferry.codec.mlx.probe import describe
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.node.coding import Shard
+    from kvferry.node.hooks.part import Part
     from kvferry.proto.identity import model_id
     from kvferry.settings import user_dir
 
     text = read_prompt(prompt)
     loaded = load_model(model, layers=(0, 1))
-    shape = describe(loaded.model, loaded.config)
-    print_of = fingerprint(loaded, (0, shape.all_layers), cache_dir=user_dir("cache"))
-    span, part = shape.span((0, shape.all_layers)), shape.tensor_part()
+    part = Part.of(loaded)
+    digests = fingerprint(part.loaded, part.layers, cache_dir=user_dir("cache"))
     shard = Shard(
-        model_id=model_id(print_of),
-        model_layers=shape.layers,
-        model_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        layers=span.pages,
-        heads=part.heads,
-        model_states=len(shape.states),
-        states=span.states,
+        model_id=model_id(digests),
+        model_layers=part.shape.layers,
+        model_heads=part.shape.kv_heads,
+        head_dim=part.shape.head_dim,
+        layers=part.span.pages,
+        heads=part.tensor.heads,
+        model_states=len(part.shape.states),
+        states=part.span.states,
+        state_part=part.tensor.place,
     )
-    return Asked(shard, tokens_of(loaded, text, chat=chat))
+    return Asked(shard, part.layout, tokens_of(loaded, text, chat=chat))
 
 
 def read_prompt(source: str) -> str:

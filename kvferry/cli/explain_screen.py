@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvferry.cli.blob_screen import clean, mib
-from kvferry.node.hooks.explain import Explanation, PageReport, Placed
+from kvferry.node.hooks.explanation import Explanation, PageReport, Placed, TailReport
 from kvferry.node.hooks.gap import layers_text, missing_layers
 from kvferry.node.hooks.steps import Step
 
@@ -37,14 +37,8 @@ def as_json(found: Explanation) -> dict[str, object]:
             }
             for index, page in enumerate(found.pages)
         ],
-        "tails": [
-            {
-                "tokens": list(tail.tokens),
-                "why": tail.why,
-                "blobs": [_blob(blob) for blob in tail.blobs],
-            }
-            for tail in found.tails
-        ],
+        "tails": [_tail(tail) for tail in found.tails],
+        "states": [_tail(state) for state in found.states],
         "calibrations": {name.hex(): list(at) for name, at in found.calibrations.items()},
         "rates": {
             "prefill_tokens_per_s": found.cost.prefill,
@@ -64,6 +58,14 @@ def as_json(found: Explanation) -> dict[str, object]:
             for step in found.steps
         ],
         "worth_tokens": found.chosen,
+    }
+
+
+def _tail(tail: TailReport) -> dict[str, object]:
+    return {
+        "tokens": list(tail.tokens),
+        "why": tail.why,
+        "blobs": [_blob(blob) for blob in tail.blobs],
     }
 
 
@@ -104,7 +106,7 @@ def print_explanation(
         out.print("The store does not answer: this is what node and peers have.", style="yellow")
     elif found.silent:
         out.print(f"No answer from {', '.join(found.silent)}.", style="yellow", markup=False)
-    if found.pages or found.tails:
+    if found.pages or found.tails or found.states:
         out.print(_table(found))
     if len(found.pages) > SHOWN_PAGES:
         out.print(f"({len(found.pages) - SHOWN_PAGES} more pages; --json lists all)")
@@ -128,9 +130,10 @@ def _table(found: Explanation) -> Table:
         table.add_row(
             str(index), _span(page.tokens), page.key.hex()[:12], words, *_held(page.blobs)
         )
-    for tail in found.tails:
+    short = [("tail", tail) for tail in found.tails] + [("state", at) for at in found.states]
+    for kind, tail in short:
         fits = Text("complete", "green") if not tail.why else Text("does not fit")
-        table.add_row("tail", _span(tail.tokens), "", fits, *_held(tail.blobs))
+        table.add_row(kind, _span(tail.tokens), "", fits, *_held(tail.blobs))
     return table
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import model_zoo
 import numpy as np
 import pytest
 import typer
@@ -266,3 +267,27 @@ def test_prompts_that_are_none(setting: Setting, prompt: bytes, says: str, tmp_p
 def test_without_a_node_it_says_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailableError, match="kvferry up"):
         run("x", "--socket", str(tmp_path / "none.sock"))
+
+
+def test_a_model_with_states_is_restored_where_they_stand(setting: Setting, tmp_path: Path) -> None:
+    folder = tmp_path / "hybrid"
+    folder.mkdir()
+    model_zoo.save_model("qwen3_next", folder)
+    text = letters(700, 8)
+    assert setting.explain(text, model=folder)["restorable_tokens"] == 0
+    loaded = load_model(str(folder))
+    options = HookOptions(socket=setting.cluster.sockets[0], cache_dir=setting.folder / "cache")
+    with PrefixCache(loaded, options) as prefix:
+        assert prefix.ready()
+        wait_policy(prefix, "exact")
+        tokens = loaded.tokenizer.encode(text)
+        cache = model_zoo.prefilled(loaded.model, tokens[:690])
+        assert prefix.offer(tokens[:690], cache)
+        assert prefix.flush()
+        found = setting.explain(text, model=folder)
+        _, rest = prefix.restore(tokens)
+    assert len(tokens) - len(rest) == found["restorable_tokens"] == 690
+    assert [state["tokens"] for state in found["states"]] == [[512, 690]]
+    shorter = setting.explain(text[:600], model=folder)
+    assert shorter["restorable_tokens"] == 0
+    assert "recurrent state" in shorter["ends"]

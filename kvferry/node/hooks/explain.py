@@ -12,14 +12,16 @@ from functools import cache
 
 from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult
 from kvferry.codec.calibration import GroupCalibration
+from kvferry.codec.state_parts import StateLayout
 from kvferry.errors import CalibrationMissingError, FerryError
 from kvferry.node.client import NodeClient
 from kvferry.node.coding import Shard, stores
+from kvferry.node.hooks.explanation import Explanation, PageReport, Placed, TailReport
 from kvferry.node.hooks.gap import Gap, Range, Surroundings, gap_of
 from kvferry.node.hooks.loaded import Data
 from kvferry.node.hooks.loader import Loader
 from kvferry.node.hooks.steps import Step
-from kvferry.node.hooks.worth import MARGIN, Cost, best_step
+from kvferry.node.hooks.worth import Cost, best_step
 from kvferry.proto.keys import BlobKey, page_keys, pages_behind_window, tail_key
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
@@ -27,73 +29,6 @@ MOST_PAGES_ASKED = 128
 MOST_LISTED = 20_000
 DEADLINE_S = 10.0
 _IN_TAIL = Gap("in_tail", "its tokens are in the tail")
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A blob, and where it is to be had; see `kvferry.node.locate`."""
-
-    info: BlobInfo
-    places: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class PageReport:
-    """A page of the prompt. ``gap`` None: it is complete and within reach."""
-
-    tokens: Range
-    key: bytes
-    blobs: Sequence[Placed]
-    gap: Gap | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TailReport:
-    """A tail that the lookup found. ``why``: empty, or why it does not fit."""
-
-    tokens: Range
-    blobs: Sequence[Placed]
-    why: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """What `explain` found.
-
-    Attributes:
-        root: of the chain of keys.
-        pages: all of the prompt's, as far as they were asked for.
-        steps: prefixes that could be restored, of growing length.
-        chosen: tokens of the one that is worth it; 0: none is.
-        reason: of the loader, empty where all that could be was found.
-        ends: why it ends where it does, a sentence.
-        partial: the store could not be asked.
-        calibrations: id -> where it is; nowhere: blobs that name it cannot be decoded.
-        silent: who did not say what it holds.
-        cost: what is known of links, decoding and prefill.
-        wait_s: what the lookup took.
-    """
-
-    prompt_tokens: int
-    page_tokens: int
-    root: bytes
-    pages: Sequence[PageReport]
-    tails: Sequence[TailReport]
-    steps: Sequence[Step]
-    chosen: int
-    reason: str
-    ends: str
-    partial: bool
-    calibrations: Mapping[bytes, Sequence[str]]
-    silent: Sequence[str]
-    cost: Cost
-    wait_s: float
-    margin: float = MARGIN
-
-    @property
-    def whole(self) -> Step:
-        """The longest prefix that is there."""
-        return self.steps[-1] if self.steps else Step(0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -140,6 +75,7 @@ def explain(
     *,
     holders: Mapping[str, Sequence[Range]],
     calibration_here: Callable[[bytes], bool] = lambda _: False,
+    layout: StateLayout | None = None,
     keep_last: int = 1,
 ) -> Explanation:
     """Ask about one prompt.
@@ -149,6 +85,7 @@ def explain(
         tokens: the whole prompt, token ids.
         holders: node -> layers of this model that it has.
         calibration_here: whether this machine's own folder has a calibration.
+        layout: of this rank's states, where the model has any.
         keep_last: tokens at the end that are never restored.
     Raises: StoreUnavailableError and other FerryErrors of the node; InvalidKeyError or
         ConfigError for tokens that are none.
@@ -156,7 +93,7 @@ def explain(
     root = shard.root(salt)
     asking = _Asking(client)
     accept = frozenset(policy.accept)
-    loader = Loader(asking, _NoCalibrations(), shard, root, accept, {})
+    loader = Loader(asking, _NoCalibrations(), shard, root, accept, {}, layout)
     limit = max(0, len(tokens) - keep_last)
     loaded = loader.load(tokens, DEADLINE_S, limit, choose=asking.choose)
     keys = page_keys(root, tokens, shard.page_tokens)
@@ -175,7 +112,8 @@ def explain(
         for index, key in enumerate(keys[: len(found.pages) + MOST_PAGES_ASKED])
         if index >= len(found.pages)
     ]
-    blobs = [*found.pages, *(held for _, held in beyond), *(tail.blobs for tail in found.tails)]
+    short = [*(tail.blobs for tail in found.tails), *(state.blobs for state in found.states)]
+    blobs = [*found.pages, *(held for _, held in beyond), *short]
     names = {b.codec.calibration_id for held in blobs for b in held} - {b""}
     wanted = [info.key for held in blobs for info in held]
     placed, silent = _locate(client, [*wanted, *(BlobKey("calibration", name) for name in names)])
@@ -198,6 +136,13 @@ def explain(
     steps = asking.steps
     places = {root: 0} | {key: index + 1 for index, key in enumerate(keys)}
     tails: list[TailReport] = []
+    states = []
+    for state in found.states:
+        start = state.pages * shard.page_tokens
+        span = (start, start + state.tokens)
+        fits = span[1] in {step.tokens for step in asking.steps}
+        why = "" if fits else "it is of other tokens, or beyond what is restored"
+        states.append(TailReport(span, _placed(state.blobs, placed), why))
     for tail in found.tails:
         previous = tail.blobs[0].previous_key
         start = places.get(previous, 0) * shard.page_tokens
@@ -210,6 +155,7 @@ def explain(
         root=root,
         pages=[*whole, *lacking],
         tails=tails,
+        states=states,
         steps=steps,
         chosen=best_step(steps, cost, asking.wait_s),
         reason="" if steps else loaded.reason,
@@ -296,7 +242,7 @@ def _end(
             "this model's recurrent state can be restored only at a position where it was "
             "stored, and none of these is on this prompt"
         )
-    if reached < len(whole) * shard.page_tokens:
+    if shard.model_states and reached < len(whole) * shard.page_tokens:
         return f"whole pages reach to token {len(whole) * shard.page_tokens:,}, states do not"
     if reached > len(whole) * shard.page_tokens:
         return f"the stored tail ends at token {reached:,}, and the prompt goes on"
