@@ -4,10 +4,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from kvferry.codec.mlx.load import LoadedModel
@@ -38,6 +39,9 @@ def asked(model: str, prompt: str, *, chat: bool) -> Asked:
         chat: text is what a user says, and goes through the model's chat template.
     Raises: ModelError; ConfigError: a prompt that cannot be read.
     """
+    if find_spec("mlx") is None:
+        reason = "the model's tokenizer and weights are read with mlx, which is not installed here"
+        raise ModelError(f"{reason}: pip install 'kvferry[mlx]'")
     from kvferry.codec.mlx.load import load_model
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.node.coding import Shard

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import kvferry
 from kvferry.cli import doctor as command
 from kvferry.cli.demo.cluster import Cluster
-from kvferry.cli.doctor import machine, services
+from kvferry.cli.doctor import machine, services, software
 from kvferry.cli.doctor.finding import Finding, run_checks
 from kvferry.codec.mlx import openblas
 from kvferry.node.hooks import contracts
@@ -253,3 +253,12 @@ def test_a_check_that_breaks_down_is_not_the_end() -> None:
     found = list(run_checks([("a", broken), ("b", fine)]))
     assert [(line.name, line.state) for line in found] == [("a", "fail"), ("b", "ok")]
     assert "oh" in found[0].text
+
+
+def test_a_machine_without_mlx_may_be_a_store(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "has_mlx", lambda: False)
+    monkeypatch.setattr(services, "has_mlx", lambda: False)
+    _, lines = report()
+    assert lines["mlx"]["state"] == lines["node"]["state"] == "warn"
+    assert "kvferry[mlx]" in lines["mlx"]["remedy"]
+    assert not {"mlx-lm", "openblas", "exo", "calibrations"} & set(lines)

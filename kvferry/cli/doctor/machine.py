@@ -4,6 +4,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from shutil import disk_usage
 from tempfile import TemporaryFile
@@ -99,7 +100,11 @@ def _writable(folder: Path) -> bool:
 
 
 def _held(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    total = 0
+    for file in path.rglob("*"):
+        with suppress(OSError):  # a store at work deletes and renames
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def socket(node: NodeSettings) -> Iterator[Finding]:
