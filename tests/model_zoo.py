@@ -107,6 +107,32 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "shared_expert_intermediate_size": 32,
         "partial_rotary_factor": 0.5,
     },
+    # Attention without RoPE, and a layer without a cache.
+    "nemotron_h": {
+        "hybrid_override_pattern": ["M", "*", "M", "-"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_proj_bias": False,
+        "ssm_state_size": 16,
+        "conv_kernel": 4,
+        "n_groups": 2,
+        "time_step_limit": [0.0, 10000.0],
+        "layer_norm_epsilon": 1e-5,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+    },
+    # Its search left out the attention of a layer.
+    "nemotron-nas": {
+        "block_configs": [
+            {
+                "attention": {"n_heads_in_group": heads, "no_op": heads is None},
+                "ffn": {"ffn_mult": 1.0},
+            }
+            for heads in (2, None, 2, 2)
+        ],
+    },
     "qwen3_5": {
         "text_config": {
             **_PLAIN,

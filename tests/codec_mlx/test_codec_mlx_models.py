@@ -31,7 +31,7 @@ from kvferry.errors import ModelError
 
 MODEL_ID, ROOT = b"m" * 32, b"r" * 32
 STEPS = [3, 1, 1, 15]
-HYBRID = ("lfm2", "gpt_oss", "gemma3_text", "qwen3_next", "qwen3_5")
+HYBRID = ("lfm2", "gpt_oss", "gemma3_text", "qwen3_next", "qwen3_5", "nemotron_h")
 
 
 def through_blobs(pages: list[PageTensors], kind: str, codec: Any) -> list[PageTensors]:

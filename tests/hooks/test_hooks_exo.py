@@ -26,7 +26,7 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 pytestmark = pytest.mark.processes
 MODELS = ["llama", "deepseek_v3", "gpt_oss", "lfm2", "qwen3_next"]
-HYBRID = ("gpt_oss", "lfm2", "qwen3_next", "qwen3_5")
+HYBRID = ("gpt_oss", "lfm2", "qwen3_next")
 PROMPT = 600
 IMAGE_TOKEN = 95
 

@@ -11,7 +11,7 @@ from kvferry.codec.mlx.load import LoadedModel, load_model
 from kvferry.node.hooks import HookOptions, PrefixCache
 
 pytestmark = pytest.mark.processes
-HYBRID = ("lfm2", "gpt_oss", "gemma3_text", "qwen3_next", "qwen3_5")
+HYBRID = ("lfm2", "gpt_oss", "gemma3_text", "qwen3_next", "qwen3_5", "nemotron_h")
 FIRST, TURN, MORE = 400, 700, 8
 
 

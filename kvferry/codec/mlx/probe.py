@@ -170,7 +170,14 @@ def _state(entry: int, leaf: Any) -> StateShape:
 def _entry_layers(layers: Sequence[Any], entries: int) -> list[int]:
     """Models whose last layers share caches, or that have layers without any, have fewer."""
     if entries < len(layers):
-        having = [i for i, layer in enumerate(layers) if getattr(layer, "block_type", "*") in "M*"]
+        having = [i for i, layer in enumerate(layers) if _has_cache(layer)]
         if len(having) == entries:
             return having
     return list(range(entries))
+
+
+def _has_cache(layer: Any) -> bool:
+    """Nemotron-H has blocks of one kind each; Nemotron's NAS leaves attentions out."""
+    return (
+        getattr(layer, "block_type", "*") in "M*" and getattr(layer, "self_attn", layer) is not None
+    )

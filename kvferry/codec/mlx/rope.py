@@ -10,12 +10,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kvferry.codec.mlx.nope import Unrotated
 from kvferry.codec.mlx.shape import ModelShape
 from kvferry.codec.rope import RopeSpec, apply, positions_of
 from kvferry.errors import ModelError
 
 NO_ROPE = RopeSpec(0, False, ())
-_ATTENTION_NAMES = ("self_attn", "attention", "attn", "temporal_block", "mixer")
+_ATTENTION_NAMES = ("self_attn", "attention", "attn", "temporal_block", "mixer", "norm_attn_norm")
 _ROPE_NAMES = ("rope", "rotary_emb", "rotary")
 # False on layers that do not rotate; Cohere 2 keeps a module there that it never calls.
 _ROTATES_NAMES: Mapping[str, str] = {"cohere2": "use_sliding_window"}
@@ -39,10 +40,11 @@ def rope_specs(model: Any, rows: Container[int] | None = None) -> list[RopeSpec]
     Raises: ModelError: a layer without attention, or a rope that is not known.
     """
     checked: set[tuple[type[Any], RopeSpec]] = set()
+    unrotated = Unrotated(model)
     specs = []
     for index, layer in enumerate(model.layers):
         try:
-            module = _rope_of(layer, index)
+            module = _rope_of(layer, index, unrotated)
             spec = NO_ROPE if module is None else spec_of(module)
         except ModelError:
             if rows is None or index in rows:
@@ -55,13 +57,17 @@ def rope_specs(model: Any, rows: Container[int] | None = None) -> list[RopeSpec]
     return specs
 
 
-def _rope_of(layer: Any, index: int) -> Any | None:
+def _rope_of(layer: Any, index: int, unrotated: Unrotated) -> Any | None:
     attention = next((getattr(layer, n) for n in _ATTENTION_NAMES if hasattr(layer, n)), None)
     if attention is None:
         raise ModelError(
             f"layer {index} ({type(layer).__name__}) has no attention that kvferry knows: "
             "this model is not supported yet"
         )
+    if isinstance(attention, list):  # LongCat has two in a layer, which rotate alike
+        attention = attention[0]
+    for name in ("attention", "attn"):  # EXAONE and DBRX wrap one
+        attention = getattr(attention, name, attention)
     family = type(attention).__module__.rpartition(".")[2]
     if not getattr(attention, _ROTATES_NAMES.get(family, "use_rope"), True):
         return None
@@ -70,6 +76,8 @@ def _rope_of(layer: Any, index: int) -> Any | None:
             return getattr(attention, name)
     if family in _FREQS_OF_ATTENTION and hasattr(attention, "_rope_freqs"):
         return _OwnFrequencies(attention._rope_freqs)
+    if unrotated(attention):
+        return None
     raise ModelError(
         f"layer {index}: no rope module in {type(attention).__name__}: "
         "kvferry cannot tell how its keys are rotated"
