@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from model_zoo import model_of
 
@@ -29,6 +30,25 @@ def test_keys_of_equal_inputs_tell(name: str, layer: int, attention: str, unrota
 def test_layers_that_rotate_nothing_need_no_module() -> None:
     model = model_of("nemotron_h")
     assert page_ropes(model, [1]) == [NO_ROPE]
+
+
+class Wrapped(nn.Module):
+    """An attention one step deeper, beside a method that only bears the name."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def attn(self) -> None:
+        raise NotImplementedError
+
+
+def test_an_attention_one_step_deeper_is_found() -> None:
+    model = model_of("llama")
+    specs = rope_specs(model)
+    for layer in model.layers:
+        layer.self_attn = Wrapped(layer.self_attn)
+    assert rope_specs(model) == specs
 
 
 class Hidden:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from kvferry.codec.mlx.nope import Unrotated
@@ -67,7 +68,8 @@ def _rope_of(layer: Any, index: int, unrotated: Unrotated) -> Any | None:
     if isinstance(attention, list):  # LongCat has two in a layer, which rotate alike
         attention = attention[0]
     for name in ("attention", "attn"):  # EXAONE and DBRX wrap one
-        attention = getattr(attention, name, attention)
+        inner = getattr(attention, name, None)
+        attention = inner if isinstance(inner, nn.Module) else attention
     family = type(attention).__module__.rpartition(".")[2]
     if not getattr(attention, _ROTATES_NAMES.get(family, "use_rope"), True):
         return None
