@@ -8,8 +8,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.nn.layers.base import Module
 
 from kvferry.codec.mlx.nope import Unrotated
 from kvferry.codec.mlx.shape import ModelShape
@@ -69,7 +69,7 @@ def _rope_of(layer: Any, index: int, unrotated: Unrotated) -> Any | None:
         attention = attention[0]
     for name in ("attention", "attn"):  # EXAONE and DBRX wrap one
         inner = getattr(attention, name, None)
-        attention = inner if isinstance(inner, nn.Module) else attention
+        attention = inner if isinstance(inner, Module) else attention
     family = type(attention).__module__.rpartition(".")[2]
     if not getattr(attention, _ROTATES_NAMES.get(family, "use_rope"), True):
         return None
