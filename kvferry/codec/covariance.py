@@ -10,8 +10,8 @@ from kvferry.codec.base import FloatArray
 from kvferry.errors import UnsupportedTensorError
 
 Float64Array = npt.NDArray[np.float64]
-StateLayout = dict[str, tuple[tuple[int, ...], str]]
-StateTensors = Mapping[str, npt.NDArray[Any]]
+SavedLayout = dict[str, tuple[tuple[int, ...], str]]
+SavedTensors = Mapping[str, npt.NDArray[Any]]
 
 _ROWS_PER_PRODUCT = 4096
 
@@ -34,7 +34,7 @@ class CovarianceAccumulator:
         self._products: Float64Array = np.zeros((width, width), dtype=np.float64)
 
     @staticmethod
-    def state_layout(width: int) -> StateLayout:
+    def state_layout(width: int) -> SavedLayout:
         """What `state` holds at a width: part -> (shape, dtype)."""
         return {
             "count": ((1,), "<i8"),
@@ -44,13 +44,13 @@ class CovarianceAccumulator:
         }
 
     @property
-    def state(self) -> StateTensors:
+    def state(self) -> SavedTensors:
         """Views of all that was summed up; `of_state` goes on from it bit for bit."""
         count = np.array([self._count], dtype="<i8")
         return {"count": count, "shift": self._shift, "sum": self._sum, "products": self._products}
 
     @classmethod
-    def of_state(cls, state: StateTensors) -> Self:
+    def of_state(cls, state: SavedTensors) -> Self:
         """The inverse of `state`; takes the arrays over. Raises: KeyError."""
         made = cls(1)
         made._width, made._count = len(state["shift"]), int(state["count"][0])

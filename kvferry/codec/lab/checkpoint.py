@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from kvferry import __version__
 from kvferry.codec.calibration import GroupCalibration
-from kvferry.codec.covariance import StateLayout, StateTensors
+from kvferry.codec.covariance import SavedLayout, SavedTensors
 from kvferry.codec.files import read_capped, write_atomically
 from kvferry.codec.lab.plan import HeldText
 from kvferry.errors import CalibrationCorruptError, CodecError
@@ -76,7 +76,7 @@ class Checkpoint:
         """Whether it is time to save again."""
         return time.monotonic() >= self._next
 
-    def save(self, tensors: StateTensors) -> None:
+    def save(self, tensors: SavedTensors) -> None:
         """Write the state, atomically. A disk that is full costs the state, not the run."""
         started = time.monotonic()
         try:
@@ -87,7 +87,7 @@ class Checkpoint:
         now = time.monotonic()
         self._next = now + max(EVERY_S, (now - started) / _WRITING_SHARE)
 
-    def load(self, layout: StateLayout) -> StateTensors | None:
+    def load(self, layout: SavedLayout) -> SavedTensors | None:
         """What was saved; None: nothing, or nothing usable, which one line says."""
         path = self.folder / _STATE
         if not path.is_file():
@@ -139,7 +139,7 @@ def _digest(tensors: Mapping[str, Any]) -> str:
     return hasher.hexdigest()
 
 
-def _write(path: Path, tensors: StateTensors) -> None:
+def _write(path: Path, tensors: SavedTensors) -> None:
     """Safetensors, streamed: the state may be gigabytes and is not copied."""
     data = {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
     header: dict[str, object] = {"__metadata__": {"digest": _digest(data)}}
@@ -167,7 +167,7 @@ def _write(path: Path, tensors: StateTensors) -> None:
         raise
 
 
-def _read(path: Path, layout: StateLayout) -> StateTensors:
+def _read(path: Path, layout: SavedLayout) -> SavedTensors:
     """Raises: CalibrationCorruptError, OSError, SafetensorError. Sizes are checked first."""
     cap = sum(
         int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from kvferry.codec.base import FloatArray, PageTensors
 from kvferry.codec.calibration import GroupAccumulator, layer_groups
 from kvferry.codec.calibration_bundle import JOINER
-from kvferry.codec.covariance import CovarianceAccumulator, StateLayout, StateTensors
+from kvferry.codec.covariance import CovarianceAccumulator, SavedLayout, SavedTensors
 from kvferry.codec.importance import ImportanceSums
 from kvferry.codec.lab.fisher import Fisher, FisherPass
 from kvferry.codec.mlx.shape import ModelShape
@@ -23,10 +23,10 @@ _CHOOSING = "index_"
 class SeenGroup(GroupAccumulator):
     """A layer group's accumulator whose state can be kept."""
 
-    def layout(self, shape: ModelShape) -> StateLayout:
+    def layout(self, shape: ModelShape) -> SavedLayout:
         """Names, shapes and dtypes of `tensors` once something was added."""
         count = self.layers[1] - self.layers[0]
-        found: StateLayout = {}
+        found: SavedLayout = {}
         for names in self._bundled(sorted(shape.streams)):
             streams = [shape.streams[name] for name in names]
             width = count * sum(stream.heads * stream.dim for stream in streams)
@@ -38,7 +38,7 @@ class SeenGroup(GroupAccumulator):
             found |= {self._name(bundle, part): kind for part, kind in parts.items()}
         return found
 
-    def tensors(self) -> StateTensors:
+    def tensors(self) -> SavedTensors:
         """Views of the state; empty before anything was added."""
         found: dict[str, npt.NDArray[Any]] = {}
         for name, covariance in self._bundles.items():
@@ -49,7 +49,7 @@ class SeenGroup(GroupAccumulator):
             found |= {self._name(name, part): value for part, value in parts.items()}
         return found
 
-    def load(self, tensors: StateTensors, shape: ModelShape) -> None:
+    def load(self, tensors: SavedTensors, shape: ModelShape) -> None:
         """Take over what `tensors` gave. Raises: KeyError."""
         bundles, importance = {}, {}
         for names in self._bundled(sorted(shape.streams)):
@@ -138,9 +138,9 @@ class Gathered:
                 weight[...] = scale * np.eye(weight.shape[-1], dtype=np.float32)
         return made
 
-    def layout(self) -> StateLayout:
+    def layout(self) -> SavedLayout:
         """Names, shapes and dtypes of all tensors that a kept state may have."""
-        found: StateLayout = {_COVERED: ((2,), "<i8")}
+        found: SavedLayout = {_COVERED: ((2,), "<i8")}
         for group in self.groups:
             found |= group.layout(self.shape)
         for name, stream in self.shape.streams.items():
@@ -156,7 +156,7 @@ class Gathered:
         )
         return int(sum(sizes))
 
-    def tensors(self) -> StateTensors:
+    def tensors(self) -> SavedTensors:
         """Views of the whole state."""
         found: dict[str, npt.NDArray[Any]] = {
             _COVERED: np.array([self.covered, self.fisher.passes], dtype="<i8")
@@ -165,7 +165,7 @@ class Gathered:
             found |= group.tensors()
         return found | {f"fisher/{name}": value for name, value in self.fisher.sums.items()}
 
-    def load(self, tensors: StateTensors) -> None:
+    def load(self, tensors: SavedTensors) -> None:
         """Take over a kept state whose layout was checked.
 
         Raises: CalibrationCorruptError: tensors are missing.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray, PageTensors
-from kvferry.codec.covariance import StateLayout, StateTensors
+from kvferry.codec.covariance import SavedLayout, SavedTensors
 from kvferry.codec.kvtc_fit import KEPT_ROWS, KvtcFit, RowsAside
 from kvferry.codec.lab.gathered import SeenGroup
 from kvferry.codec.mlx.shape import ModelShape
@@ -81,9 +81,9 @@ class KvtcGathered:
         self.fit.measure_on(page)
         self.measured += 1
 
-    def layout(self) -> StateLayout:
+    def layout(self) -> SavedLayout:
         """Names, shapes and dtypes of all tensors that a kept state may have."""
-        found: StateLayout = {_COVERED: ((4,), "<i8"), "rows": ((2,), "<i8")}
+        found: SavedLayout = {_COVERED: ((4,), "<i8"), "rows": ((2,), "<i8")}
         found |= self._seen.layout(self._shape)
         for name, stream in self._shape.streams.items():
             width = self._shape.layers * stream.heads * stream.dim
@@ -91,7 +91,7 @@ class KvtcGathered:
             found[f"apart/{name}"] = ((self._apart, width), "<f4")
         return found
 
-    def tensors(self) -> StateTensors:
+    def tensors(self) -> SavedTensors:
         """The whole state: views of the sums, copies of the rows."""
         rows = self.fit.set_aside()
         counts = [_count(rows.kept), _count(rows.apart)]
@@ -106,7 +106,7 @@ class KvtcGathered:
             found[f"apart/{name}"] = _padded(apart, self._apart)
         return found
 
-    def load(self, tensors: StateTensors) -> None:
+    def load(self, tensors: SavedTensors) -> None:
         """Take over a kept state whose layout was checked.
 
         Raises: CalibrationCorruptError: tensors are missing.
