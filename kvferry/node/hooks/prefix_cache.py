@@ -144,8 +144,20 @@ class PrefixCache:
 
     # -- restore ------------------------------------------------------------------
 
+    def ahead(self, tokens: Sequence[int], beyond: int = 0) -> Loaded:
+        """What `restore` does before it touches the model's arrays; on any thread.
+
+        One prompt at a time, without media, and not for ranks of a group.
+        """
+        return self._restoring.ahead(_listed(tokens), beyond)
+
     def restore(
-        self, tokens: Sequence[int], *, beyond: int = 0, media: Sequence[Medium] = ()
+        self,
+        tokens: Sequence[int],
+        *,
+        beyond: int = 0,
+        media: Sequence[Medium] = (),
+        loaded: Loaded | None = None,
     ) -> tuple[list[Any], list[int]]:
         """The longest stored prefix of a prompt, in a fresh cache.
 
@@ -156,13 +168,14 @@ class PrefixCache:
             beyond: the caller has a cache of so many of them; no more than that is a miss,
                 and nothing is fetched.
             media: images and sounds in the prompt: their tokens do not tell what they are.
+            loaded: what `ahead` gave for the same tokens.
         Returns:
             (cache, remaining tokens to prefill; at least ``options.keep_last``).
         """
         started = time.monotonic()
         self._live.touch()
         tokens = _listed(tokens)
-        cache, agreed, loaded = self._restoring.run(tokens, beyond, media)
+        cache, agreed, loaded = self._restoring.run(tokens, beyond, media, loaded)
         pages = min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS)
         self.remember(cache, agreed, pages, time.monotonic(), tokens[:agreed])
         self._finish(tokens, agreed, pages, loaded, time.monotonic() - started)

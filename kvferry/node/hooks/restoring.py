@@ -40,13 +40,29 @@ class Restoring:
     prefill: Rate
     loader: Callable[[], Loader]
 
+    def ahead(self, tokens: list[int], beyond: int) -> Loaded:
+        """Load, and no more: on any thread, for a rank that is alone."""
+        return self._load(tokens, beyond, (), Together(self.group.all_min, self.worth.choose))
+
     def run(
-        self, tokens: list[int], beyond: int, media: Sequence[Medium]
+        self,
+        tokens: list[int],
+        beyond: int,
+        media: Sequence[Medium],
+        loaded: Loaded | None = None,
     ) -> tuple[list[Any], int, Loaded]:
-        """A cache, how many tokens all ranks have in theirs, and how that came."""
-        together = Together(self.group.all_min, self.worth.choose)
-        loaded = self._load(tokens, beyond, media, together)
-        if not together.agreed:  # the same on every rank
+        """A cache, how many tokens all ranks have in theirs, and how that came.
+
+        Args:
+            loaded: what `ahead` gave for the same tokens.
+        """
+        if loaded is not None:
+            going = loaded.tokens
+        else:
+            together = Together(self.group.all_min, self.worth.choose)
+            loaded = self._load(tokens, beyond, media, together)
+            going = together.agreed
+        if not going:  # the same on every rank
             return self.part.make_cache(), 0, loaded
         mine = loaded.tokens
         if not self.part.shape.states:  # rows can be cut anywhere, states cannot
