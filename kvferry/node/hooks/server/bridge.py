@@ -9,12 +9,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from kvferry.errors import FerryError
 from kvferry.node.backoff import Breaker
 from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.options import HookOptions
+from kvferry.node.hooks.server.ahead import Ahead
 from kvferry.node.hooks.server.served import Served, stored
 from kvferry.node.hooks.server.stored import Found, Moment, Stored
 from kvferry.node.hooks.server.turns import Turns
@@ -54,6 +56,7 @@ class Bridge:
         self._key: object = None
         self._stored: Stored | None = None
         self._group: Group = Alone()
+        self._ahead = Ahead()
         self._turns, self._breaker = Turns(), Breaker(first_s=1.0, most_s=30.0)
         self._served_at = time.monotonic()
 
@@ -98,6 +101,7 @@ class Bridge:
         if stored is not None:
             with _ours("close", self.counters):
                 stored.close()
+                self._ahead.clear()
             self.counters.update(stored.counters)
 
     # -- the prompt cache ---------------------------------------------------------
@@ -138,13 +142,35 @@ class Bridge:
             wanted = text if len(text) == len(tokens) else [*text, 0]
             self._breaker.allow()
             started = time.monotonic()
-            found = self._stored.restore(wanted, held)
-            self._judge(found, time.monotonic() - started)
+            loaded, seconds = self._ahead.take(wanted)
+            found = self._stored.restore(wanted, held, loaded)
+            seconds += time.monotonic() - started
+            self._judge(found, seconds)
             if found is not None:
-                self._restored(tokens, found, time.monotonic() - started)
+                self._restored(tokens, found, seconds)
                 cache, held = found.cache, found.tokens
         self._turns.begin(tokens, held)
         return cache, tokens[held:]
+
+    def look_ahead(self, key: object, tokens: Sequence[int], held: int) -> bool:
+        """Begin to fetch beside the model what `fetch` will want; it generates meanwhile.
+
+        Args:
+            held: tokens that the server's own cache has.
+        Returns: whether to wait for `looking`.
+        """
+        with _ours("ahead", self.counters):
+            stored = self._stored
+            if stored is None or key != self._key or self._group.size > 1:
+                return False
+            if len(tokens) - held < WORTH_ASKING or min(tokens) < 0 or self._breaker.wait_s():
+                return False
+            return self._ahead.begin(tokens, partial(stored.ahead, tokens, held))
+        return False
+
+    def looking(self, timeout_s: float = 0.0) -> bool:
+        """Whether that is still under way, after waiting for so long."""
+        return self._ahead.under_way(timeout_s)
 
     def _together(self, held: int) -> tuple[int, bool]:
         """(tokens at hand on every rank, -1 where they differ; whether to ask the daemons)."""

@@ -5,6 +5,7 @@ subclasses that leave everything else as it is, and put back afterwards.
 """
 
 import _thread
+import copy
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -178,16 +179,48 @@ def _served(
     )
 
 
+def _look_ahead(generator: Any, bridge: Bridge, request: Any) -> bool:
+    """Whether blobs for a request that joins others are now being fetched beside these."""
+    try:
+        _, asked, how = request
+        provider = generator.model_provider
+        key = (
+            provider._model_map.get(how.model.model, how.model.model),
+            provider._adapter_map.get(how.model.model, how.model.adapter),
+            provider._draft_model_map.get(how.model.draft, how.model.draft),
+        )
+        if key != provider.model_key or how.seed is not None:
+            return False
+        # It changes the messages, and will do so again when the request is taken up.
+        tokens = generator._tokenize(provider.tokenizer, copy.deepcopy(asked), how)[0]
+        found = generator.prompt_cache._trie.search(provider.model_key, tokens)
+        held = max(len(found.shorter or ()), found.common_prefix if found.longer else 0)
+    except Exception as exc:  # the server finds it again, and says so
+        log.debug("not looked ahead: %s", exc)
+        return False
+    return found.exact is None and bridge.look_ahead(key, tokens, held)
+
+
 def _generator(base: Any, bridge: Bridge, running: Running) -> type:
     class Generator(base):  # type: ignore[misc]
         """The server's own; where it waits for a request there is time for other work."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             running.generator = self
+            self.kvferry_waiting: Any = None  # a request of which blobs are being fetched
             super().__init__(*args, **kwargs)
 
         def _next_request(self, timeout: float | None = None) -> Any:
+            if self.kvferry_waiting is not None:
+                # Answers under way are generated meanwhile; where there are none, we wait.
+                if bridge.looking(timeout or 0.0):
+                    return None
+                request, self.kvferry_waiting = self.kvferry_waiting, None
+                return request
             request = super()._next_request(timeout)
+            if request is not None and timeout is None and _look_ahead(self, bridge, request):
+                self.kvferry_waiting = request
+                return None
             # It waits only where no answer is being generated.
             if request is None and timeout is not None:
                 bridge.idle()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from kvferry.codec.mlx.leaves import cache_form
 from kvferry.codec.mlx.parts import length as held_by
+from kvferry.node.hooks.loaded import Loaded
 from kvferry.node.hooks.prefix_cache import PrefixCache
 from kvferry.node.hooks.server.turns import RestoredPages, Turn
 
@@ -47,8 +48,17 @@ class Stored(Protocol):
     def counters(self) -> Counter[str]:
         """Of the `PrefixCache`s."""
 
-    def restore(self, tokens: Sequence[int], beyond: int) -> Found | None:
-        """The longest stored prefix; None where it is no more than ``beyond`` tokens."""
+    def ahead(self, tokens: Sequence[int], beyond: int) -> Loaded | None:
+        """What `restore` does beside the model, on any thread; None: it does not do that."""
+
+    def restore(
+        self, tokens: Sequence[int], beyond: int, loaded: Loaded | None = None
+    ) -> Found | None:
+        """The longest stored prefix; None where it is no more than ``beyond`` tokens.
+
+        Args:
+            loaded: what `ahead` gave for the same tokens.
+        """
 
     def offer(self, tokens: list[int], cache: Cache, moment: Moment) -> None:
         """Have a cache stored that holds ``tokens``, or the first of them."""
@@ -77,9 +87,15 @@ class Plain:
         """See `Stored`."""
         return self.prefix.counters
 
-    def restore(self, tokens: Sequence[int], beyond: int) -> Found | None:
+    def ahead(self, tokens: Sequence[int], beyond: int) -> Loaded | None:
         """See `Stored`."""
-        cache, rest = self.prefix.restore(tokens, beyond=beyond)
+        return self.prefix.ahead(tokens, beyond)
+
+    def restore(
+        self, tokens: Sequence[int], beyond: int, loaded: Loaded | None = None
+    ) -> Found | None:
+        """See `Stored`."""
+        cache, rest = self.prefix.restore(tokens, beyond=beyond, loaded=loaded)
         held = len(tokens) - len(rest)
         report = self.prefix.last_restore
         if held <= beyond or report is None:
@@ -127,7 +143,13 @@ class Quantizing:
         """Of both."""
         return self._plain.counters + self._quantized.counters
 
-    def restore(self, tokens: Sequence[int], beyond: int) -> Found | None:
+    def ahead(self, tokens: Sequence[int], beyond: int) -> Loaded | None:
+        """See `Stored`: requests of such servers wait for each other anyway."""
+        return None
+
+    def restore(
+        self, tokens: Sequence[int], beyond: int, loaded: Loaded | None = None
+    ) -> Found | None:
         """See `Stored`."""
         found = None
         if len(tokens) > self._start:
@@ -187,7 +209,13 @@ class WithDraft:
         theirs = {f"draft_{name}": count for name, count in self._draft.counters.items()}
         return self._main.counters + Counter(theirs)
 
-    def restore(self, tokens: Sequence[int], beyond: int) -> Found | None:
+    def ahead(self, tokens: Sequence[int], beyond: int) -> Loaded | None:
+        """See `Stored`: requests of such servers wait for each other anyway."""
+        return None
+
+    def restore(
+        self, tokens: Sequence[int], beyond: int, loaded: Loaded | None = None
+    ) -> Found | None:
         """See `Stored`."""
         found = self._main.restore(tokens, beyond)
         if found is None:
