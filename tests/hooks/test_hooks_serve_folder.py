@@ -115,6 +115,14 @@ def test_models_take_turns_and_one_that_is_not_there_is_said_to_be(
     assert not [name for name in server.summary() if "bug" in name]
 
 
+def test_models_are_listed_where_nothing_was_downloaded(
+    tiny: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    fresh = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_CACHE": str(tmp_path / "hub" / "cache")}
+    with Server(tmp_path, cluster.sockets[0], model=tiny.name, environment=fresh) as server:
+        assert [model.id for model in server.client.models.list()] == [tiny.name]
+
+
 def test_the_daemon_dies_and_the_server_goes_on(
     tiny: LoadedModel, cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -85,8 +85,10 @@ class ModelLoading:
     ) -> tuple[Any, ...]:
         """Takes the place of ``mlx_lm.utils.sharded_load``: this rank's part of a model.
 
-        Raises: whatever the original raises.
+        Raises: ModelError; and whatever the original raises.
         """
+        if str(repo) == smollm2.NAME:
+            raise ModelError(f"{smollm2.NAME} cannot be split: give a folder or a hub id")
         model, wrapper, config = original(repo, *args, return_config=True, **others)
         made = _Made(suit_device(model), wrapper, config, whole=False)
         mx.eval(made.model.parameters())

@@ -5,7 +5,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -46,6 +47,7 @@ def serve(arguments: Sequence[str], options: HookOptions) -> dict[str, Any]:
         raise ModelError(f"{smollm2.NAME} cannot be given to this mlx-lm: {unloadable}")
     if unloadable:
         say(f"models are loaded as mlx-lm does, stored caches are not used: {unloadable}")
+    _make_hub_folder()
     with _arguments(arguments), _stop_signals():
         if unloadable:
             _main(server)
@@ -78,6 +80,14 @@ def _bridge(server: Any, options: HookOptions) -> Bridge | None:
             "until it does; start one with `kvferry up` (one machine) or `kvferry node`"
         )
     return Bridge(options)
+
+
+def _make_hub_folder() -> None:
+    """Where nothing was downloaded yet, mlx-lm's list of models fails for want of it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    with suppress(OSError):
+        Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
 
 
 def _run(server: Any, bridge: Bridge | None) -> None:
