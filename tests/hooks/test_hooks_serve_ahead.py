@@ -19,16 +19,16 @@ OTHER = "".join(chr(97 + i * i * i % 19) for i in range(40))
 SLOW_S = 2.0
 SLOW = f"""
 import os, time
-from kvferry.node.hooks.prefix_cache import PrefixCache
+from kvferry.node.hooks.restoring import Restoring
 said = os.open({{said!r}}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-known = PrefixCache._load
-def load(self, tokens, beyond):
+known = Restoring._load
+def load(self, tokens, *others):
     began = time.time()
-    found = known(self, tokens, beyond)
+    found = known(self, tokens, *others)
     time.sleep({SLOW_S})
     os.write(said, f"{{{{len(tokens)}}}} {{{{began}}}} {{{{time.time()}}}}\\n".encode())
     return found
-PrefixCache._load = load
+Restoring._load = load
 """
 
 
