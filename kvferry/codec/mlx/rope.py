@@ -30,6 +30,11 @@ _PROBE_TOLERANCE = 2e-3  # a GPU's frequencies differ from a CPU's by 1e-7 of th
 def page_ropes(model: Any, layers: Sequence[int]) -> list[RopeSpec]:
     """Of those layers of the model that hold rows of tokens; raises as `rope_specs`."""
     specs = rope_specs(model, layers)
+    if layers and max(layers) >= len(specs):
+        raise ModelError(
+            f"the caches have {max(layers) + 1} layers of rows and the model {len(specs)} layers: "
+            "this model is not supported yet"
+        )
     return [specs[layer] for layer in layers]
 
 
