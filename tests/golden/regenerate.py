@@ -74,6 +74,20 @@ def tails() -> list[dict[str, object]]:
     return found
 
 
+def media() -> list[dict[str, object]]:
+    found = []
+    for start, end, content in ((0, 1, b""), (300, 310, b"\x44" * 32), (255, 513, b"cat")):
+        found.append(
+            {
+                "start": start,
+                "end": end,
+                "content": content.hex(),
+                "digest": keys.medium_digest(start, end, content).hex(),
+            }
+        )
+    return found
+
+
 def codec_ids() -> list[dict[str, object]]:
     found = []
     for name, params, calibration in (
@@ -157,6 +171,7 @@ def main() -> None:
         "roots": roots(),
         "pages": pages(),
         "tails": tails(),
+        "media": media(),
         "codec_ids": codec_ids(),
         "model_ids": model_ids(),
         "blob_keys": blob_keys(),

@@ -242,6 +242,44 @@ def test_tails_differ_by_where_tokens_end_and_media_begin() -> None:
     assert keys.tail_key(bytes(32), list(range(8))) != keys.tail_key(bytes(32), [], [digest])
 
 
+def test_digests_of_media_are_the_published_ones() -> None:
+    for v in VECTORS["media"]:
+        found = keys.medium_digest(v["start"], v["end"], unhex(v["content"]))
+        by_hand = b"kvferry/medium/1" + struct.pack("<II", v["start"], v["end"])
+        assert found.hex() == v["digest"] == blake3(by_hand + unhex(v["content"])).hexdigest()
+
+
+@given(
+    start=st.integers(0, 60),
+    length=st.integers(1, 30),
+    page=st.integers(1, 20),
+    other=st.booleans(),
+)
+def test_another_image_is_another_key_from_the_page_on_that_shows_its_first_token(
+    start: int, length: int, page: int, other: bool
+) -> None:
+    tokens = [7] * 60
+
+    def shown(content: bytes) -> list[bytes]:
+        medium = keys.Medium(start, start + length, keys.medium_digest(start, 90, content))
+        return keys.page_keys(bytes(32), tokens, page, keys.media_by_page([medium], page))
+
+    before = start // page
+    cat, dog = shown(b"cat"), shown(b"dog") if other else keys.page_keys(bytes(32), tokens, page)
+    assert cat[:before] == dog[:before]
+    assert not set(cat[before:]) & set(dog[before:])
+
+
+def test_two_images_of_one_page_cannot_change_places() -> None:
+    def shown(first: bytes, second: bytes) -> list[bytes]:
+        places = ((1, 2, first), (5, 6, second))
+        media = [keys.Medium(a, b, keys.medium_digest(a, b, what)) for a, b, what in places]
+        assert keys.media_within(media, 0, 8) == keys.media_within(media[::-1], 0, 8)
+        return keys.page_keys(bytes(32), [7] * 8, 8, keys.media_by_page(media, 8))
+
+    assert shown(b"cat", b"dog") != shown(b"dog", b"cat")
+
+
 def test_keys_of_wrong_sizes_are_refused() -> None:
     for call in (
         lambda: keys.root_key(b"short", bytes(32)),
