@@ -77,6 +77,12 @@ def run_exo(
     return _answers(processes, work)
 
 
+def save_v4_model(folder: Path) -> None:
+    """Over the files of another model; see `exo_ranks.save_deepseek_v4`."""
+    script = str(Path(__file__).parent / "exo_ranks.py")
+    subprocess.run([PYTHON, script, json.dumps({"save_v4": str(folder)})], check=True, timeout=60)
+
+
 def _answers(processes: Sequence["subprocess.Popen[str]"], work: Path) -> list[dict[str, Any]]:
     answers = []
     try:

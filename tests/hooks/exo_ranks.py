@@ -146,11 +146,11 @@ class Rank:
     def _break(self, what: str) -> Callable[[], None]:
         """Something of ours, or of exo's, fails on this rank while a request is served."""
         from kvferry.codec.mlx import refill
-        from kvferry.node.hooks import prefix_cache
+        from kvferry.node.hooks import loader, prefix_cache
 
         base = type(self.prefixes).__mro__[1]
         places = {
-            "lookup": (prefix_cache.PrefixCache, "_loader"),
+            "lookup": (loader.Loader, "load"),
             "commit": (refill, "restore"),
             "offer": (prefix_cache.PrefixCache, "offer"),
             "get": (base, "get_kv_cache"),
@@ -196,5 +196,45 @@ class Eyes:
         return self._vision.VisionResult("", prompt, embeddings, regions, IMAGE_TOKEN)
 
 
+def save_deepseek_v4(folder: Path) -> None:
+    """Small and random, of a class that only exo's fork of mlx-lm has."""
+    from mlx.utils import tree_flatten
+
+    config = {
+        "model_type": "deepseek_v4",
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "sliding_window": 32,
+        "compress_ratios": [0, 0, 4, 128],
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "index_topk": 64,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_hash_layers": 1,
+        "hc_mult": 2,
+        "num_nextn_predict_layers": 0,
+    }
+    v4: Any = import_module("mlx_lm.models.deepseek_v4")
+    mx.random.seed(1)
+    model = v4.Model(v4.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 if __name__ == "__main__":
-    print(json.dumps(Rank(json.loads(sys.argv[1])).serve()))
+    given = json.loads(sys.argv[1])
+    if "save_v4" in given:
+        save_deepseek_v4(Path(given["save_v4"]))
+    else:
+        print(json.dumps(Rank(given).serve()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exo_group import PYTHON, Split, run_exo
+from exo_group import PYTHON, Split, run_exo, save_v4_model
 from model_zoo import save_model, tokens_of
 
 from kvferry.cli.demo.cluster import Cluster
@@ -131,6 +131,23 @@ def test_where_one_machine_runs_plain_exo_all_run_as_without_us(
     assert answers[0]["hit"] == 0
     assert answers[1]["hit"] > 0  # exo's own entry
     assert answers[1]["tokens"] == answers[0]["tokens"]
+
+
+@pytest.mark.parametrize("split", [ALONE, PIPELINE], ids=["alone", "pipeline"])
+def test_a_cache_class_that_we_do_not_know_runs_as_without_us_and_is_named(
+    split: Split, cluster: Cluster, tmp_path: Path
+) -> None:
+    folder = model_in(tmp_path, "llama")  # for its tokenizer
+    save_v4_model(folder)
+    requests = [{"prompt": prompt_of(200)}] * 2
+    ranks = run_exo(split, folder, cluster, tmp_path / "a", requests)
+    answers = together(ranks)
+    assert [rank["counters"] for rank in ranks] == [None] * split.world
+    assert answers[1]["tokens"] == answers[0]["tokens"]
+    said = (tmp_path / "a" / "rank0.log").read_text().splitlines()
+    about = [line for line in said if "prompts of this model are not stored" in line]
+    assert len(about) == 1
+    assert "DeepseekV4Cache" in about[0]
 
 
 @pytest.mark.parametrize("split", [PIPELINE, TENSOR], ids=["pipeline", "tensor"])
