@@ -15,8 +15,8 @@ def exo(context: typer.Context) -> None:
     Use it in exo's place on every machine: `kvferry exo -- ARGS` takes exo's own arguments.
     exo must run from its source, and kvferry be installed into its environment. Prompts go to
     this machine's node daemon (`kvferry node`); whatever goes wrong with that is a miss, and
-    the model prefills. If exo has changed so that kvferry does not fit, one line says so and
-    exo runs as without it.
+    the model prefills. If exo has changed so that kvferry does not fit, or another machine of
+    the same model runs plain exo, one line says so and exo runs as without it.
     """
     from kvferry.node.hooks.exo.launch import run
 
