@@ -114,17 +114,23 @@ class Rank:
             chat_template_messages=[{"role": "user", "content": json.dumps(request["prompt"])}],
         )
         seen: list[Any] = []
+        uid = -1
         batch, following = generator._mlx_gen, generator._mlx_gen.next
 
         def watched() -> Any:
             progress, responses = following()
-            seen.extend((r.token, np.array(r.logprobs.astype(mx.float32))) for r in responses)
+            mine = [r for r in responses if r.uid == uid]
+            seen.extend((r.token, np.array(r.logprobs.astype(mx.float32))) for r in mine)
             return progress, responses
 
         batch.next = watched
         if request.get("forget"):
             self.prefixes.clear()
         generator.kv_prefix_cache = None if request.get("uncached") else self.prefixes
+        if "beside" in request:  # another conversation, in the middle of its answer
+            generator.submit(params, json.dumps(request["beside"]))
+            generator.step()
+            generator.step()
         uid = generator.submit(params, json.dumps(request["prompt"]))
         hit = generator._active_tasks[uid].prefix_hit_length
         while generator.has_work:

@@ -120,6 +120,23 @@ def test_whatever_fails_on_one_rank_all_of_them_do_the_same(
     assert ranks[1]["counters"]["miss_bug"] == 2
 
 
+@pytest.mark.parametrize("split", [PIPELINE, TENSOR], ids=["pipeline", "tensor"])
+def test_a_prompt_is_restored_while_another_conversation_is_answered(
+    split: Split, cluster: Cluster, tmp_path: Path
+) -> None:
+    folder = model_in(tmp_path, "llama")
+    prompts = [prompt_of(150 + split.tensor * 10 + i) for i in range(4)]
+    stored = [{"prompt": prompt, "generate": 8} for prompt in prompts[:2]]
+    unbroken = together(run_exo(split, folder, cluster, tmp_path / "first", stored))
+    beside = [
+        {**request, "beside": other} for request, other in zip(stored, prompts[2:], strict=True)
+    ]
+    answers = together(run_exo(split, folder, cluster, tmp_path / "second", beside))
+    assert [answer["hit"] for answer in answers] == [LENGTH - 2, LENGTH - 2]
+    for answer, wanted in zip(answers, unbroken, strict=True):
+        same(answer, wanted, exactly=False)  # a batch of two is another matrix product
+
+
 def test_where_one_machine_runs_plain_exo_all_run_as_without_us(
     cluster: Cluster, tmp_path: Path
 ) -> None:
