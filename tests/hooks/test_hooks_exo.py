@@ -157,7 +157,7 @@ def test_what_lies_behind_an_image_is_neither_stored_nor_restored(
 def test_images_are_a_part_of_what_a_prompt_is_known_by(cluster: Cluster, tmp_path: Path) -> None:
     save_model("llama", tmp_path)
     prompt = [token % IMAGE_TOKEN for token in tokens_of(900, seed=12)]
-    for start in (300, 560):
+    for start in (300, 560, 880):  # the last behind the last whole page
         prompt[start : start + 10] = [IMAGE_TOKEN] * 10
     eyes = tmp_path / "eyes"
     eyes.mkdir()
@@ -172,14 +172,15 @@ def test_images_are_a_part_of_what_a_prompt_is_known_by(cluster: Cluster, tmp_pa
             runner.ferry.close()
 
     cat, dog = "8x8:cat", "8x8:dog"
-    assert asked("a", [cat, dog]) == 0
-    assert asked("b", [cat, dog]) == 898
-    assert asked("c", [cat, cat]) == 512  # the page before the second image
-    assert asked("d", [dog, cat]) == 256
-    assert asked("e", ["4x16:cat", dog]) == 256  # the same pixels in other rows
-    assert asked("f", [cat]) == 512  # what is no image is told by nothing
+    assert asked("a", [cat, dog, cat]) == 0
+    assert asked("b", [cat, dog, cat]) == 898
+    assert asked("c", [cat, dog, dog]) == 768
+    assert asked("d", [cat, cat, cat]) == 512  # the page before the second image
+    assert asked("e", [dog, cat, cat]) == 256
+    assert asked("f", ["4x16:cat", dog, cat]) == 256  # the same pixels in other rows
+    assert asked("g", [cat]) == 512  # what is no image is told by nothing
     (eyes / "model.safetensors").write_bytes(b"others")
-    assert asked("g", [cat, dog]) == 256  # seen with other eyes
+    assert asked("h", [cat, dog, cat]) == 256  # seen with other eyes
 
 
 def test_memory_pressure_stores_what_waits_before_exo_drops_it(tmp_path: Path) -> None:
