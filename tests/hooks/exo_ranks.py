@@ -19,6 +19,8 @@ import numpy as np
 
 from kvferry.node.hooks import HookOptions
 from kvferry.node.hooks.exo import child
+from kvferry.node.hooks.exo.checks import engine_problem, supervisor_problem
+from kvferry.node.hooks.exo.media import vision_problem
 
 EXO = "exo.worker.engines.mlx"
 IMAGE_TOKEN = 95
@@ -34,6 +36,13 @@ class Rank:
         self.cache, self.builder, self.utils, self.vision = (
             import_module(name) for name in (child.CACHE, child.BUILDER, child.UTILS, child.VISION)
         )
+        supervisor = import_module("exo.worker.runner.supervisor")
+        problems = [
+            engine_problem(self.cache, self.builder, self.utils),
+            supervisor_problem(supervisor),
+            vision_problem(self.vision),
+        ]
+        assert not any(problems), problems
         folder = Path(config["folder"])
         self.utils.build_model_path = lambda model_id: folder
         self._quiet_machine()
