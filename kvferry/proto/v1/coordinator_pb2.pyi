@@ -42,6 +42,38 @@ TRIGGER_IDLE: Trigger.ValueType  # 4
 TRIGGER_BEFORE_SLEEP: Trigger.ValueType  # 5
 Global___Trigger: typing_extensions.TypeAlias = Trigger
 
+class _NodePhase:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _NodePhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_NodePhase.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    NODE_PHASE_UNSPECIFIED: _NodePhase.ValueType  # 0
+    """an older release, which is ready when it beats"""
+    NODE_PHASE_JOINING: _NodePhase.ValueType  # 1
+    """up, but of no use to others yet"""
+    NODE_PHASE_READY: _NodePhase.ValueType  # 2
+    NODE_PHASE_AWAY: _NodePhase.ValueType  # 3
+    """about to sleep: expected back"""
+    NODE_PHASE_DRAINING: _NodePhase.ValueType  # 4
+    NODE_PHASE_GONE: _NodePhase.ValueType  # 5
+    """ends for good"""
+
+class NodePhase(_NodePhase, metaclass=_NodePhaseEnumTypeWrapper):
+    """How a node stands, as it says itself."""
+
+NODE_PHASE_UNSPECIFIED: NodePhase.ValueType  # 0
+"""an older release, which is ready when it beats"""
+NODE_PHASE_JOINING: NodePhase.ValueType  # 1
+"""up, but of no use to others yet"""
+NODE_PHASE_READY: NodePhase.ValueType  # 2
+NODE_PHASE_AWAY: NodePhase.ValueType  # 3
+"""about to sleep: expected back"""
+NODE_PHASE_DRAINING: NodePhase.ValueType  # 4
+NODE_PHASE_GONE: NodePhase.ValueType  # 5
+"""ends for good"""
+Global___NodePhase: typing_extensions.TypeAlias = NodePhase
+
 @typing.final
 class LayerRule(google.protobuf.message.Message):
     """How one run of layers is coded. The first rule that fits a layer holds."""
@@ -210,6 +242,8 @@ class RegisterRequest(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
+    NAMESPACE_SALT_FIELD_NUMBER: builtins.int
+    DRAINING_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     """grows with every start; older ones are fenced"""
@@ -219,6 +253,12 @@ class RegisterRequest(google.protobuf.message.Message):
     """Newest policy that the node has seen: the coordinator never gives out an older one,
     not even after it has lost its files.
     """
+    namespace_salt: builtins.bytes
+    """What the node was issued before. A coordinator that has none takes it over: without
+    it, nothing that was stored would be found again.
+    """
+    draining: builtins.bool
+    """an order that the coordinator may have forgotten"""
     @property
     def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ShardInfo]: ...
     def __init__(
@@ -230,8 +270,10 @@ class RegisterRequest(google.protobuf.message.Message):
         version: builtins.str = ...,
         shards: collections.abc.Iterable[Global___ShardInfo] | None = ...,
         policy_version: builtins.int = ...,
+        namespace_salt: builtins.bytes = ...,
+        draining: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "node_id", b"node_id", "policy_version", b"policy_version", "shards", b"shards", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "draining", b"draining", "incarnation", b"incarnation", "namespace_salt", b"namespace_salt", "node_id", b"node_id", "policy_version", b"policy_version", "shards", b"shards", "version", b"version"]) -> None: ...
 
 Global___RegisterRequest: typing_extensions.TypeAlias = RegisterRequest
 
@@ -264,9 +306,12 @@ class RegisterReply(google.protobuf.message.Message):
     NAMESPACE_SALT_FIELD_NUMBER: builtins.int
     PEERS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
+    PARTIAL_PEERS_FIELD_NUMBER: builtins.int
     heartbeat_interval_ms: builtins.int
     namespace_salt: builtins.bytes
     policy_version: builtins.int
+    partial_peers: builtins.bool
+    """The coordinator is new itself: peers that it does not name may still be there."""
     @property
     def peers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeAddress]: ...
     def __init__(
@@ -276,8 +321,9 @@ class RegisterReply(google.protobuf.message.Message):
         namespace_salt: builtins.bytes = ...,
         peers: collections.abc.Iterable[Global___NodeAddress] | None = ...,
         policy_version: builtins.int = ...,
+        partial_peers: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "namespace_salt", b"namespace_salt", "peers", b"peers", "policy_version", b"policy_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "namespace_salt", b"namespace_salt", "partial_peers", b"partial_peers", "peers", b"peers", "policy_version", b"policy_version"]) -> None: ...
 
 Global___RegisterReply: typing_extensions.TypeAlias = RegisterReply
 
@@ -311,6 +357,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
     SHARDS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    DRAINED_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    EXO_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     memory_used_share: builtins.float
@@ -318,12 +368,23 @@ class HeartbeatRequest(google.protobuf.message.Message):
     prefill_tokens_per_s: builtins.float
     decode_tokens_per_s: builtins.float
     policy_version: builtins.int
+    phase: Global___NodePhase.ValueType
+    drained: builtins.bool
+    """draining, and nothing is left that only it has"""
+    sequence: builtins.int
+    """Grows within an incarnation, over heartbeats and goodbyes; a late one changes nothing.
+    0: not counted.
+    """
     @property
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LinkSample]: ...
     @property
     def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ShardInfo]: ...
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    @property
+    def exo(self) -> Global___ExoState:
+        """left out: as before"""
+
     def __init__(
         self,
         *,
@@ -337,8 +398,13 @@ class HeartbeatRequest(google.protobuf.message.Message):
         shards: collections.abc.Iterable[Global___ShardInfo] | None = ...,
         policy_version: builtins.int = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        phase: Global___NodePhase.ValueType = ...,
+        drained: builtins.bool = ...,
+        sequence: builtins.int = ...,
+        exo: Global___ExoState | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "free_disk_bytes", b"free_disk_bytes", "incarnation", b"incarnation", "links", b"links", "memory_used_share", b"memory_used_share", "node_id", b"node_id", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "shards", b"shards"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["exo", b"exo"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "drained", b"drained", "exo", b"exo", "free_disk_bytes", b"free_disk_bytes", "incarnation", b"incarnation", "links", b"links", "memory_used_share", b"memory_used_share", "node_id", b"node_id", "phase", b"phase", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "sequence", b"sequence", "shards", b"shards"]) -> None: ...
 
 Global___HeartbeatRequest: typing_extensions.TypeAlias = HeartbeatRequest
 
@@ -349,20 +415,169 @@ class LinkSample(google.protobuf.message.Message):
     TO_FIELD_NUMBER: builtins.int
     BYTES_PER_S_FIELD_NUMBER: builtins.int
     LATENCY_S_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    AGE_S_FIELD_NUMBER: builtins.int
+    PROBED_FIELD_NUMBER: builtins.int
     to: builtins.str
     """node id, or "store" """
     bytes_per_s: builtins.float
     latency_s: builtins.float
+    kind: builtins.str
+    """"loopback", "thunderbolt", "ethernet", "wifi", ..."""
+    age_s: builtins.float
+    """since bandwidth was measured; 0: never"""
+    probed: builtins.bool
+    """measured by a probe, not by a blob"""
     def __init__(
         self,
         *,
         to: builtins.str = ...,
         bytes_per_s: builtins.float = ...,
         latency_s: builtins.float = ...,
+        kind: builtins.str = ...,
+        age_s: builtins.float = ...,
+        probed: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes_per_s", b"bytes_per_s", "latency_s", b"latency_s", "to", b"to"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["age_s", b"age_s", "bytes_per_s", b"bytes_per_s", "kind", b"kind", "latency_s", b"latency_s", "probed", b"probed", "to", b"to"]) -> None: ...
 
 Global___LinkSample: typing_extensions.TypeAlias = LinkSample
+
+@typing.final
+class ExoState(google.protobuf.message.Message):
+    """What exo says of its cluster, cut down to what decisions need."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REACHABLE_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    SHARDS_FIELD_NUMBER: builtins.int
+    LINKS_FIELD_NUMBER: builtins.int
+    LEFT_OUT_FIELD_NUMBER: builtins.int
+    reachable: builtins.bool
+    left_out: builtins.int
+    """entries that were not understood, or too many"""
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ExoNode]: ...
+    @property
+    def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ExoShard]: ...
+    @property
+    def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ExoLink]: ...
+    def __init__(
+        self,
+        *,
+        reachable: builtins.bool = ...,
+        nodes: collections.abc.Iterable[Global___ExoNode] | None = ...,
+        shards: collections.abc.Iterable[Global___ExoShard] | None = ...,
+        links: collections.abc.Iterable[Global___ExoLink] | None = ...,
+        left_out: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["left_out", b"left_out", "links", b"links", "nodes", b"nodes", "reachable", b"reachable", "shards", b"shards"]) -> None: ...
+
+Global___ExoState: typing_extensions.TypeAlias = ExoState
+
+@typing.final
+class ExoNode(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    CHIP_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    FREE_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    FREE_DISK_BYTES_FIELD_NUMBER: builtins.int
+    THUNDERBOLT_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    """exo's, not ours"""
+    name: builtins.str
+    chip: builtins.str
+    memory_bytes: builtins.int
+    free_memory_bytes: builtins.int
+    free_disk_bytes: builtins.int
+    @property
+    def thunderbolt(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """speed of each Thunderbolt port that is in use"""
+
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        name: builtins.str = ...,
+        chip: builtins.str = ...,
+        memory_bytes: builtins.int = ...,
+        free_memory_bytes: builtins.int = ...,
+        free_disk_bytes: builtins.int = ...,
+        thunderbolt: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chip", b"chip", "free_disk_bytes", b"free_disk_bytes", "free_memory_bytes", b"free_memory_bytes", "memory_bytes", b"memory_bytes", "name", b"name", "node_id", b"node_id", "thunderbolt", b"thunderbolt"]) -> None: ...
+
+Global___ExoNode: typing_extensions.TypeAlias = ExoNode
+
+@typing.final
+class ExoShard(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    LAYER_START_FIELD_NUMBER: builtins.int
+    LAYER_END_FIELD_NUMBER: builtins.int
+    LAYERS_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    RANKS_FIELD_NUMBER: builtins.int
+    SHARDING_FIELD_NUMBER: builtins.int
+    INSTANCE_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """hub id"""
+    node_id: builtins.str
+    layer_start: builtins.int
+    layer_end: builtins.int
+    layers: builtins.int
+    """of the whole model"""
+    rank: builtins.int
+    ranks: builtins.int
+    sharding: builtins.str
+    """"pipeline", "tensor", "cfg" """
+    instance: builtins.str
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        node_id: builtins.str = ...,
+        layer_start: builtins.int = ...,
+        layer_end: builtins.int = ...,
+        layers: builtins.int = ...,
+        rank: builtins.int = ...,
+        ranks: builtins.int = ...,
+        sharding: builtins.str = ...,
+        instance: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["instance", b"instance", "layer_end", b"layer_end", "layer_start", b"layer_start", "layers", b"layers", "model", b"model", "node_id", b"node_id", "rank", b"rank", "ranks", b"ranks", "sharding", b"sharding"]) -> None: ...
+
+Global___ExoShard: typing_extensions.TypeAlias = ExoShard
+
+@typing.final
+class ExoLink(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: builtins.int
+    TO_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    ADDRESS_FIELD_NUMBER: builtins.int
+    source: builtins.str
+    to: builtins.str
+    kind: builtins.str
+    """"rdma", "thunderbolt", "ethernet", "wifi", "unknown" """
+    address: builtins.str
+    def __init__(
+        self,
+        *,
+        source: builtins.str = ...,
+        to: builtins.str = ...,
+        kind: builtins.str = ...,
+        address: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "kind", b"kind", "source", b"source", "to", b"to"]) -> None: ...
+
+Global___ExoLink: typing_extensions.TypeAlias = ExoLink
 
 @typing.final
 class HeartbeatReply(google.protobuf.message.Message):
@@ -370,8 +585,14 @@ class HeartbeatReply(google.protobuf.message.Message):
 
     KNOWN_FIELD_NUMBER: builtins.int
     PEERS_FIELD_NUMBER: builtins.int
+    DRAIN_FIELD_NUMBER: builtins.int
+    PARTIAL_PEERS_FIELD_NUMBER: builtins.int
     known: builtins.bool
     """false: register again"""
+    drain: builtins.bool
+    """what the operator wants of this node"""
+    partial_peers: builtins.bool
+    """as in RegisterReply"""
     @property
     def peers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeAddress]: ...
     def __init__(
@@ -379,10 +600,83 @@ class HeartbeatReply(google.protobuf.message.Message):
         *,
         known: builtins.bool = ...,
         peers: collections.abc.Iterable[Global___NodeAddress] | None = ...,
+        drain: builtins.bool = ...,
+        partial_peers: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["known", b"known", "peers", b"peers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drain", b"drain", "known", b"known", "partial_peers", b"partial_peers", "peers", b"peers"]) -> None: ...
 
 Global___HeartbeatReply: typing_extensions.TypeAlias = HeartbeatReply
+
+@typing.final
+class GoodbyeRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    SEQUENCE_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    incarnation: builtins.int
+    phase: Global___NodePhase.ValueType
+    """AWAY or GONE"""
+    sequence: builtins.int
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        phase: Global___NodePhase.ValueType = ...,
+        sequence: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["incarnation", b"incarnation", "node_id", b"node_id", "phase", b"phase", "sequence", b"sequence"]) -> None: ...
+
+Global___GoodbyeRequest: typing_extensions.TypeAlias = GoodbyeRequest
+
+@typing.final
+class GoodbyeReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___GoodbyeReply: typing_extensions.TypeAlias = GoodbyeReply
+
+@typing.final
+class DrainRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    undo: builtins.bool
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        undo: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node_id", b"node_id", "undo", b"undo"]) -> None: ...
+
+Global___DrainRequest: typing_extensions.TypeAlias = DrainRequest
+
+@typing.final
+class DrainReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    DRAINED_FIELD_NUMBER: builtins.int
+    state: builtins.str
+    drained: builtins.bool
+    def __init__(
+        self,
+        *,
+        state: builtins.str = ...,
+        drained: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drained", b"drained", "state", b"state"]) -> None: ...
+
+Global___DrainReply: typing_extensions.TypeAlias = DrainReply
 
 @typing.final
 class WatchPolicyRequest(google.protobuf.message.Message):
@@ -562,13 +856,15 @@ class Member(google.protobuf.message.Message):
     SECONDS_SINCE_HEARTBEAT_FIELD_NUMBER: builtins.int
     LAST_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
+    DRAINED_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     address: builtins.str
     state: builtins.str
-    """"ready", "away", "gone" """
+    """"joining", "ready", "away", "draining", "gone" """
     seconds_since_heartbeat: builtins.float
     version: builtins.str
+    drained: builtins.bool
     @property
     def last(self) -> Global___HeartbeatRequest: ...
     def __init__(
@@ -581,9 +877,10 @@ class Member(google.protobuf.message.Message):
         seconds_since_heartbeat: builtins.float = ...,
         last: Global___HeartbeatRequest | None = ...,
         version: builtins.str = ...,
+        drained: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["last", b"last"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "last", b"last", "node_id", b"node_id", "seconds_since_heartbeat", b"seconds_since_heartbeat", "state", b"state", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "drained", b"drained", "incarnation", b"incarnation", "last", b"last", "node_id", b"node_id", "seconds_since_heartbeat", b"seconds_since_heartbeat", "state", b"state", "version", b"version"]) -> None: ...
 
 Global___Member: typing_extensions.TypeAlias = Member
 

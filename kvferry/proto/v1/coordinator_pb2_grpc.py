@@ -69,6 +69,16 @@ class CoordinatorStub(object):
                 request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersReply.FromString,
                 _registered_method=True)
+        self.Goodbye = channel.unary_unary(
+                '/kvferry.v1.Coordinator/Goodbye',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/kvferry.v1.Coordinator/Drain',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -117,6 +127,20 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Goodbye(self, request, context):
+        """A node goes, and says so before it is missed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Admin: a node shall take nothing new and hand over what only it has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +178,16 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Members,
                     request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersReply.SerializeToString,
+            ),
+            'Goodbye': grpc.unary_unary_rpc_method_handler(
+                    servicer.Goodbye,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -345,6 +379,60 @@ class Coordinator(object):
             '/kvferry.v1.Coordinator/Members',
             kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersRequest.SerializeToString,
             kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Goodbye(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Coordinator/Goodbye',
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Coordinator/Drain',
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainReply.FromString,
             options,
             channel_credentials,
             insecure,

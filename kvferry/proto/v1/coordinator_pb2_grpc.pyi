@@ -137,7 +137,39 @@ _CoordinatorMembersType = typing_extensions.TypeVar(
     ],
 )
 
-class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeartbeatType, _CoordinatorWatchPolicyType, _CoordinatorReportRestoreType, _CoordinatorExplainType, _CoordinatorSetPolicyType, _CoordinatorMembersType]):
+_CoordinatorGoodbyeType = typing_extensions.TypeVar(
+    '_CoordinatorGoodbyeType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+        kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+        kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+        kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
+    ],
+)
+
+_CoordinatorDrainType = typing_extensions.TypeVar(
+    '_CoordinatorDrainType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.DrainRequest,
+        kvferry.proto.v1.coordinator_pb2.DrainReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.DrainRequest,
+        kvferry.proto.v1.coordinator_pb2.DrainReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.DrainRequest,
+        kvferry.proto.v1.coordinator_pb2.DrainReply,
+    ],
+)
+
+class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeartbeatType, _CoordinatorWatchPolicyType, _CoordinatorReportRestoreType, _CoordinatorExplainType, _CoordinatorSetPolicyType, _CoordinatorMembersType, _CoordinatorGoodbyeType, _CoordinatorDrainType]):
     @typing.overload
     def __init__(self: CoordinatorStub[
         grpc.UnaryUnaryMultiCallable[
@@ -167,6 +199,14 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
         grpc.UnaryUnaryMultiCallable[
             kvferry.proto.v1.coordinator_pb2.MembersRequest,
             kvferry.proto.v1.coordinator_pb2.MembersReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+            kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.DrainRequest,
+            kvferry.proto.v1.coordinator_pb2.DrainReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -200,6 +240,14 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
             kvferry.proto.v1.coordinator_pb2.MembersRequest,
             kvferry.proto.v1.coordinator_pb2.MembersReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+            kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.DrainRequest,
+            kvferry.proto.v1.coordinator_pb2.DrainReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Register: _CoordinatorRegisterType
@@ -216,6 +264,12 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
     SetPolicy: _CoordinatorSetPolicyType
 
     Members: _CoordinatorMembersType
+
+    Goodbye: _CoordinatorGoodbyeType
+    """A node goes, and says so before it is missed."""
+
+    Drain: _CoordinatorDrainType
+    """Admin: a node shall take nothing new and hand over what only it has."""
 
 CoordinatorAsyncStub: typing_extensions.TypeAlias = CoordinatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -245,6 +299,14 @@ CoordinatorAsyncStub: typing_extensions.TypeAlias = CoordinatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kvferry.proto.v1.coordinator_pb2.MembersRequest,
         kvferry.proto.v1.coordinator_pb2.MembersReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+        kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.DrainRequest,
+        kvferry.proto.v1.coordinator_pb2.DrainReply,
     ],
 ]
 
@@ -298,5 +360,21 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         request: kvferry.proto.v1.coordinator_pb2.MembersRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.MembersReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.MembersReply]]: ...
+
+    @abc.abstractmethod
+    def Goodbye(
+        self,
+        request: kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.GoodbyeReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.GoodbyeReply]]:
+        """A node goes, and says so before it is missed."""
+
+    @abc.abstractmethod
+    def Drain(
+        self,
+        request: kvferry.proto.v1.coordinator_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.DrainReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.DrainReply]]:
+        """Admin: a node shall take nothing new and hand over what only it has."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

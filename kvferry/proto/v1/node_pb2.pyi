@@ -355,6 +355,9 @@ class NodeStatus(google.protobuf.message.Message):
     DECODE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     LINKS_FIELD_NUMBER: builtins.int
     UNIX_S_FIELD_NUMBER: builtins.int
+    PHASE_FIELD_NUMBER: builtins.int
+    DRAINED_FIELD_NUMBER: builtins.int
+    EXO_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     version: builtins.str
@@ -370,6 +373,8 @@ class NodeStatus(google.protobuf.message.Message):
     decode_tokens_per_s: builtins.float
     unix_s: builtins.float
     """its clock"""
+    phase: kvferry.proto.v1.coordinator_pb2.NodePhase.ValueType
+    drained: builtins.bool
     @property
     def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TierStatus]: ...
     @property
@@ -378,6 +383,8 @@ class NodeStatus(google.protobuf.message.Message):
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kvferry.proto.v1.coordinator_pb2.LinkSample]: ...
+    @property
+    def exo(self) -> kvferry.proto.v1.coordinator_pb2.ExoState: ...
     def __init__(
         self,
         *,
@@ -398,7 +405,11 @@ class NodeStatus(google.protobuf.message.Message):
         decode_tokens_per_s: builtins.float = ...,
         links: collections.abc.Iterable[kvferry.proto.v1.coordinator_pb2.LinkSample] | None = ...,
         unix_s: builtins.float = ...,
+        phase: kvferry.proto.v1.coordinator_pb2.NodePhase.ValueType = ...,
+        drained: builtins.bool = ...,
+        exo: kvferry.proto.v1.coordinator_pb2.ExoState | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["coordinator_reachable", b"coordinator_reachable", "counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "incarnation", b"incarnation", "links", b"links", "node_id", b"node_id", "peers", b"peers", "policy_name", b"policy_name", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_bytes", b"resident_bytes", "store_reachable", b"store_reachable", "tiers", b"tiers", "unix_s", b"unix_s", "uploads_pending", b"uploads_pending", "uploads_pending_bytes", b"uploads_pending_bytes", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["exo", b"exo"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["coordinator_reachable", b"coordinator_reachable", "counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "drained", b"drained", "exo", b"exo", "incarnation", b"incarnation", "links", b"links", "node_id", b"node_id", "peers", b"peers", "phase", b"phase", "policy_name", b"policy_name", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_bytes", b"resident_bytes", "store_reachable", b"store_reachable", "tiers", b"tiers", "unix_s", b"unix_s", "uploads_pending", b"uploads_pending", "uploads_pending_bytes", b"uploads_pending_bytes", "version", b"version"]) -> None: ...
 
 Global___NodeStatus: typing_extensions.TypeAlias = NodeStatus
