@@ -77,6 +77,11 @@ class ServiceSettings(BaseSettings):
     allow_remote_plaintext: bool = Field(
         default=False, description="Bind beyond loopback although there is no TLS."
     )
+    discovery: str = Field(
+        default="",
+        pattern=r"^[\w.-]{0,32}$",
+        description="Cluster to announce, and look for, on the local network (mDNS); empty: off.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -147,6 +152,21 @@ class NodeSettings(ServiceSettings):
     request_timeout_s: float = Field(default=30.0, gt=0)
     shutdown_timeout_s: float = Field(default=20.0, gt=0)
     peer_timeout_s: float = Field(default=0.5, gt=0)
+    exo_url: str = Field(
+        default="http://127.0.0.1:52415",
+        pattern=r"^(https?://[^\s/]+/?)?$",
+        description="exo's API on this machine, empty: not asked.",
+    )
+    probe_bytes_per_hour: int = Field(
+        default=16 * MIB, ge=0, description="To measure links that no blob has crossed."
+    )
+
+    @property
+    def sought(self) -> frozenset[str]:
+        """Of "store" and "coordinator", what is to be found on the network: no address given."""
+        if not self.discovery:
+            return frozenset()
+        return frozenset({"store", "coordinator"} - self.model_fields_set)
 
 
 class StoreSettings(ServiceSettings):

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvferry.cli.options import (
+    DiscoveryOption,
     LogLevelOption,
     MetricsOption,
     PlaintextOption,
@@ -33,6 +34,7 @@ def coordinator(
     away_after_s: Annotated[
         float | None, typer.Option(help="A node not heard of for so long is away.")
     ] = None,
+    discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = "info",
@@ -53,6 +55,7 @@ def coordinator(
         data_dir=data_dir,
         heartbeat_interval_s=heartbeat_interval_s,
         away_after_s=away_after_s,
+        discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
     )
 

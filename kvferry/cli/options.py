@@ -26,6 +26,10 @@ ReserveOption = Annotated[int | None, typer.Option(help="Free disk left alone.")
 PlaintextOption = Annotated[
     bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
 ]
+DiscoveryOption = Annotated[
+    str | None,
+    typer.Option(metavar="CLUSTER", help="Find each other on the local network under this name."),
+]
 ReadyFileOption = Annotated[
     Path | None, typer.Option(help="JSON with the addresses, written when ready.")
 ]

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from kvferry.cli.options import (
+    DiscoveryOption,
     LogLevelOption,
     MaxBlobOption,
     MetricsOption,
@@ -32,6 +33,7 @@ def store(
     staged_ttl_s: Annotated[
         float | None, typer.Option(help="Blobs staged and never committed end after so long.")
     ] = None,
+    discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = "info",
@@ -56,6 +58,7 @@ def store(
         reserve_bytes=reserve_bytes,
         max_blob_bytes=max_blob_bytes,
         staged_ttl_s=staged_ttl_s,
+        discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
     )
     registry = CollectorRegistry()

@@ -100,6 +100,11 @@ class BlobStoreClient:
         """Close the connection; calls under way fail."""
         await self._channel.close()
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """For other services of the same server."""
+        return self._channel
+
     def _deadline(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else timeout_s
 

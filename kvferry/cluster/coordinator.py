@@ -1,7 +1,7 @@
 """The coordinator: knows the members, holds the policy, tells who watches.
 
-The asyncio shell around `state` and `policy`. It is never on the data path, and nodes go
-on with the last policy they saw while it is away.
+The asyncio shell around `Membership` and `PolicyKeeper`. It is never on the data path, and
+nodes go on with the last policy they saw while it is away.
 """
 
 import asyncio
@@ -9,14 +9,15 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from kvferry.cluster import state as states
 from kvferry.cluster.coordinator_metrics import CoordinatorMetrics
 from kvferry.cluster.durable import private_folder
 from kvferry.cluster.intent import Intent, load_intent
-from kvferry.cluster.namespaces import namespace_salt
+from kvferry.cluster.membership import Membership, tells
+from kvferry.cluster.namespaces import kept_salt, namespace_salt
 from kvferry.cluster.policy_keeper import PolicyKeeper
 from kvferry.errors import ConfigError
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -25,25 +26,28 @@ from kvferry.settings import CoordinatorSettings
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-GONE_AFTER_AWAYS = 60  # 10 minutes where away is 10 seconds
-FORGET_AFTER_S = 86_400.0
-_WILDCARDS = ("0.0.0.0", "[::]", "[::0]")  # noqa: S104 - compared with, not bound
+SETTLE_BEATS = 3
 
 
 class Coordinator:
     """Members, policy and salt of one cluster. Lives on one event loop.
 
     Open with `open`, keep `run` going beside it, end with `aclose`.
+
+    Attributes:
+        rounds: called one after the other, every `POLL_S`, for as long as `run` runs.
     """
 
     def __init__(self, settings: CoordinatorSettings, clock: Callable[[], float]) -> None:
         self._settings = settings
-        self._clock = clock
-        self._state = states.ClusterState()
         self._salt = b""
+        self._salting = asyncio.Lock()
         self._lock_handle = -1
-        self.metrics = CoordinatorMetrics(self.member_counts)
+        settle_s = SETTLE_BEATS * settings.heartbeat_interval_s
+        self.membership = Membership(settings.away_after_s, clock, settle_s)
+        self.metrics = CoordinatorMetrics(self.membership.counts)
         self.policies = PolicyKeeper(settings.data_dir, settings.policy_file, self.metrics)
+        self.rounds: list[Callable[[], Awaitable[None]]] = [self.policies.look_at_file]
 
     @classmethod
     async def open(
@@ -65,10 +69,10 @@ class Coordinator:
         return made
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterReply:
-        """A node joins. Raises: FencedError, QueueFullError."""
-        self._state = states.apply(self._state, states.Registered(request, self._clock()))
+        """A node joins. Raises: FencedError, QueueFullError, ConfigError (the salt)."""
+        self.membership.register(request)
         log.info("node %r registered from %s", request.node_id, request.address or "no address")
-        if request.address and not _tells(request.address):
+        if request.address and not tells(request.address):
             log.warning(
                 "node %r listens on all interfaces (%s), which tells its peers nothing: set its "
                 "`listen` to an address or name of its machine",
@@ -76,53 +80,68 @@ class Coordinator:
                 request.address,
             )
         self.metrics.registrations.inc()
+        salt = await self._salt_for(request)
         await self.policies.outgrow(request.policy_version)
         return pb.RegisterReply(
             heartbeat_interval_ms=max(1, round(self._settings.heartbeat_interval_s * 1000)),
-            namespace_salt=self._salt,
-            peers=self._peers_of(request.node_id),
+            namespace_salt=salt,
+            peers=self.membership.peers_of(request.node_id),
             policy_version=self.policies.policy.version,
+            partial_peers=self.membership.partial,
         )
+
+    async def _salt_for(self, request: pb.RegisterRequest) -> bytes:
+        """The salt. Where there is none, the first node to register says what it was."""
+        async with self._salting:
+            if not self._salt:
+                brought = request.namespace_salt
+                self._salt = await asyncio.to_thread(
+                    namespace_salt, self._settings.data_dir, brought=brought
+                )
+                if self._salt == brought:
+                    log.warning("no salt was kept here: that of node %r holds", request.node_id)
+        if request.namespace_salt not in (b"", self._salt):
+            log.warning(
+                "node %r comes from another namespace: what it stored there is not found here",
+                request.node_id,
+            )
+        return self._salt
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         """A node is alive. Raises: FencedError."""
-        self._state = states.apply(self._state, states.Beat(request, self._clock()))
+        member = self.membership.beat(request)
         self.metrics.heartbeats.inc()
-        if not states.is_known(self._state, request.node_id, request.incarnation):
+        if member is None:
             return pb.HeartbeatReply(known=False)
         await self.policies.outgrow(request.policy_version)
-        return pb.HeartbeatReply(known=True, peers=self._peers_of(request.node_id))
+        peers = self.membership.peers_of(request.node_id)
+        return pb.HeartbeatReply(
+            known=True, peers=peers, drain=member.drain, partial_peers=self.membership.partial
+        )
 
-    def _peers_of(self, node_id: str) -> list[pb.NodeAddress]:
-        return [
-            pb.NodeAddress(node_id=name, address=member.address)
-            for name, member in sorted(self._state.members.items())
-            if name != node_id and _tells(member.address) and self._presence(member) == "ready"
-        ]
+    async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
+        """A node goes, and says so. Raises: FencedError."""
+        self.membership.leave(request)
+        log.info("node %r says goodbye", request.node_id)
+        return pb.GoodbyeReply()
 
-    def _presence(self, member: states.MemberState) -> states.Presence:
-        away = self._settings.away_after_s
-        return states.presence(member, self._clock(), away, away * GONE_AFTER_AWAYS)
+    async def drain(self, request: pb.DrainRequest) -> pb.DrainReply:
+        """The operator's order to one node. Raises: ConfigError: no such member."""
+        member = self.membership.drain(request.node_id, request.undo)
+        log.info("node %r %s", request.node_id, "is wanted back" if request.undo else "is to drain")
+        return pb.DrainReply(state=self.membership.presence(member), drained=member.drained)
 
     def members(self) -> list[tuple[states.MemberState, states.Presence, float]]:
         """All known nodes by name: what they said, how present, seconds since then."""
-        now = self._clock()
-        ordered = sorted(self._state.members.items())
-        return [(m, self._presence(m), max(0.0, now - m.seen_s)) for _, m in ordered]
-
-    def member_counts(self) -> dict[str, int]:
-        """How many members are in each state."""
-        counts: dict[str, int] = {"ready": 0, "away": 0, "gone": 0}
-        for member in self._state.members.values():
-            counts[self._presence(member)] += 1
-        return counts
+        return self.membership.members()
 
     async def run(self) -> None:
-        """Follow the policy file and forget members long gone; ends only when cancelled."""
+        """Do the `rounds` and forget members long gone; ends only when cancelled."""
         while True:
             await asyncio.sleep(POLL_S)
-            self._state = states.apply(self._state, states.Swept(self._clock(), FORGET_AFTER_S))
-            await self.policies.look_at_file()
+            self.membership.sweep()
+            for do in self.rounds:
+                await do()
 
     async def aclose(self) -> None:
         """End all watches and give the data folder back."""
@@ -130,11 +149,6 @@ class Coordinator:
         if self._lock_handle >= 0:
             os.close(self._lock_handle)
             self._lock_handle = -1
-
-
-def _tells(address: str) -> bool:
-    """Whether others can use an address: there is one, and it is not "all interfaces"."""
-    return bool(address) and address.rpartition(":")[0] not in _WILDCARDS
 
 
 def _open_files(data_dir: Path) -> tuple[int, bytes, Intent | None]:
@@ -145,7 +159,7 @@ def _open_files(data_dir: Path) -> tuple[int, bytes, Intent | None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as exc:
             raise ConfigError("data_dir", str(folder), "used by no other coordinator") from exc
-        return handle, namespace_salt(folder), load_intent(folder)
+        return handle, kept_salt(folder), load_intent(folder)
     except BaseException:
         os.close(handle)
         raise

@@ -64,6 +64,19 @@ class CoordinatorClient:
         """
         return await self._answer(self._stub.Heartbeat(request, timeout=self._timeout_s))
 
+    async def goodbye(self, request: pb.GoodbyeRequest, *, timeout_s: float | None = None) -> None:
+        """Say that this node sleeps, or ends. Raises: FencedError as `register`."""
+        end = self._timeout_s if timeout_s is None else timeout_s
+        await self._answer(self._stub.Goodbye(request, timeout=end))
+
+    async def drain(self, node_id: str, *, undo: bool = False) -> pb.DrainReply:
+        """Have a node hand over and take nothing new; ``undo``: have it back at work.
+
+        Raises: ConfigError: no such member.
+        """
+        request = pb.DrainRequest(node_id=node_id, undo=undo)
+        return await self._answer(self._stub.Drain(request, timeout=self._timeout_s))
+
     async def watch_policy(self, node_id: str) -> AsyncGenerator[pb.Policy, None]:
         """The policy in force at once, then each later one. Never ends by itself.
 

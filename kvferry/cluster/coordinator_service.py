@@ -4,16 +4,17 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import AsyncExitStack, aclosing
 
 import grpc
 
 from kvferry import __version__
 from kvferry.cluster import policy as policies
-from kvferry.cluster import state as states
 from kvferry.cluster.coordinator import Coordinator
+from kvferry.cluster.discovery import announced
 from kvferry.cluster.handlers import stream, unary
+from kvferry.cluster.member_messages import check_exo, told
 from kvferry.cluster.server import Service, start_server
 from kvferry.cluster.service import Running
 from kvferry.errors import ConfigError, ProtocolError
@@ -26,6 +27,7 @@ MAX_SHARDS = 1024
 MAX_LINKS = 4096
 MAX_COUNTERS = 1024
 MAX_EXPLAINED = 4096
+MAX_SALT_BYTES = 64
 
 _NODE_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
 _ADDRESS = re.compile(r"(|[^\s:]{1,255}:[0-9]{1,5}|\[[0-9a-fA-F:.%]{2,64}\]:[0-9]{1,5})")
@@ -45,20 +47,36 @@ class CoordinatorServicer:
         if len(request.version) > 64:
             raise ProtocolError("version: at most 64 characters wanted")
         _check_shards(request.shards)
+        if len(request.namespace_salt) > MAX_SALT_BYTES:
+            raise ProtocolError(f"salt: at most {MAX_SALT_BYTES} bytes wanted")
         return await self._coordinator.register(request)
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         """Heartbeat."""
         _check_node(request.node_id)
         _check_shards(request.shards)
+        if request.HasField("exo"):
+            check_exo(request.exo)
         rates = [request.prefill_tokens_per_s, request.decode_tokens_per_s]
-        rates += [n for link in request.links for n in (link.bytes_per_s, link.latency_s)]
+        rates += [n for link in request.links for n in _figures(link)]
         _check_numbers(request.memory_used_share, *rates)
         if len(request.links) > MAX_LINKS or len(request.counters) > MAX_COUNTERS:
             raise ProtocolError(f"at most {MAX_LINKS} links and {MAX_COUNTERS} counters wanted")
-        if any(len(name) > 128 for name in (*request.counters, *(k.to for k in request.links))):
+        if any(len(name) > 128 for name in (*request.counters, *_names(request))):
             raise ProtocolError("names of links and counters: at most 128 characters wanted")
         return await self._coordinator.heartbeat(request)
+
+    async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
+        """Goodbye."""
+        _check_node(request.node_id)
+        if request.phase not in (pb.NODE_PHASE_AWAY, pb.NODE_PHASE_GONE):
+            raise ProtocolError("goodbye: away or gone wanted")
+        return await self._coordinator.goodbye(request)
+
+    async def drain(self, request: pb.DrainRequest) -> pb.DrainReply:
+        """Drain."""
+        _check_node(request.node_id)
+        return await self._coordinator.drain(request)
 
     async def watch_policy(self, request: pb.WatchPolicyRequest) -> AsyncGenerator[pb.Policy, None]:
         """WatchPolicy."""
@@ -101,16 +119,7 @@ class CoordinatorServicer:
             version=__version__,
             unix_s=time.time(),
         )
-        for member, presence, age_s in self._coordinator.members():
-            reply.members.add(
-                node_id=member.node_id,
-                incarnation=member.incarnation,
-                address=member.address,
-                state=presence,
-                seconds_since_heartbeat=age_s,
-                last=_last(member),
-                version=member.version,
-            )
+        reply.members.extend(told(*found) for found in self._coordinator.members())
         return reply
 
     def service(self) -> Service:
@@ -127,6 +136,8 @@ class CoordinatorServicer:
             "Explain": unary(self.explain, pb.ExplainRequest, count),
             "SetPolicy": unary(self.set_policy, pb.SetPolicyRequest, count),
             "Members": unary(self.members, pb.MembersRequest, count),
+            "Goodbye": unary(self.goodbye, pb.GoodbyeRequest, count),
+            "Drain": unary(self.drain, pb.DrainRequest, count),
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
@@ -152,28 +163,14 @@ def _check_numbers(*values: float) -> None:
         raise ProtocolError("shares, rates and times: finite numbers of at least 0 wanted")
 
 
-def _last(member: states.MemberState) -> pb.HeartbeatRequest:
-    vitals = member.vitals
-    return pb.HeartbeatRequest(
-        node_id=member.node_id,
-        incarnation=member.incarnation,
-        memory_used_share=vitals.memory_used_share,
-        free_disk_bytes=vitals.free_disk_bytes,
-        prefill_tokens_per_s=vitals.prefill_tokens_per_s,
-        decode_tokens_per_s=vitals.decode_tokens_per_s,
-        links=[
-            pb.LinkSample(to=to, bytes_per_s=link.bytes_per_s, latency_s=link.latency_s)
-            for to, link in member.links.items()
-        ],
-        shards=[
-            pb.ShardInfo(
-                model_id=shard.model_id, layer_start=shard.layers[0], layer_end=shard.layers[1]
-            )
-            for shard in member.shards
-        ],
-        policy_version=vitals.policy_version,
-        counters=vitals.counters,
-    )
+def _figures(link: pb.LinkSample) -> tuple[float, ...]:
+    return link.bytes_per_s, link.latency_s, link.age_s
+
+
+def _names(request: pb.HeartbeatRequest) -> Iterator[str]:
+    for link in request.links:
+        yield link.to
+        yield link.kind
 
 
 async def start_coordinator(coordinator: Coordinator, settings: CoordinatorSettings) -> Running:
@@ -181,18 +178,23 @@ async def start_coordinator(coordinator: Coordinator, settings: CoordinatorSetti
 
     Raises: ConfigError for an address that cannot be bound; the coordinator is closed.
     """
-    try:
+    announcement = AsyncExitStack()
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(coordinator.aclose)
         server = await start_server(
             [CoordinatorServicer(coordinator).service()],
             [settings.listen],
             allow_remote_plaintext=settings.allow_remote_plaintext,
         )
-    except BaseException:
-        await coordinator.aclose()
-        raise
+        undo.push_async_callback(server.stop, 0.5)
+        await announcement.enter_async_context(
+            announced(settings.discovery, "coordinator", server.addresses[0])
+        )
+        undo.pop_all()
     background = asyncio.ensure_future(coordinator.run())
 
     async def stop() -> None:
+        await announcement.aclose()
         background.cancel()
         await asyncio.wait([background])
         await coordinator.aclose()  # ends the watches, which would hold the server up

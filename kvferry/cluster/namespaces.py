@@ -17,15 +17,15 @@ SALT_BYTES = 32
 DEFAULT_NAMESPACE = "default"
 
 
-def namespace_salt(data_dir: Path, namespace: str = DEFAULT_NAMESPACE) -> bytes:
-    """The salt of a namespace, 32 bytes; made at the first call and the same ever after.
+def kept_salt(data_dir: Path, namespace: str = DEFAULT_NAMESPACE) -> bytes:
+    """The salt of a namespace, 32 bytes; empty where none was made yet.
 
-    Raises: ConfigError where the file is damaged or cannot be read or written.
+    Raises: ConfigError where the file is damaged or cannot be read.
     """
-    path = private_folder(data_dir / "namespaces") / f"{namespace}.salt"
+    path = _path(data_dir, namespace)
     try:
         if not path.exists():
-            write_durably(path, secrets.token_bytes(SALT_BYTES), 0o600)
+            return b""
         if path.stat().st_mode & 0o077:
             log.warning("%s could be read by others: now by its owner only", path)
             path.chmod(0o600)
@@ -40,3 +40,29 @@ def namespace_salt(data_dir: Path, namespace: str = DEFAULT_NAMESPACE) -> bytes:
             "delete it and lose all that was stored under it",
         )
     return salt
+
+
+def namespace_salt(
+    data_dir: Path, namespace: str = DEFAULT_NAMESPACE, *, brought: bytes = b""
+) -> bytes:
+    """The salt of a namespace, 32 bytes; settled at the first call and the same ever after.
+
+    Args:
+        brought: what a node was issued before. It holds where nothing is kept here, so that
+            what is stored is found although this folder was lost.
+    Raises: ConfigError where the file is damaged or cannot be read or written.
+    """
+    salt = kept_salt(data_dir, namespace)
+    if salt:
+        return salt
+    salt = brought if len(brought) == SALT_BYTES else secrets.token_bytes(SALT_BYTES)
+    path = _path(data_dir, namespace)
+    try:
+        write_durably(path, salt, 0o600)
+    except OSError as exc:
+        raise ConfigError("data_dir", str(path), f"readable and writable ({exc})") from exc
+    return salt
+
+
+def _path(data_dir: Path, namespace: str) -> Path:
+    return private_folder(data_dir / "namespaces") / f"{namespace}.salt"

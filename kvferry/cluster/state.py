@@ -1,73 +1,63 @@
 """Who is in the cluster: ``apply(state, event) -> state``, nothing else changes it.
 
 Soft state. Nodes tell it again after a restart of the coordinator. A node speaks through
-its latest incarnation only: what an older start of it still sends is refused.
+its latest incarnation only: what an older start of it still sends is refused. Within an
+incarnation messages are numbered, and one that comes late changes nothing.
+
+How a member stands::
+
+    (unknown) --registers--> joining --beats, ready--> ready <--beats-- away
+    joining, ready --the operator drains it--> draining --he takes it back--> joining
+    any --says that it sleeps--> away        any --says that it ends--> gone
+    gone, and all others --registers--> joining, or draining where the order stands
+
+Silence does the rest (`presence`): away, and in the end gone, until it is heard again.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from kvferry.errors import FencedError, QueueFullError
+from kvferry.cluster.member_state import (
+    PRESENCES,
+    ClusterState,
+    Link,
+    MemberState,
+    Presence,
+    Shard,
+    Vitals,
+    presence,
+)
+from kvferry.errors import ConfigError, FencedError, QueueFullError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
+__all__ = [
+    "MAX_MEMBERS",
+    "PRESENCES",
+    "Beat",
+    "ClusterState",
+    "DrainAsked",
+    "Event",
+    "Left",
+    "Link",
+    "MemberState",
+    "Presence",
+    "Registered",
+    "Shard",
+    "Swept",
+    "Vitals",
+    "apply",
+    "is_known",
+    "presence",
+]
+
 MAX_MEMBERS = 4096
-
-Presence = Literal["ready", "away", "gone"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Layers (absolute, half-open) of a model that a node holds."""
-
-    model_id: bytes
-    layers: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The last measurement from a node to another one or to "store"."""
-
-    bytes_per_s: float
-    latency_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vitals:
-    """What the last heartbeat said."""
-
-    memory_used_share: float = 0.0
-    free_disk_bytes: int = 0
-    prefill_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-    policy_version: int = 0
-    counters: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemberState:
-    """One node. ``seen_s`` is the clock's reading at its last sign of life."""
-
-    node_id: str
-    incarnation: int
-    address: str
-    version: str
-    seen_s: float
-    shards: tuple[Shard, ...] = ()
-    links: Mapping[str, Link] = field(default_factory=dict)
-    vitals: Vitals = Vitals()
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterState:
-    """All members by node id."""
-
-    members: Mapping[str, MemberState] = field(default_factory=dict)
+_USABLE = (pb.NODE_PHASE_UNSPECIFIED, pb.NODE_PHASE_READY)
+_LEFT: Mapping[int, Presence] = {pb.NODE_PHASE_AWAY: "away", pb.NODE_PHASE_GONE: "gone"}
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A node (re-)joined. All of its earlier soft state is void."""
+    """A node (re-)joined. All of its earlier soft state is void, but an order to drain."""
 
     request: pb.RegisterRequest
     at_s: float
@@ -82,6 +72,22 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """A node said that it goes: to sleep, or for good."""
+
+    request: pb.GoodbyeRequest
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrainAsked:
+    """The operator wants a node drained, or (``undo``) back at work."""
+
+    node_id: str
+    undo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Swept:
     """Members not seen for ``forget_after_s`` are forgotten."""
 
@@ -89,7 +95,7 @@ class Swept:
     forget_after_s: float
 
 
-Event = Registered | Beat | Swept
+Event = Registered | Beat | Left | DrainAsked | Swept
 
 
 def apply(state: ClusterState, event: Event) -> ClusterState:
@@ -98,31 +104,26 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
     A heartbeat of a node (or of an incarnation) that never registered changes nothing:
     ask `is_known` whether the node has to register.
 
-    Raises: FencedError for an older incarnation; QueueFullError beyond `MAX_MEMBERS`.
+    Raises: FencedError for an older incarnation; QueueFullError beyond `MAX_MEMBERS`;
+        ConfigError for an order to a node that is not there.
     """
     match event:
         case Registered():
             return _register(state, event)
         case Beat():
             return _beat(state, event)
+        case Left():
+            return _leave(state, event)
+        case DrainAsked():
+            return _drain(state, event)
         case Swept():
             return _sweep(state, event)
 
 
 def is_known(state: ClusterState, node_id: str, incarnation: int) -> bool:
-    """Whether exactly this start of the node has registered."""
+    """Whether exactly this start of the node has registered, and has not ended."""
     member = state.members.get(node_id)
-    return member is not None and member.incarnation == incarnation
-
-
-def presence(
-    member: MemberState, now_s: float, away_after_s: float, gone_after_s: float
-) -> Presence:
-    """By the age of the last sign of life. Laptops sleep: away is a normal state."""
-    age = now_s - member.seen_s
-    if age < away_after_s:
-        return "ready"
-    return "away" if age < gone_after_s else "gone"
+    return member is not None and member.incarnation == incarnation and member.said != "gone"
 
 
 def _fence(state: ClusterState, node_id: str, incarnation: int) -> None:
@@ -132,6 +133,17 @@ def _fence(state: ClusterState, node_id: str, incarnation: int) -> None:
             f"node {node_id!r} has been started again since (incarnation {member.incarnation}, "
             f"this is {incarnation}): stop this one, or give it another node_id"
         )
+
+
+def _heard(
+    state: ClusterState, request: pb.HeartbeatRequest | pb.GoodbyeRequest
+) -> MemberState | None:
+    """The member whose message is to be taken; None: it is not known, or the message late."""
+    _fence(state, request.node_id, request.incarnation)
+    if not is_known(state, request.node_id, request.incarnation):
+        return None
+    member = state.members[request.node_id]
+    return None if 0 < request.sequence <= member.sequence else member
 
 
 def _shards(shards: Iterable[pb.ShardInfo]) -> tuple[Shard, ...]:
@@ -145,14 +157,21 @@ def _with(state: ClusterState, member: MemberState) -> ClusterState:
 def _register(state: ClusterState, event: Registered) -> ClusterState:
     request = event.request
     _fence(state, request.node_id, request.incarnation)
-    if request.node_id not in state.members and len(state.members) >= MAX_MEMBERS:
+    old = state.members.get(request.node_id)
+    if old is None and len(state.members) >= MAX_MEMBERS:
         raise QueueFullError("members", MAX_MEMBERS)
+    # A daemon that was started again is back at work; the same one is not.
+    same = old is not None and old.incarnation == request.incarnation
+    drain = request.draining or (same and old is not None and old.drain)
     member = MemberState(
         node_id=request.node_id,
         incarnation=request.incarnation,
         address=request.address,
         version=request.version,
         seen_s=event.at_s,
+        said="draining" if drain else "joining",
+        sequence=old.sequence if same and old is not None else 0,
+        drain=drain,
         shards=_shards(request.shards),
         vitals=Vitals(policy_version=request.policy_version),
     )
@@ -161,10 +180,9 @@ def _register(state: ClusterState, event: Registered) -> ClusterState:
 
 def _beat(state: ClusterState, event: Beat) -> ClusterState:
     request = event.request
-    _fence(state, request.node_id, request.incarnation)
-    if not is_known(state, request.node_id, request.incarnation):
+    member = _heard(state, request)
+    if member is None:
         return state
-    member = state.members[request.node_id]
     vitals = Vitals(
         memory_used_share=request.memory_used_share,
         free_disk_bytes=request.free_disk_bytes,
@@ -173,17 +191,64 @@ def _beat(state: ClusterState, event: Beat) -> ClusterState:
         policy_version=request.policy_version,
         counters=dict(request.counters),
     )
-    measured = {link.to: Link(link.bytes_per_s, link.latency_s) for link in request.links}
+    usable = request.phase in _USABLE
+    told = request.exo if request.HasField("exo") else None
     return _with(
         state,
         replace(
             member,
             seen_s=event.at_s,
+            said="draining" if member.drain else "ready" if usable else "joining",
+            sequence=request.sequence or member.sequence,
+            drained=member.drain and request.drained,
             shards=_shards(request.shards),
-            links={**member.links, **measured},
+            links=_links(state, member, event),
             vitals=vitals,
+            exo=member.exo if told is None else told if told.reachable else None,
         ),
     )
+
+
+def _links(state: ClusterState, member: MemberState, event: Beat) -> dict[str, Link]:
+    """What was measured now, and before of links to members that still are."""
+    kept = {to: link for to, link in member.links.items() if to == "store" or to in state.members}
+    for link in event.request.links:
+        kept[link.to] = Link(
+            link.bytes_per_s,
+            link.latency_s,
+            link.kind,
+            event.at_s - link.age_s if link.age_s else 0.0,
+            link.probed,
+        )
+    return kept
+
+
+def _leave(state: ClusterState, event: Left) -> ClusterState:
+    request = event.request
+    member = _heard(state, request)
+    if member is None:
+        return state
+    return _with(
+        state,
+        replace(
+            member,
+            seen_s=event.at_s,
+            said=_LEFT.get(request.phase, "away"),
+            sequence=request.sequence or member.sequence,
+        ),
+    )
+
+
+def _drain(state: ClusterState, event: DrainAsked) -> ClusterState:
+    member = state.members.get(event.node_id)
+    if member is None:
+        names = ", ".join(sorted(state.members)[:8]) or "there is none yet"
+        raise ConfigError("node", event.node_id, f"the name of a member ({names})")
+    if member.drain != event.undo:  # as it is already
+        return state
+    here = member.said not in ("away", "gone")
+    said: Presence = member.said if not here else "joining" if event.undo else "draining"
+    return _with(state, replace(member, drain=not event.undo, drained=False, said=said))
 
 
 def _sweep(state: ClusterState, event: Swept) -> ClusterState:

@@ -1,11 +1,14 @@
 """The shared store as a service: LocalStore behind gRPC, with its housekeeping."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
 from prometheus_client import CollectorRegistry
 
 from kvferry.cluster.backends import open_backend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.discovery import announced
+from kvferry.cluster.link_probe import link_service
 from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
 from kvferry.cluster.server import start_server
 from kvferry.cluster.service import Running
@@ -26,22 +29,27 @@ async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> R
     )
     store = await LocalStore.open(open_backend(settings.backend), limits)
     failures = FailureCounts()
-    try:
+    announcement = AsyncExitStack()
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(store.aclose)
         servicer = BlobStoreServicer(
             store, max_blob_bytes=settings.max_blob_bytes, on_failure=failures
         )
         server = await start_server(
-            [blob_store_service(servicer)],
+            [blob_store_service(servicer), link_service(failures)],
             [settings.listen],
             allow_remote_plaintext=settings.allow_remote_plaintext,
         )
-    except BaseException:
-        await store.aclose()
-        raise
+        undo.push_async_callback(server.stop, 0.5)
+        await announcement.enter_async_context(
+            announced(settings.discovery, "store", server.addresses[0])
+        )
+        undo.pop_all()
     registry.register(RepositoryCollector("kvferry_store", store.stat_now, failures))
     upkeep = asyncio.create_task(store.run_maintenance())
 
     async def stop() -> None:
+        await announcement.aclose()
         upkeep.cancel()
         await asyncio.gather(upkeep, return_exceptions=True)
         await server.stop(settings.shutdown_timeout_s)

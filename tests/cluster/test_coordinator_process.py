@@ -111,7 +111,7 @@ async def test_away_follows_the_setting(process: Process) -> None:
                 await asyncio.sleep(0.05)
         await client.heartbeat(pb.HeartbeatRequest(node_id="a", incarnation=1))
         states.add((await client.members()).members[0].state)
-    assert states == {"ready", "away"}
+    assert states == {"joining", "away", "ready"}
 
 
 def test_it_ends_cleanly_while_watched_and_serves_metrics(process: Process) -> None:

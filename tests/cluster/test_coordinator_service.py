@@ -79,13 +79,18 @@ async def test_a_node_gets_salt_interval_and_the_peers_that_are_ready(
         assert first.heartbeat_interval_ms == 2000
         assert first.policy_version == 1
         assert not first.peers
-        second = await client.register(_register("b", address="127.0.0.1:11"))
-        assert second.namespace_salt == first.namespace_salt
+        joining = await client.register(_register("b", address="127.0.0.1:11"))
+        assert joining.namespace_salt == first.namespace_salt
+        assert not joining.peers  # a is not ready yet
+        await client.heartbeat(pb.HeartbeatRequest(node_id="a", incarnation=1))
+        second = await client.heartbeat(pb.HeartbeatRequest(node_id="b", incarnation=1))
         assert [(p.node_id, p.address) for p in second.peers] == [("a", "127.0.0.1:10")]
+        assert second.partial_peers  # others may not have spoken up yet
         clock.now += 11  # a sleeps
         beat = await client.heartbeat(pb.HeartbeatRequest(node_id="b", incarnation=1))
         assert beat.known
         assert not beat.peers
+        assert not beat.partial_peers
     salt = tmp_path / "data" / "namespaces" / "default.salt"
     assert salt.read_bytes() == first.namespace_salt
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600
@@ -97,6 +102,8 @@ async def test_an_address_of_all_interfaces_is_told_to_nobody(
     async with serve() as (_, client):
         await client.register(_register("a", address="0.0.0.0:7801"))
         await client.register(_register("b"))
+        for name in "ab":
+            await client.heartbeat(pb.HeartbeatRequest(node_id=name, incarnation=1))
         reply = await client.register(_register("c", address="127.0.0.1:12"))
         assert not reply.peers
         assert sum("all interfaces" in record.message for record in caplog.records) == 1
@@ -111,7 +118,7 @@ async def test_members_go_away_come_back_and_are_gone(serve: Serve, clock: Clock
             (member,) = (await client.members()).members
             return member.state
 
-        assert await state() == "ready"
+        assert await state() == "joining"
         clock.now += 11
         assert await state() == "away"
         beat = pb.HeartbeatRequest(
@@ -125,7 +132,21 @@ async def test_members_go_away_come_back_and_are_gone(serve: Serve, clock: Clock
         assert member.version == "9.9"
         clock.now += 700
         assert await state() == "gone"
-        assert coordinator.member_counts() == {"ready": 0, "away": 0, "gone": 1}
+        assert coordinator.membership.counts()["gone"] == 1
+        again = pb.HeartbeatRequest(node_id="a", incarnation=1)
+        assert (await client.heartbeat(again)).known
+        goodbye = pb.GoodbyeRequest(node_id="a", incarnation=1, phase=pb.NODE_PHASE_AWAY)
+        await client.goodbye(goodbye)
+        assert await state() == "away"
+        assert (await client.heartbeat(again)).known
+        assert await state() == "ready"
+        goodbye.phase = pb.NODE_PHASE_GONE
+        await client.goodbye(goodbye)
+        assert await state() == "gone"
+        assert not (await client.heartbeat(again)).known
+        registry = coordinator.metrics.registry
+        told = registry.get_sample_value("kvferry_coordinator_members", {"state": "gone"})
+        assert told == 1
 
 
 async def test_an_older_incarnation_is_fenced_over_the_wire(serve: Serve) -> None:
@@ -137,6 +158,44 @@ async def test_an_older_incarnation_is_fenced_over_the_wire(serve: Serve) -> Non
             await client.register(_register("a", 1))
         later = await client.heartbeat(pb.HeartbeatRequest(node_id="a", incarnation=3))
         assert not later.known  # has to register first
+
+
+async def test_a_drained_node_is_told_so_and_stays_a_peer(serve: Serve) -> None:
+    async with serve() as (_, client):
+        for name in "ab":
+            await client.register(_register(name, address=f"127.0.0.1:{ord(name)}"))
+            await client.heartbeat(pb.HeartbeatRequest(node_id=name, incarnation=1))
+        asked = await client.drain("a")
+        assert (asked.state, asked.drained) == ("draining", False)
+        beat = pb.HeartbeatRequest(node_id="a", incarnation=1, drained=True)
+        assert (await client.heartbeat(beat)).drain
+        assert (await client.drain("a")).drained
+        (peer,) = (await client.heartbeat(pb.HeartbeatRequest(node_id="b", incarnation=1))).peers
+        assert peer.node_id == "a"
+        (member, _) = (await client.members()).members
+        assert (member.state, member.drained) == ("draining", True)
+        assert (await client.drain("a", undo=True)).state == "joining"
+        reply = await client.heartbeat(pb.HeartbeatRequest(node_id="a", incarnation=1))
+        assert not reply.drain
+        with pytest.raises(ConfigError, match="a, b"):
+            await client.drain("c")
+
+
+async def test_a_coordinator_without_a_salt_takes_over_the_first_nodes(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = bytes(range(100, 132))
+    async with serve() as (_, client):
+        assert (await client.register(_register("a", namespace_salt=kept))).namespace_salt == kept
+        # Later ones cannot choose, and are told in the log.
+        other = await client.register(_register("b", namespace_salt=bytes(32)))
+        assert other.namespace_salt == kept
+        assert sum("another namespace" in record.message for record in caplog.records) == 1
+    async with serve() as (_, client):  # and it lasts
+        assert (await client.register(_register("c"))).namespace_salt == kept
+    async with serve(data="odd") as (_, client):
+        odd = (await client.register(_register("a", namespace_salt=b"short"))).namespace_salt
+        assert len(odd) == 32
 
 
 async def test_a_watch_tells_at_once_and_on_change(serve: Serve) -> None:
@@ -192,6 +251,7 @@ async def test_a_damaged_policy_state_is_set_aside_and_a_damaged_salt_refused(
     serve: Serve, tmp_path: Path
 ) -> None:
     async with serve() as (_, client):
+        await client.register(_register())
         await client.set_policy(policies.named_policy("exact"))
     kept = tmp_path / "data" / "policy.json"
     kept.write_text(kept.read_text()[:50])
@@ -349,7 +409,14 @@ async def test_restores_are_counted_by_outcome(serve: Serve) -> None:
         pb.RegisterRequest(node_id="a", shards=[pb.ShardInfo(model_id=MODEL)]),
         pb.HeartbeatRequest(node_id="a", memory_used_share=float("nan")),
         pb.HeartbeatRequest(node_id="a", links=[pb.LinkSample(to="b", bytes_per_s=-1)]),
+        pb.HeartbeatRequest(node_id="a", links=[pb.LinkSample(to="b", kind="k" * 200)]),
+        pb.HeartbeatRequest(node_id="a", links=[pb.LinkSample(to="b", age_s=-1)]),
+        pb.HeartbeatRequest(
+            node_id="a", exo=pb.ExoState(nodes=[pb.ExoNode(node_id="x" * 2_000_000)])
+        ),
         pb.HeartbeatRequest(node_id="a", counters={"c" * 200: 1}),
+        pb.RegisterRequest(node_id="a", namespace_salt=bytes(100)),
+        pb.GoodbyeRequest(node_id="a", phase=pb.NODE_PHASE_READY),
         pb.RestoreReport(node_id="a", seconds=float("inf")),
     ],
 )
@@ -358,6 +425,7 @@ async def test_a_request_against_the_contract_is_refused(serve: Serve, request_:
         calls = {
             pb.RegisterRequest: client.register,
             pb.HeartbeatRequest: client.heartbeat,
+            pb.GoodbyeRequest: client.goodbye,
             pb.RestoreReport: client.report_restore,
         }
         with pytest.raises(ProtocolError):
