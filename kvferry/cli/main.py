@@ -16,6 +16,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "coordinator",
     "demo",
     "doctor",
+    "drain",
     "dump",
     "evaluate",
     "exo",

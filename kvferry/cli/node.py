@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvferry.cli.options import (
+    DiscoveryOption,
     LogLevelOption,
     MaxBlobOption,
     MetricsOption,
@@ -44,6 +45,13 @@ def node(
     shutdown_timeout_s: Annotated[
         float | None, typer.Option(help="For uploads still queued when it stops.")
     ] = None,
+    exo_url: Annotated[
+        str | None, typer.Option(help="exo's API on this machine, empty: not asked.")
+    ] = None,
+    probe_bytes_per_hour: Annotated[
+        int | None, typer.Option(help="To measure links that nothing crossed, 0: none.")
+    ] = None,
+    discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = "info",
@@ -77,6 +85,9 @@ def node(
         request_timeout_s=request_timeout_s,
         peer_timeout_s=peer_timeout_s,
         shutdown_timeout_s=shutdown_timeout_s,
+        exo_url=exo_url,
+        probe_bytes_per_hour=probe_bytes_per_hour,
+        discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
     )
     registry = CollectorRegistry()

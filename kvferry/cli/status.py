@@ -1,12 +1,16 @@
 """``kvferry status``: what runs here, what it holds, who is there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvferry.cli.output import JsonOption, write_json
+from kvferry.cli.status_screen import print_status
+
+if TYPE_CHECKING:
+    from kvferry.proto.v1 import coordinator_pb2 as pb
 
 Answer = dict[str, Any]
 
@@ -40,7 +44,7 @@ def status(
     if json:
         write_json(found, json)
     if json != "-":
-        _print(found)
+        print_status(found)
     if not any(answer["up"] for answer in found.values()):
         raise typer.Exit(1)
 
@@ -63,13 +67,14 @@ def _node(socket: Path, timeout_s: float) -> Answer:
     from kvferry.node.client import NodeClient
 
     with NodeClient(socket, timeout_s=timeout_s) as client:
-        return _plain(
-            MessageToDict(
-                client.status(),
-                preserving_proto_field_name=True,
-                always_print_fields_with_no_presence=True,
-            )
-        )
+        found = client.status()
+    message = MessageToDict(
+        found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    message["phase"] = message["phase"].removeprefix("NODE_PHASE_").lower()
+    message["links"] = [_link(link) for link in found.links]
+    message["exo"] = _exo(found.exo)
+    return _plain(message)
 
 
 def _store(address: str, timeout_s: float) -> Answer:
@@ -102,12 +107,40 @@ def _coordinator(address: str, timeout_s: float) -> Answer:
                     "memory_used_share": round(member.last.memory_used_share, 3),
                     "free_disk_bytes": member.last.free_disk_bytes,
                     "layers": [[s.layer_start, s.layer_end] for s in member.last.shards],
+                    "drained": member.drained,
+                    "links": [_link(link) for link in member.last.links],
+                    "exo": _exo(member.last.exo),
                 }
                 for member in members.members
             ],
         }
 
     return asyncio.run(ask())
+
+
+def _link(link: "pb.LinkSample") -> Answer:
+    return {
+        "to": link.to,
+        "kind": link.kind,
+        "bytes_per_s": link.bytes_per_s,
+        "latency_s": link.latency_s,
+        "age_s": round(link.age_s, 1),
+        "probed": link.probed,
+    }
+
+
+def _exo(exo: "pb.ExoState") -> Answer | None:
+    """What exo says on one machine; None: it does not run there."""
+    from google.protobuf.json_format import MessageToDict
+
+    if not exo.reachable:
+        return None
+    found: Answer = MessageToDict(
+        exo, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    for node in found["nodes"]:
+        node |= {name: int(size) for name, size in node.items() if name.endswith("_bytes")}
+    return found
 
 
 def _plain(message: Answer) -> Answer:
@@ -120,80 +153,3 @@ def _plain(message: Answer) -> Answer:
         for tier in message["tiers"]
     ]
     return message
-
-
-def _print(found: Mapping[str, Answer]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="kvferry", title_justify="left", show_lines=True)
-    for name in ("service", "address", "state"):
-        table.add_column(name, overflow="fold")
-    words = {"node": _node_words, "store": _store_words, "coordinator": _coordinator_words}
-    for name, answer in found.items():
-        said = words[name](answer) if answer["up"] else [f"down: {_short(answer['problem'])}"]
-        table.add_row(name, answer["address"] or "-", "\n".join(said))
-    Console().print(table)
-
-
-def _short(problem: str) -> str:
-    """The end of a transport's message says why; ``--json`` has all of it."""
-    return problem.rpartition(": ")[2] if "cannot be reached" in problem else problem
-
-
-def _node_words(a: Answer) -> list[str]:
-    tiers = [
-        f"{t['name']}: {t['blobs']:,} blobs, {_size(t['bytes'])} of {_size(t['budget_bytes'])}"
-        for t in a["tiers"]
-    ]
-    store = "answers" if a["store_reachable"] else "not reachable from here"
-    link = "answers" if a["coordinator_reachable"] else "not reachable from here"
-    peers = ", ".join(p["node_id"] for p in a["peers"]) or "none"
-    return [
-        f"{a['node_id']}, version {a['version']}, {_size(a['resident_bytes'])} resident",
-        *tiers,
-        f"waiting for upload: {a['uploads_pending']:,} blobs, {_size(a['uploads_pending_bytes'])}",
-        f"store {store}, coordinator {link}; peers: {peers}",
-        f"policy {a['policy_name']!r}, version {a['policy_version']}",
-        *_trouble(a["counters"]),
-    ]
-
-
-def _store_words(a: Answer) -> list[str]:
-    return [
-        f"{a['blobs']:,} blobs, {_size(a['bytes'])} of {_size(a['budget_bytes'])}",
-        f"in {a['backend']}",
-        f"{a['pages_complete']:,} complete pages, {a['pinned']:,} blobs under a lease, "
-        f"{a['quarantined']:,} damaged and set aside",
-        f"{_size(a['free_disk_bytes'])} free on its disk",
-        *_trouble(a["counters"]),
-    ]
-
-
-def _coordinator_words(a: Answer) -> list[str]:
-    members = [
-        f"{m['node_id']}: {m['state']}, heard of {m['seconds_since_heartbeat']:.0f} s ago"
-        for m in a["members"]
-    ]
-    return [
-        f"policy {a['policy_name']!r}, version {a['policy_version']}",
-        *(members or ["no members"]),
-    ]
-
-
-_TROUBLE = ("drop_", "upload_refused_", "upload_lost_", "corrupt", "hook_miss_", "quarantined")
-
-
-def _trouble(counters: Mapping[str, int]) -> list[str]:
-    """What went wrong since the start, by reason; nothing: no line."""
-    bad = [f"{n} {c:,}" for n, c in sorted(counters.items()) if c and n.startswith(_TROUBLE)]
-    return [f"since its start: {', '.join(bad)}"] if bad else []
-
-
-def _size(size: int) -> str:
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"

@@ -2,53 +2,48 @@
 
 import asyncio
 import contextlib
-import logging
-import shutil
 import signal
-import time
 from collections import Counter
 from contextlib import AsyncExitStack
-from dataclasses import replace
-from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
-from kvferry.cluster.allocator import release_memory
 from kvferry.cluster.backends import open_backend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
-from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
+from kvferry.cluster.discovery import check_discovery
+from kvferry.cluster.link_probe import link_service
+from kvferry.cluster.metrics import FailureCounts
 from kvferry.cluster.policy import default_policy
 from kvferry.cluster.server import start_server
 from kvferry.cluster.service import Running
 from kvferry.cluster.store import LocalStore, StoreLimits
-from kvferry.errors import BlobNotFoundError
+from kvferry.node.coordination import Coordination
 from kvferry.node.coordinator_link import CoordinatorLink
+from kvferry.node.departure import Departure
 from kvferry.node.events import EventHub
+from kvferry.node.exo_watch import ExoWatch
+from kvferry.node.finder import Finder, Sought
 from kvferry.node.hook_service import HookServicer, NodeFacts
-from kvferry.node.journal import Journal, Pending
+from kvferry.node.journal import Journal
+from kvferry.node.link_table import LinkTable
 from kvferry.node.memory_tier import MemoryTier
-from kvferry.node.pressure import IdleWatch, PressureWatch, memory_used_share
-from kvferry.node.put_session import LEASE_S
+from kvferry.node.node_metrics import add_metrics
+from kvferry.node.pending_blobs import PendingBlobs
+from kvferry.node.pressure import IdleWatch
+from kvferry.node.prober import Prober, Ration
 from kvferry.node.remotes import Peers, Remote
 from kvferry.node.repository import NodeRepository, PeerView
 from kvferry.node.spool import Spool
 from kvferry.node.state import NodeState
 from kvferry.node.tiers import Tiers
+from kvferry.node.triggers import Triggers
 from kvferry.node.upload_queue import UploadQueue
-from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import coordinator_pb2 as pb
-from kvferry.proto.v1 import node_pb2
 from kvferry.settings import NodeSettings
-
-log = logging.getLogger(__name__)
-
-WATCH_INTERVAL_S = 0.5
-# Hooks that offload before the end put again within this time.
-QUIET_S = 0.5
 
 
 class NodeDaemon:
-    """All parts of a running node, and how they are wired."""
+    """All parts of a running node, and how they are wired. What they do is in them."""
 
     def __init__(
         self,
@@ -59,19 +54,21 @@ class NodeDaemon:
         facts: NodeFacts,
     ) -> None:
         """Use `start_node`."""
-        self.settings, self.state, self.journal = settings, state, journal
+        self.settings, self.facts = settings, facts
         self.counters: Counter[str] = Counter()
         limit, timeout = settings.max_blob_bytes, settings.request_timeout_s
-        self.spool = Spool(settings.data_dir / "spool")
         self.tiers = Tiers(MemoryTier(settings.memory_bytes), disk, self.counters)
-        self.store = Remote("the store", settings.store, timeout, limit) if settings.store else None
+        self.store: Remote | None = None
+        if settings.store or "store" in settings.sought:
+            place = "" if "store" in settings.sought else settings.store
+            self.store = Remote("the store", place, timeout, limit)
         self.peers = Peers(settings.node_id, settings.peer_timeout_s, limit)
         self.uploads = UploadQueue(
             self.store,
             journal,
             settings.upload_queue_bytes,
-            self._read_pending,
-            self._uploaded,
+            lambda key: self.pending.read(key),
+            lambda item: self.pending.uploaded(item),
             self.counters,
         )
         self.idle = IdleWatch()
@@ -84,140 +81,84 @@ class NodeDaemon:
             timeout,
             self.idle.touch,
         )
-        self.hub, self.pressure = EventHub(), PressureWatch()
-        self.facts = facts
+        self.pending = PendingBlobs(self.repository, journal, Spool(settings.data_dir / "spool"))
+        self.hub = EventHub()
+        self.triggers = Triggers(self.hub, self.idle, lambda: facts.policy, self.counters)
+        self.departure = Departure(
+            self.hub,
+            self.triggers,
+            self.repository,
+            self.pending,
+            settings.shutdown_timeout_s,
+            lambda: self.idle.touches,
+        )
+        self.links, self.exo = LinkTable(self.repository), ExoWatch(settings.exo_url)
+        self.prober = Prober(self.links, Ration(settings.probe_bytes_per_hour), self.counters)
+        self.coordination = Coordination(
+            facts,
+            state,
+            settings.data_dir,
+            self.hub,
+            self.peers,
+            self.links,
+            self.departure,
+            self.exo,
+            self.counters,
+        )
         self.link: CoordinatorLink | None = None
+        if settings.coordinator or "coordinator" in settings.sought:
+            place = "" if "coordinator" in settings.sought else settings.coordinator
+            self.link = self.coordination.link(place)
 
-    # -- uploads ------------------------------------------------------------------
-
-    async def _read_pending(self, key: BlobKey) -> bytes | memoryview:
-        try:
-            return await self.repository.read_pending(key)
-        except BlobNotFoundError:
-            return await asyncio.to_thread(self.spool.read, key)
-
-    async def _uploaded(self, item: Pending) -> None:
-        await self.repository.uploaded(item)
-        await asyncio.to_thread(self.spool.remove, item.key)
-
-    async def resume(self) -> None:
-        """Go on with what an earlier run accepted."""
-        items = await asyncio.to_thread(self.journal.load)
-        await asyncio.to_thread(self.spool.keep_only, [item.key for item in items])
-        if not self.uploads.active:
-            return
-        await self.uploads.requeue(await self._held(items))
-        if items:
-            log.info("%d blobs of an earlier run wait for their upload", len(items))
-
-    async def _held(self, items: list[Pending]) -> list[Pending]:
-        """With leases of this run: those of the last are gone if the index was."""
-        disk = self.tiers.disk
-        if disk is None:
-            return items
-        held = [replace(item, lease=(await disk.pin([item.key], LEASE_S))[0]) for item in items]
-        await asyncio.to_thread(self.journal.add, held)
-        for item in items:
-            if item.lease:
-                await disk.unpin(item.lease)
-        return held
-
-    async def hand_over(self) -> None:
-        """Upload what can be uploaded in time; what lives in memory only goes to disk.
-
-        Hooks get a moment to offload first. Where the store does not answer, it is not
-        waited for: the journal has everything.
-        """
-        end = time.monotonic() + self.settings.shutdown_timeout_s
-        if self.hub.watchers:
-            self._trigger(pb.TRIGGER_BEFORE_SLEEP)
-            await self.uploads.quiet(QUIET_S, self.settings.shutdown_timeout_s / 2)
-        self.uploads.close()
-        while self.store is not None and self.store.breaker.healthy:
-            if await self.uploads.flush(0.1) or time.monotonic() > end:
-                break
-        if self.tiers.disk is None:
-            for item in self.uploads.left():
-                held = self.tiers.memory.get(item.key)
-                if held is not None:
-                    await asyncio.to_thread(self.spool.write, item.key, held.data)
-        left = len(self.uploads.left())
-        if left:
-            log.info("%d blobs stay in the journal for the next start", left)
-
-    # -- coordinator --------------------------------------------------------------
-
-    def connect(self, own_address: str) -> CoordinatorLink | None:
-        """A link to the coordinator, where there is one."""
-        if self.settings.coordinator:
-            self.link = CoordinatorLink(
-                self.settings.coordinator,
-                self.settings.node_id,
-                self.facts.incarnation,
-                own_address,
-                self._beat,
-                self._on_reply,
-                self._on_policy,
-                lambda: self.facts.policy.version,
-            )
-        return self.link
-
-    def _beat(self) -> pb.HeartbeatRequest:
-        self.facts.coordinator_reachable = self.link is not None and self.link.reachable
-        return pb.HeartbeatRequest(
-            memory_used_share=memory_used_share(),
-            free_disk_bytes=_free_bytes(self.settings.data_dir),
-            prefill_tokens_per_s=self.facts.prefill_tokens_per_s,
-            decode_tokens_per_s=self.facts.decode_tokens_per_s,
-            links=self.repository.links(),
-            shards=list(self.facts.shards.values()),
-            policy_version=self.facts.policy.version,
-            counters=dict(self.counters.most_common(256)),
+    def hooks(self) -> HookServicer:
+        """What hooks on this machine are served, beside blobs."""
+        return HookServicer(
+            self.facts,
+            self.repository,
+            self.hub,
+            self.idle,
+            self.coordination.on_restore,
+            self.links,
+            self.departure,
+            self.exo,
         )
 
-    async def _on_reply(self, reply: pb.RegisterReply | pb.HeartbeatReply) -> None:
-        self.facts.coordinator_reachable = True
-        await self.peers.update(reply.peers)
-        if isinstance(reply, pb.RegisterReply) and reply.namespace_salt != self.facts.salt:
-            self.facts.salt = reply.namespace_salt
-            await asyncio.to_thread(self.state.save_salt, reply.namespace_salt)
-            self.hub.publish(node_pb2.NodeEvent(namespace_salt=reply.namespace_salt))
+    def finder(self) -> Finder:
+        """What looks for those that have no address."""
+        sought: dict[str, Sought] = {}
+        if self.store is not None and "store" in self.settings.sought:
+            store = self.store
+            sought["store"] = Sought(store.point_at, lambda: store.breaker.healthy)
+        if self.link is not None and "coordinator" in self.settings.sought:
+            link = self.link
+            sought["coordinator"] = Sought(link.point_at, lambda: link.reachable)
+        return Finder(self.settings.discovery, self.settings.listen, sought)
 
-    async def _on_policy(self, policy: pb.Policy) -> None:
-        if policy == self.facts.policy:
-            return
-        log.info("policy %s, version %d", policy.name, policy.version)
-        self.facts.policy = policy
-        self.hub.publish(node_pb2.NodeEvent(policy=policy))
-        await asyncio.to_thread(self.state.save_policy, policy)
+    async def run(self) -> None:
+        """Everything that runs for ever; a bug in any of it ends the daemon, loudly."""
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(self.settings.upload_workers):
+                tasks.create_task(self.uploads.work())
+            tasks.create_task(self.triggers.watch())
+            tasks.create_task(self.departure.run())
+            tasks.create_task(self.prober.run())
+            tasks.create_task(self.exo.run())
+            if self.tiers.disk is not None:
+                tasks.create_task(self.tiers.disk.run_maintenance())
+            if self.link is not None:
+                tasks.create_task(self.link.stay_known())
+                tasks.create_task(self.link.follow_policy())
+            if self.settings.sought:
+                tasks.create_task(self.finder().run())
 
-    async def on_restore(self, report: pb.RestoreReport) -> None:
-        """Pass a hook's report on to the coordinator."""
-        if self.link is not None and self.link.reachable:
-            report.node_id = self.settings.node_id
-            await self.link.report(report)
-
-    # -- triggers -----------------------------------------------------------------
-
-    async def watch_machine(self) -> None:
-        """Tell hooks of memory pressure and idleness, for ever."""
-        while True:
-            policy = self.facts.policy
-            if self.pressure.update(memory_used_share(), policy.memory_mark):
-                self._trigger(pb.TRIGGER_MEMORY_PRESSURE)
-            if self.idle.update(policy.idle_s):
-                self._trigger(pb.TRIGGER_IDLE)
-                await asyncio.to_thread(release_memory)
-            await asyncio.sleep(WATCH_INTERVAL_S)
-
-    def before_sleep(self) -> None:
-        """The machine is about to sleep (SIGUSR1): hooks shall offload now."""
-        self._trigger(pb.TRIGGER_BEFORE_SLEEP)
-
-    def _trigger(self, trigger: "pb.Trigger.ValueType") -> None:
-        name = pb.Trigger.Name(trigger).removeprefix("TRIGGER_").lower()
-        self.counters[f"trigger_{name}"] += 1
-        self.hub.trigger(trigger)
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self.repository.settle()
+        if self.link is not None:
+            await self.link.aclose()
+        await self.peers.aclose()
+        if self.store is not None:
+            await self.store.aclose()
 
 
 async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Running:
@@ -225,6 +166,7 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
 
     Raises: ConfigError: an address or folder that cannot be used.
     """
+    check_discovery(settings.discovery)
     async with AsyncExitStack() as undo:
         state = await asyncio.to_thread(NodeState, settings.data_dir)
         undo.callback(state.close)
@@ -236,45 +178,38 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
         facts = await asyncio.to_thread(_facts, settings, state)
         node = NodeDaemon(settings, state, journal, disk, facts)
         failures = FailureCounts()
-        hooks = HookServicer(node.facts, node.repository, node.hub, node.idle, node.on_restore)
         limit = settings.max_blob_bytes
         own = BlobStoreServicer(node.repository, max_blob_bytes=limit, on_failure=failures)
         shown = BlobStoreServicer(
             PeerView(node.repository), max_blob_bytes=limit, on_failure=failures
         )
         for_hooks = await start_server(
-            [blob_store_service(own), hooks.service(failures)], [f"unix:{settings.socket}"]
+            [blob_store_service(own), node.hooks().service(failures)], [f"unix:{settings.socket}"]
         )
         undo.push_async_callback(for_hooks.stop, 0.5)
         for_peers = await start_server(
-            [blob_store_service(shown)],
+            [blob_store_service(shown), link_service(failures)],
             [settings.listen],
             allow_remote_plaintext=settings.allow_remote_plaintext,
         )
         undo.push_async_callback(for_peers.stop, 0.5)
-        await node.resume()
+        await node.pending.resume()
         undo.pop_all()
-    _add_metrics(node, failures, registry)
-    link = node.connect(for_peers.addresses[0])
-    background = asyncio.create_task(_background(node, link))
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, node.before_sleep)
+    add_metrics(node, failures, registry)
+    node.coordination.own_address = for_peers.addresses[0]
+    background = asyncio.create_task(node.run())
+    _obey_signals(node.departure)
 
     async def stop() -> None:
         await for_hooks.set_serving(False)
         await for_peers.set_serving(False)
-        await node.hand_over()
+        await node.departure.finish()
         node.hub.close()
         background.cancel()
         await asyncio.gather(background, return_exceptions=True)
         await for_hooks.stop(2.0)
         await for_peers.stop(2.0)
-        await node.repository.settle()
-        if link is not None:
-            await link.aclose()
-        await node.peers.aclose()
-        if node.store is not None:
-            await node.store.aclose()
+        await node.aclose()
         if disk is not None:
             await disk.aclose()
         journal.close()
@@ -288,6 +223,14 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
     )
 
 
+def _obey_signals(departure: Departure) -> None:
+    """SIGUSR1: the machine is about to sleep. SIGUSR2: it is awake."""
+    loop = asyncio.get_running_loop()
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+        loop.add_signal_handler(signal.SIGUSR1, departure.order, "sleep")
+        loop.add_signal_handler(signal.SIGUSR2, departure.order, "wake")
+
+
 async def _open_disk(settings: NodeSettings) -> LocalStore | None:
     if not settings.disk_bytes:
         return None
@@ -298,32 +241,6 @@ async def _open_disk(settings: NodeSettings) -> LocalStore | None:
     )
     folder = (settings.data_dir / "blobs").resolve()
     return await LocalStore.open(open_backend(f"file://{folder}"), limits, source="disk")
-
-
-async def _background(node: NodeDaemon, link: CoordinatorLink | None) -> None:
-    """Everything that runs for ever; a bug in any of it ends the daemon, loudly."""
-    async with asyncio.TaskGroup() as tasks:
-        for _ in range(node.settings.upload_workers):
-            tasks.create_task(node.uploads.work())
-        tasks.create_task(node.watch_machine())
-        if node.tiers.disk is not None:
-            tasks.create_task(node.tiers.disk.run_maintenance())
-        if link is not None:
-            tasks.create_task(link.stay_known())
-            tasks.create_task(link.follow_policy())
-
-
-def _add_metrics(node: NodeDaemon, failures: FailureCounts, registry: CollectorRegistry) -> None:
-    registry.register(RepositoryCollector("kvferry_node", node.repository.stat_now, failures))
-    for name, text, value in (
-        ("uploads_pending", "Blobs that wait for their upload", lambda: node.uploads.count),
-        ("uploads_pending_bytes", "Their bytes", lambda: node.uploads.held_bytes),
-        ("memory_bytes", "Bytes held in the memory tier", lambda: node.tiers.memory.held_bytes),
-        ("peers", "Peers known", lambda: len(node.peers.all)),
-        ("policy_version", "Policy in force", lambda: node.facts.policy.version),
-        ("hooks", "Hooks that watch for events", lambda: node.hub.watchers),
-    ):
-        Gauge(f"kvferry_node_{name}", text, registry=registry).set_function(value)
 
 
 def _facts(settings: NodeSettings, state: NodeState) -> NodeFacts:
@@ -341,10 +258,3 @@ def _first_policy() -> pb.Policy:
     policy = default_policy()
     policy.version = max(1, policy.version)
     return policy
-
-
-def _free_bytes(folder: Path) -> int:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return 0

@@ -12,7 +12,10 @@ from kvferry.cluster.convert import keys_from_proto
 from kvferry.cluster.handlers import stream, unary
 from kvferry.cluster.server import Service
 from kvferry.errors import FerryError
+from kvferry.node.departure import Departure
 from kvferry.node.events import EventHub
+from kvferry.node.exo_watch import ExoWatch
+from kvferry.node.link_table import LinkTable
 from kvferry.node.locate import locate
 from kvferry.node.pressure import IdleWatch
 from kvferry.node.repository import NodeRepository
@@ -37,7 +40,6 @@ class NodeFacts:
     shards: dict[str, pb.ShardInfo] = field(default_factory=dict)
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
-    coordinator_reachable: bool = False
 
 
 class HookServicer:
@@ -50,9 +52,13 @@ class HookServicer:
         hub: EventHub,
         idle: IdleWatch,
         on_restore: Callable[[pb.RestoreReport], Awaitable[None]],
+        links: LinkTable,
+        departure: Departure,
+        exo: ExoWatch,
     ) -> None:
         self._facts, self._repository, self._hub = facts, repository, hub
         self._idle, self._on_restore = idle, on_restore
+        self._links, self._departure, self._exo = links, departure, exo
 
     async def hello(self, request: node_pb2.HelloRequest) -> node_pb2.HelloReply:
         """Hello."""
@@ -104,7 +110,7 @@ class HookServicer:
     async def status(self, request: node_pb2.NodeStatusRequest) -> node_pb2.NodeStatus:
         """Status."""
         facts, repository = self._facts, self._repository
-        store = repository.store
+        store, link = repository.store, self._departure.link
         return node_pb2.NodeStatus(
             node_id=facts.node_id,
             incarnation=facts.incarnation,
@@ -113,7 +119,7 @@ class HookServicer:
             uploads_pending=repository.uploads.count,
             uploads_pending_bytes=repository.uploads.held_bytes,
             store_reachable=store is not None and await _answers(repository),
-            coordinator_reachable=facts.coordinator_reachable,
+            coordinator_reachable=link is not None and link.reachable,
             policy_version=facts.policy.version,
             policy_name=facts.policy.name,
             peers=[pb.NodeAddress(node_id=p.name, address=p.address) for p in repository.peers.all],
@@ -121,8 +127,11 @@ class HookServicer:
             counters=repository.counters,
             prefill_tokens_per_s=facts.prefill_tokens_per_s,
             decode_tokens_per_s=facts.decode_tokens_per_s,
-            links=repository.links(),
+            links=self._links.samples(),
             unix_s=time.time(),
+            phase=self._departure.phase,
+            drained=self._departure.drained,
+            exo=self._exo.state,
         )
 
     async def locate(self, request: node_pb2.LocateRequest) -> node_pb2.LocateReply:

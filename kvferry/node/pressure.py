@@ -33,14 +33,19 @@ class PressureWatch:
 
 
 class IdleWatch:
-    """Rises once when hooks have been quiet for so long; again only after they were not."""
+    """Rises once when hooks have been quiet for so long; again only after they were not.
+
+    Attributes:
+        touches: how often a hook did something.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self._clock, self.touches = clock, 0
         self._last: float | None = None
 
     def touch(self) -> None:
         """A hook did something."""
+        self.touches += 1
         self._last = self._clock()
 
     def update(self, idle_s: float) -> bool:

@@ -24,14 +24,32 @@ class Remote:
     Attributes:
         bytes_per_s: smoothed over real transfers; 0: none was large enough yet.
         latency_s: smoothed over short questions.
+        measured_s: time.monotonic() when bandwidth was measured; 0: never.
+        probed: it was measured by a probe, not by a blob.
+        under_way: transfers going on now.
     """
 
     def __init__(self, name: str, address: str, timeout_s: float, max_blob_bytes: int) -> None:
         self.name, self.address = name, address
-        self.client = BlobStoreClient(address, timeout_s=timeout_s, max_blob_bytes=max_blob_bytes)
+        self._timeout_s, self._max_blob_bytes = timeout_s, max_blob_bytes
+        self.client = self._connect()
         self.breaker = Breaker(most_s=5.0)
         self.bytes_per_s = 0.0
         self.latency_s = 0.0
+        self.measured_s, self.probed, self.under_way = 0.0, False, 0
+
+    def _connect(self) -> BlobStoreClient:
+        return BlobStoreClient(
+            self.address, timeout_s=self._timeout_s, max_blob_bytes=self._max_blob_bytes
+        )
+
+    async def point_at(self, address: str) -> None:
+        """It is at ``address`` from now on; calls under way fail, and are tried again."""
+        if address == self.address:
+            return
+        old, self.address = self.client, address
+        self.client, self.breaker = self._connect(), Breaker(most_s=5.0)
+        await old.aclose()
 
     @contextlib.asynccontextmanager
     async def asking(self, short: bool = True) -> AsyncIterator[None]:
@@ -39,9 +57,12 @@ class Remote:
 
         Raises: StoreUnavailableError at once where the remote has not answered lately.
         """
+        if not self.address:
+            raise StoreUnavailableError(self.name, "not found on this network yet")
         if not self.breaker.allow():
             raise StoreUnavailableError(self.name, "it has not answered lately")
         started = time.monotonic()
+        self.under_way += not short
         try:
             yield
         except StoreUnavailableError:
@@ -50,14 +71,17 @@ class Remote:
         except Exception:
             self.breaker.succeeded()  # a refusal is an answer
             raise
+        finally:
+            self.under_way -= not short
         self.breaker.succeeded()
         if short:
             self.latency_s = _smooth(self.latency_s, time.monotonic() - started)
 
-    def measured(self, size: int, seconds: float) -> None:
+    def measured(self, size: int, seconds: float, probed: bool = False) -> None:
         """Take in a transfer; small ones say nothing about bandwidth."""
         if size >= MEASURED_BYTES and seconds > 0:
             self.bytes_per_s = _smooth(self.bytes_per_s, size / seconds)
+            self.measured_s, self.probed = time.monotonic(), probed
 
     async def get(self, key: BlobKey, *, local_only: bool, timeout_s: float) -> memoryview:
         """A whole blob, its digest verified. Raises: as `BlobStoreClient.get`."""
@@ -84,11 +108,16 @@ class Peers:
         """Peers known now."""
         return list(self._peers.values())
 
-    async def update(self, addresses: Sequence[pb.NodeAddress]) -> None:
-        """Take over the coordinator's list; connections to peers that stay are kept."""
+    async def update(self, addresses: Sequence[pb.NodeAddress], partial: bool = False) -> None:
+        """Take over the coordinator's list; connections to peers that stay are kept.
+
+        ``partial``: who is not on it may be there all the same.
+        """
         wanted = {
             a.node_id: a.address for a in addresses if a.node_id != self._own_id and a.address
         }
+        if partial:
+            wanted = {name: peer.address for name, peer in self._peers.items()} | wanted
         gone = [peer for name, peer in self._peers.items() if wanted.get(name) != peer.address]
         for peer in gone:
             del self._peers[peer.name]

@@ -34,7 +34,6 @@ from kvferry.node.remotes import Peers, Remote
 from kvferry.node.tiers import Data, Tiers, checked_info
 from kvferry.node.upload_queue import UploadQueue
 from kvferry.proto.keys import BlobKey
-from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
 
@@ -285,18 +284,6 @@ class NodeRepository:
             backend=f"node, {'memory and disk' if disk else 'memory'}",
             counters=dict(self.counters),
         )
-
-    def links(self) -> builtins.list[pb.LinkSample]:
-        """What transfers from peers ("NAME") and the "store" were last seen to do."""
-        remotes = [*self.peers.all, *([self.store] if self.store else [])]
-        return [
-            pb.LinkSample(
-                to="store" if remote is self.store else remote.name,
-                bytes_per_s=remote.bytes_per_s,
-                latency_s=remote.latency_s,
-            )
-            for remote in remotes
-        ]
 
     async def scrub(self, repair: bool) -> AsyncIterator[ScrubReport]:
         """Of the disk tier."""

@@ -200,6 +200,10 @@ class UploadQueue:
         """Accept nothing more."""
         self._closed = True
 
+    def reopen(self) -> None:
+        """Accept again."""
+        self._closed = False
+
     def left(self) -> list[Pending]:
         """What is not uploaded yet; the journal has it."""
         return list(self._pending.values())

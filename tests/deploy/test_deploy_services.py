@@ -37,7 +37,7 @@ KNOWN = {
 }  # fmt: skip
 HARDENED = {
     "NoNewPrivileges": "yes",
-    "RestrictAddressFamilies": "AF_INET AF_INET6 AF_UNIX",
+    "RestrictAddressFamilies": "AF_INET AF_INET6 AF_NETLINK AF_UNIX",
     "SystemCallArchitectures": "native",
     "UMask": "0077",
 }
