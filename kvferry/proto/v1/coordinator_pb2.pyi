@@ -219,16 +219,20 @@ class NodeAddress(google.protobuf.message.Message):
 
     NODE_ID_FIELD_NUMBER: builtins.int
     ADDRESS_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     address: builtins.str
     """host:port of its BlobStore"""
+    incarnation: builtins.int
+    """0: not told"""
     def __init__(
         self,
         *,
         node_id: builtins.str = ...,
         address: builtins.str = ...,
+        incarnation: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "node_id", b"node_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "incarnation", b"incarnation", "node_id", b"node_id"]) -> None: ...
 
 Global___NodeAddress: typing_extensions.TypeAlias = NodeAddress
 

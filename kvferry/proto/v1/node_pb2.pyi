@@ -9,6 +9,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import kvferry.proto.v1.blob_pb2
 import kvferry.proto.v1.coordinator_pb2
@@ -21,6 +22,67 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Admission:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AdmissionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Admission.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ADMISSION_UNSPECIFIED: _Admission.ValueType  # 0
+    ADMISSION_WANTED: _Admission.ValueType  # 1
+    ADMISSION_HELD: _Admission.ValueType  # 2
+    """by the store, or on its way there"""
+    ADMISSION_DECLINED: _Admission.ValueType  # 3
+    """not now: offered for the first time, say"""
+
+class Admission(_Admission, metaclass=_AdmissionEnumTypeWrapper): ...
+
+ADMISSION_UNSPECIFIED: Admission.ValueType  # 0
+ADMISSION_WANTED: Admission.ValueType  # 1
+ADMISSION_HELD: Admission.ValueType  # 2
+"""by the store, or on its way there"""
+ADMISSION_DECLINED: Admission.ValueType  # 3
+"""not now: offered for the first time, say"""
+Global___Admission: typing_extensions.TypeAlias = Admission
+
+@typing.final
+class AdmitRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: builtins.int
+    AGAIN_FIELD_NUMBER: builtins.int
+    again: builtins.bool
+    """Offered a moment ago by the same request: that is no second use."""
+    @property
+    def keys(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kvferry.proto.v1.blob_pb2.BlobKey]: ...
+    def __init__(
+        self,
+        *,
+        keys: collections.abc.Iterable[kvferry.proto.v1.blob_pb2.BlobKey] | None = ...,
+        again: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["again", b"again", "keys", b"keys"]) -> None: ...
+
+Global___AdmitRequest: typing_extensions.TypeAlias = AdmitRequest
+
+@typing.final
+class AdmitReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: builtins.int
+    @property
+    def answers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[Global___Admission.ValueType]:
+        """in the order asked"""
+
+    def __init__(
+        self,
+        *,
+        answers: collections.abc.Iterable[Global___Admission.ValueType] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers"]) -> None: ...
+
+Global___AdmitReply: typing_extensions.TypeAlias = AdmitReply
 
 @typing.final
 class LocateRequest(google.protobuf.message.Message):
@@ -358,6 +420,7 @@ class NodeStatus(google.protobuf.message.Message):
     PHASE_FIELD_NUMBER: builtins.int
     DRAINED_FIELD_NUMBER: builtins.int
     EXO_FIELD_NUMBER: builtins.int
+    DISK_WRITES_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     version: builtins.str
@@ -385,6 +448,10 @@ class NodeStatus(google.protobuf.message.Message):
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[kvferry.proto.v1.coordinator_pb2.LinkSample]: ...
     @property
     def exo(self) -> kvferry.proto.v1.coordinator_pb2.ExoState: ...
+    @property
+    def disk_writes(self) -> Global___DiskWrites:
+        """not there: no disk tier"""
+
     def __init__(
         self,
         *,
@@ -408,8 +475,44 @@ class NodeStatus(google.protobuf.message.Message):
         phase: kvferry.proto.v1.coordinator_pb2.NodePhase.ValueType = ...,
         drained: builtins.bool = ...,
         exo: kvferry.proto.v1.coordinator_pb2.ExoState | None = ...,
+        disk_writes: Global___DiskWrites | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["exo", b"exo"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["coordinator_reachable", b"coordinator_reachable", "counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "drained", b"drained", "exo", b"exo", "incarnation", b"incarnation", "links", b"links", "node_id", b"node_id", "peers", b"peers", "phase", b"phase", "policy_name", b"policy_name", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_bytes", b"resident_bytes", "store_reachable", b"store_reachable", "tiers", b"tiers", "unix_s", b"unix_s", "uploads_pending", b"uploads_pending", "uploads_pending_bytes", b"uploads_pending_bytes", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["disk_writes", b"disk_writes", "exo", b"exo"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["coordinator_reachable", b"coordinator_reachable", "counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "disk_writes", b"disk_writes", "drained", b"drained", "exo", b"exo", "incarnation", b"incarnation", "links", b"links", "node_id", b"node_id", "peers", b"peers", "phase", b"phase", "policy_name", b"policy_name", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "resident_bytes", b"resident_bytes", "store_reachable", b"store_reachable", "tiers", b"tiers", "unix_s", b"unix_s", "uploads_pending", b"uploads_pending", "uploads_pending_bytes", b"uploads_pending_bytes", "version", b"version"]) -> None: ...
 
 Global___NodeStatus: typing_extensions.TypeAlias = NodeStatus
+
+@typing.final
+class DiskWrites(google.protobuf.message.Message):
+    """What the disk tier has written, in bytes; days are UTC's."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TODAY_FIELD_NUMBER: builtins.int
+    BUDGET_PER_DAY_FIELD_NUMBER: builtins.int
+    PER_DAY_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    ENDURANCE_FIELD_NUMBER: builtins.int
+    LIFETIME_YEARS_FIELD_NUMBER: builtins.int
+    today: builtins.int
+    budget_per_day: builtins.int
+    per_day: builtins.float
+    """over the last days"""
+    total: builtins.int
+    endurance: builtins.int
+    """what the disk is rated for in its life"""
+    lifetime_years: builtins.float
+    """at that pace, by the rating; 0: nothing written yet"""
+    def __init__(
+        self,
+        *,
+        today: builtins.int = ...,
+        budget_per_day: builtins.int = ...,
+        per_day: builtins.float = ...,
+        total: builtins.int = ...,
+        endurance: builtins.int = ...,
+        lifetime_years: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget_per_day", b"budget_per_day", "endurance", b"endurance", "lifetime_years", b"lifetime_years", "per_day", b"per_day", "today", b"today", "total", b"total"]) -> None: ...
+
+Global___DiskWrites: typing_extensions.TypeAlias = DiskWrites

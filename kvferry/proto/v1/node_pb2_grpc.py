@@ -64,6 +64,11 @@ class NodeStub(object):
                 request_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateReply.FromString,
                 _registered_method=True)
+        self.Admit = channel.unary_unary(
+                '/kvferry.v1.Node/Admit',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.AdmitRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.AdmitReply.FromString,
+                _registered_method=True)
 
 
 class NodeServicer(object):
@@ -110,6 +115,13 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Admit(self, request, context):
+        """Which of the blobs that a hook is about to encode shall be put.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +154,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Locate,
                     request_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.LocateReply.SerializeToString,
+            ),
+            'Admit': grpc.unary_unary_rpc_method_handler(
+                    servicer.Admit,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_node__pb2.AdmitRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_node__pb2.AdmitReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -306,6 +323,33 @@ class Node(object):
             '/kvferry.v1.Node/Locate',
             kvferry_dot_proto_dot_v1_dot_node__pb2.LocateRequest.SerializeToString,
             kvferry_dot_proto_dot_v1_dot_node__pb2.LocateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Admit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Node/Admit',
+            kvferry_dot_proto_dot_v1_dot_node__pb2.AdmitRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_node__pb2.AdmitReply.FromString,
             options,
             channel_credentials,
             insecure,

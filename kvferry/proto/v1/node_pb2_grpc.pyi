@@ -123,7 +123,23 @@ _NodeLocateType = typing_extensions.TypeVar(
     ],
 )
 
-class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportType, _NodeFlushType, _NodeStatusType, _NodeLocateType]):
+_NodeAdmitType = typing_extensions.TypeVar(
+    '_NodeAdmitType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.AdmitRequest,
+        kvferry.proto.v1.node_pb2.AdmitReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.AdmitRequest,
+        kvferry.proto.v1.node_pb2.AdmitReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.AdmitRequest,
+        kvferry.proto.v1.node_pb2.AdmitReply,
+    ],
+)
+
+class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportType, _NodeFlushType, _NodeStatusType, _NodeLocateType, _NodeAdmitType]):
     @typing.overload
     def __init__(self: NodeStub[
         grpc.UnaryUnaryMultiCallable[
@@ -149,6 +165,10 @@ class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportT
         grpc.UnaryUnaryMultiCallable[
             kvferry.proto.v1.node_pb2.LocateRequest,
             kvferry.proto.v1.node_pb2.LocateReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.node_pb2.AdmitRequest,
+            kvferry.proto.v1.node_pb2.AdmitReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -178,6 +198,10 @@ class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportT
             kvferry.proto.v1.node_pb2.LocateRequest,
             kvferry.proto.v1.node_pb2.LocateReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.node_pb2.AdmitRequest,
+            kvferry.proto.v1.node_pb2.AdmitReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Hello: _NodeHelloType
@@ -196,6 +220,9 @@ class NodeStub(typing.Generic[_NodeHelloType, _NodeWatchEventsType, _NodeReportT
 
     Locate: _NodeLocateType
     """Where each of these blobs is to be had now. Nothing is fetched."""
+
+    Admit: _NodeAdmitType
+    """Which of the blobs that a hook is about to encode shall be put."""
 
 NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -221,6 +248,10 @@ NodeAsyncStub: typing_extensions.TypeAlias = NodeStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kvferry.proto.v1.node_pb2.LocateRequest,
         kvferry.proto.v1.node_pb2.LocateReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.node_pb2.AdmitRequest,
+        kvferry.proto.v1.node_pb2.AdmitReply,
     ],
 ]
 
@@ -271,5 +302,13 @@ class NodeServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvferry.proto.v1.node_pb2.LocateReply, collections.abc.Awaitable[kvferry.proto.v1.node_pb2.LocateReply]]:
         """Where each of these blobs is to be had now. Nothing is fetched."""
+
+    @abc.abstractmethod
+    def Admit(
+        self,
+        request: kvferry.proto.v1.node_pb2.AdmitRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.node_pb2.AdmitReply, collections.abc.Awaitable[kvferry.proto.v1.node_pb2.AdmitReply]]:
+        """Which of the blobs that a hook is about to encode shall be put."""
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
