@@ -160,6 +160,38 @@ class NodeSettings(ServiceSettings):
     probe_bytes_per_hour: int = Field(
         default=16 * MIB, ge=0, description="To measure links that no blob has crossed."
     )
+    holdings_interval_s: float = Field(
+        default=5.0, gt=0, description="Between two questions to a peer about what it holds."
+    )
+    fetch_inflight_bytes: int = Field(
+        default=64 * MIB, gt=0, description="Under way from peers and store together."
+    )
+    serve_bytes_per_s: float = Field(
+        default=0.0, ge=0, description="Sent to peers at most, 0: as fast as it goes."
+    )
+    handover_bytes: int = Field(
+        default=512 * MIB, ge=0, description="Taken from peers that leave, in an hour."
+    )
+    copies: int = Field(
+        default=1, ge=1, le=16, description="Nodes that hold what is read often; 1: no copies."
+    )
+    copy_bytes_per_hour: int = Field(
+        default=256 * MIB, ge=0, description="Sent, and taken, for copies."
+    )
+    store_on_second_use: bool = Field(
+        default=False, description="Store only what is offered for the second time."
+    )
+    disk_writes_per_day_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Written to the disk tier in a day at most; the rest is kept in memory and "
+        "the store only. 0: so much that the disk lasts ten years.",
+    )
+    disk_endurance_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="What the disk is rated to take in its life (TBW). 0: 300 times its size.",
+    )
 
     @property
     def sought(self) -> frozenset[str]:

@@ -42,6 +42,31 @@ def node(
         float | None, typer.Option(help="For one transfer altogether.")
     ] = None,
     peer_timeout_s: Annotated[float | None, typer.Option(help="For a peer's answer.")] = None,
+    holdings_interval_s: Annotated[
+        float | None, typer.Option(help="Between questions to a peer about what it holds.")
+    ] = None,
+    serve_bytes_per_s: Annotated[
+        float | None, typer.Option(help="Sent to peers at most, 0: as fast as it goes.")
+    ] = None,
+    handover_bytes: Annotated[
+        int | None, typer.Option(help="Taken from peers that leave, in an hour.")
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option(help="Nodes that hold what is read often, 1: no copies.")
+    ] = None,
+    copy_bytes_per_hour: Annotated[int | None, typer.Option(help="For such copies.")] = None,
+    store_on_second_use: Annotated[
+        bool | None,
+        typer.Option(
+            "--store-on-second-use/--store-at-once", help="Whether what is new waits for it."
+        ),
+    ] = None,
+    disk_writes_per_day_bytes: Annotated[
+        int | None, typer.Option(help="To disk in a day, 0: so that the disk lasts ten years.")
+    ] = None,
+    disk_endurance_bytes: Annotated[
+        int | None, typer.Option(help="What the disk is rated for (TBW), 0: 300 times its size.")
+    ] = None,
     shutdown_timeout_s: Annotated[
         float | None, typer.Option(help="For uploads still queued when it stops.")
     ] = None,
@@ -84,6 +109,14 @@ def node(
         max_blob_bytes=max_blob_bytes,
         request_timeout_s=request_timeout_s,
         peer_timeout_s=peer_timeout_s,
+        holdings_interval_s=holdings_interval_s,
+        serve_bytes_per_s=serve_bytes_per_s,
+        handover_bytes=handover_bytes,
+        copies=copies,
+        copy_bytes_per_hour=copy_bytes_per_hour,
+        store_on_second_use=store_on_second_use,
+        disk_writes_per_day_bytes=disk_writes_per_day_bytes,
+        disk_endurance_bytes=disk_endurance_bytes,
         shutdown_timeout_s=shutdown_timeout_s,
         exo_url=exo_url,
         probe_bytes_per_hour=probe_bytes_per_hour,

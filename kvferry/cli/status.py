@@ -152,4 +152,6 @@ def _plain(message: Answer) -> Answer:
         {name: value if name == "name" else int(value) for name, value in tier.items()}
         for tier in message["tiers"]
     ]
+    if "disk_writes" in message:
+        message["disk_writes"] = {k: float(v) for k, v in message["disk_writes"].items()}
     return message

@@ -103,11 +103,21 @@ def _node_words(a: Answer) -> list[str]:
         f"{a['node_id']}, version {a['version']}, {_size(a['resident_bytes'])} resident",
         *(draining if a["phase"] == "draining" else []),
         *tiers,
+        *_write_words(a.get("disk_writes")),
         f"waiting for upload: {a['uploads_pending']:,} blobs, {_size(a['uploads_pending_bytes'])}",
         f"store {store}, coordinator {link}; peers: {peers}",
         f"policy {a['policy_name']!r}, version {a['policy_version']}",
         *_trouble(a["counters"]),
     ]
+
+
+def _write_words(w: Answer | None) -> list[str]:
+    """What the disk tier writes, and how long a disk lasts so; no disk tier: no line."""
+    if not w:
+        return []
+    years = w["lifetime_years"]
+    lasts = f", at this pace the disk lasts {years:,.0f} years" if years else ""
+    return [f"written to disk today: {_size(w['today'])} of {_size(w['budget_per_day'])}{lasts}"]
 
 
 def _store_words(a: Answer) -> list[str]:

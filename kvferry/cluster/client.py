@@ -6,7 +6,7 @@ transport does wrong becomes `StoreUnavailableError` or `StoreTimeoutError`.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self, TypeAlias
 
@@ -172,10 +172,12 @@ class BlobStoreClient:
         verify: bool = True,
         local_only: bool = False,
         timeout_s: float | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> memoryview:
         """The blob, or ``length`` bytes of it from ``offset`` (0: to the end).
 
-        ``verify``: check the digest, where the range is the whole blob.
+        ``verify``: check the digest, where the range is the whole blob. ``on_bytes`` is told,
+        as they come, how many are here.
         Raises: BlobNotFoundError, CorruptBlobError, BlobTooLargeError.
         """
         receiver = Receiver(self.address, offset, length, self._max_blob_bytes)
@@ -185,6 +187,8 @@ class BlobStoreClient:
             try:
                 async for item in call:
                     receiver.take(item)
+                    if on_bytes is not None:
+                        on_bytes(receiver.received)
             finally:
                 call.cancel()
         data = receiver.finish(verify)

@@ -59,7 +59,7 @@ class Membership:
     def peers_of(self, node_id: str) -> list[pb.NodeAddress]:
         """Where the others are that can be asked for blobs; draining ones still can."""
         return [
-            pb.NodeAddress(node_id=name, address=member.address)
+            pb.NodeAddress(node_id=name, address=member.address, incarnation=member.incarnation)
             for name, member in sorted(self._state.members.items())
             if name != node_id
             and tells(member.address)

@@ -57,6 +57,11 @@ class Receiver:
             self.feed(data_of(self._where, item))
 
     @property
+    def received(self) -> int:
+        """Bytes that are here."""
+        return self._at
+
+    @property
     def whole(self) -> bool:
         """Whether the range is the whole blob, so that its digest can be checked."""
         return self._offset == 0 and self._buffer is not None and self._at == self.blob_size

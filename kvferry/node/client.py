@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -17,11 +18,17 @@ import grpc.aio
 
 from kvferry.cluster import wire
 from kvferry.cluster.client import rpc_errors
+from kvferry.cluster.convert import MAX_KEYS
 from kvferry.cluster.loop_thread import LoopThread
 from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.cluster.throttle import Throttle
-from kvferry.errors import FerryError, StoreTimeoutError, StoreUnavailableError
+from kvferry.errors import (
+    FerryError,
+    ProtocolError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from kvferry.node.backoff import Backoff
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import coordinator_pb2, node_pb2
@@ -34,6 +41,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 REPORTS_UNDER_WAY = 32
+# Enough for the daemon to keep several sources busy; it bounds the bytes.
+BLOBS_ASKED_FOR = 16
 # Beyond grpc's own deadline, for the way between the threads.
 _SLACK_S = 1.0
 
@@ -113,13 +122,35 @@ class NodeClient:
         self._check_open()
         return self._blobs.has(keys, timeout_s=timeout_s)
 
+    def admit(
+        self, keys: Sequence[BlobKey], *, again: bool = False, timeout_s: float | None = None
+    ) -> "Sequence[node_pb2.Admission.ValueType]":
+        """Which of these shall be encoded and put; any number, asked in batches.
+
+        ``again``: the same request has offered them before. Raises: ProtocolError.
+        """
+        end = self._deadline(timeout_s)
+        found: list[node_pb2.Admission.ValueType] = []
+        for at in range(0, len(keys), MAX_KEYS):
+            batch = [key.to_proto() for key in keys[at : at + MAX_KEYS]]
+            request = node_pb2.AdmitRequest(keys=batch, again=again)
+            answers = self._run(partial(self._stub.Admit, request, timeout=end), end).answers
+            if len(answers) != len(batch):
+                raise ProtocolError(f"{self.address}: admission answered for other keys")
+            found.extend(answers)
+        return found
+
     def get(self, key: BlobKey, *, timeout_s: float | None = None) -> bytes:
         """A whole, verified blob. Raises: BlobNotFoundError, CorruptBlobError."""
         self._check_open()
         return bytes(self._blobs.get(key, timeout_s=timeout_s))
 
     def get_many(
-        self, keys: Sequence[BlobKey], deadline_s: float | None = None, *, parallel: int = 4
+        self,
+        keys: Sequence[BlobKey],
+        deadline_s: float | None = None,
+        *,
+        parallel: int = BLOBS_ASKED_FOR,
     ) -> dict[BlobKey, memoryview | FerryError]:
         """Whole, verified blobs; in place of one that failed, its error. Never raises.
 
@@ -129,7 +160,11 @@ class NodeClient:
         return {key: found[key] for key in keys}
 
     def get_each(
-        self, keys: Sequence[BlobKey], deadline_s: float | None = None, *, parallel: int = 4
+        self,
+        keys: Sequence[BlobKey],
+        deadline_s: float | None = None,
+        *,
+        parallel: int = BLOBS_ASKED_FOR,
     ) -> Generator[tuple[BlobKey, memoryview | FerryError], None, None]:
         """`get_many` as the blobs come: each key once, with its blob or its error.
 

@@ -20,6 +20,7 @@ from kvferry.cluster.store import LocalStore, StoreLimits
 from kvferry.node.coordination import Coordination
 from kvferry.node.coordinator_link import CoordinatorLink
 from kvferry.node.departure import Departure
+from kvferry.node.disk_writes import disk_writes
 from kvferry.node.events import EventHub
 from kvferry.node.exo_watch import ExoWatch
 from kvferry.node.finder import Finder, Sought
@@ -32,7 +33,7 @@ from kvferry.node.pending_blobs import PendingBlobs
 from kvferry.node.pressure import IdleWatch
 from kvferry.node.prober import Prober, Ration
 from kvferry.node.remotes import Peers, Remote
-from kvferry.node.repository import NodeRepository, PeerView
+from kvferry.node.repository import NodeRepository
 from kvferry.node.spool import Spool
 from kvferry.node.state import NodeState
 from kvferry.node.tiers import Tiers
@@ -57,7 +58,8 @@ class NodeDaemon:
         self.settings, self.facts = settings, facts
         self.counters: Counter[str] = Counter()
         limit, timeout = settings.max_blob_bytes, settings.request_timeout_s
-        self.tiers = Tiers(MemoryTier(settings.memory_bytes), disk, self.counters)
+        writes = disk_writes(settings) if disk is not None else None
+        self.tiers = Tiers(MemoryTier(settings.memory_bytes), disk, self.counters, writes)
         self.store: Remote | None = None
         if settings.store or "store" in settings.sought:
             place = "" if "store" in settings.sought else settings.store
@@ -73,12 +75,13 @@ class NodeDaemon:
         )
         self.idle = IdleWatch()
         self.repository = NodeRepository(
+            settings,
+            facts.incarnation,
             self.tiers,
             self.uploads,
             self.peers,
             self.store,
             self.counters,
-            timeout,
             self.idle.touch,
         )
         self.pending = PendingBlobs(self.repository, journal, Spool(settings.data_dir / "spool"))
@@ -141,6 +144,7 @@ class NodeDaemon:
                 tasks.create_task(self.uploads.work())
             tasks.create_task(self.triggers.watch())
             tasks.create_task(self.departure.run())
+            tasks.create_task(self.repository.exchange.run())
             tasks.create_task(self.prober.run())
             tasks.create_task(self.exo.run())
             if self.tiers.disk is not None:
@@ -180,15 +184,16 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
         failures = FailureCounts()
         limit = settings.max_blob_bytes
         own = BlobStoreServicer(node.repository, max_blob_bytes=limit, on_failure=failures)
+        exchange = node.repository.exchange
         shown = BlobStoreServicer(
-            PeerView(node.repository), max_blob_bytes=limit, on_failure=failures
+            exchange.view(node.repository), max_blob_bytes=limit, on_failure=failures
         )
         for_hooks = await start_server(
             [blob_store_service(own), node.hooks().service(failures)], [f"unix:{settings.socket}"]
         )
         undo.push_async_callback(for_hooks.stop, 0.5)
         for_peers = await start_server(
-            [blob_store_service(shown), link_service(failures)],
+            [blob_store_service(shown), link_service(failures), exchange.service(failures)],
             [settings.listen],
             allow_remote_plaintext=settings.allow_remote_plaintext,
         )

@@ -7,8 +7,8 @@ the coordinator is told at once, so that nobody waits for a heartbeat that does 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 from kvferry.node.coordinator_link import CoordinatorLink
 from kvferry.node.events import EventHub
@@ -126,13 +126,7 @@ class Departure:
 
     async def _handed_over(self) -> bool:
         """Whether nothing is left here that is nowhere else; waits a while for it."""
-        repository = self._repository
-        if (hand_over := _hand_over(repository)) is not None:
-            left: int = (await hand_over(self._limit_s)).left
-            return not left
-        if not await repository.uploads.flush(self._limit_s):
-            return False
-        return repository.uploads.active or not (await repository.stat()).blobs
+        return not (await self._repository.hand_over(self._limit_s)).left
 
     async def offload(self) -> None:
         """What hooks still have, then uploads and sole copies, all within the limit.
@@ -149,13 +143,7 @@ class Departure:
             await self._repository.uploads.quiet(QUIET_S, self._limit_s / 2)
 
     async def _upload(self, end: float) -> None:
-        uploads, store = self._repository.uploads, self._repository.store
-        if (hand_over := _hand_over(self._repository)) is not None:
-            await hand_over(max(0.0, end - time.monotonic()))
-            return
-        while store is not None and store.breaker.healthy:
-            if await uploads.flush(0.1) or time.monotonic() > end:
-                break
+        await self._repository.hand_over(max(0.0, end - time.monotonic()))
 
     async def finish(self) -> None:
         """The daemon ends: as `offload`, then nothing more is taken, and all is told so."""
@@ -166,9 +154,3 @@ class Departure:
         await self._pending.save()
         if self.link is not None:
             await self.link.goodbye(pb.NODE_PHASE_GONE)
-
-
-def _hand_over(repository: NodeRepository) -> Callable[[float], Awaitable[Any]] | None:
-    """Takes seconds; ``left`` of what it gives says how many blobs are still only here."""
-    found: Callable[[float], Awaitable[Any]] | None = getattr(repository, "hand_over", None)
-    return found

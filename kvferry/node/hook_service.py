@@ -132,6 +132,7 @@ class HookServicer:
             phase=self._departure.phase,
             drained=self._departure.drained,
             exo=self._exo.state,
+            disk_writes=_disk_writes(repository),
         )
 
     async def locate(self, request: node_pb2.LocateRequest) -> node_pb2.LocateReply:
@@ -141,6 +142,11 @@ class HookServicer:
             blobs=[node_pb2.Places(places=places) for places in found.places],
             silent=found.silent,
         )
+
+    async def admit(self, request: node_pb2.AdmitRequest) -> node_pb2.AdmitReply:
+        """Admit."""
+        keys = keys_from_proto(request.keys)
+        return node_pb2.AdmitReply(answers=await self._repository.admit(keys, request.again))
 
     async def _tiers(self) -> list[node_pb2.TierStatus]:
         memory, disk = self._repository.tiers.memory, self._repository.tiers.disk
@@ -179,6 +185,7 @@ class HookServicer:
             "Flush": unary(self.flush, node_pb2.FlushRequest, on_failure),
             "Status": unary(self.status, node_pb2.NodeStatusRequest, on_failure),
             "Locate": unary(self.locate, node_pb2.LocateRequest, on_failure),
+            "Admit": unary(self.admit, node_pb2.AdmitRequest, on_failure),
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
@@ -193,6 +200,21 @@ async def _answers(repository: NodeRepository) -> bool:
     except FerryError:
         return False
     return True
+
+
+def _disk_writes(repository: NodeRepository) -> node_pb2.DiskWrites | None:
+    writes = repository.tiers.writes
+    if writes is None:
+        return None
+    now = writes.now()
+    return node_pb2.DiskWrites(
+        today=now.today,
+        budget_per_day=now.budget_per_day,
+        per_day=now.per_day,
+        total=now.total,
+        endurance=now.endurance,
+        lifetime_years=now.lifetime_years,
+    )
 
 
 def _sane(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:

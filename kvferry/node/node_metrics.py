@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Gauge
 
 from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
+from kvferry.node.disk_writes import add_write_metrics
 
 if TYPE_CHECKING:
     from kvferry.node.daemon import NodeDaemon
@@ -23,3 +24,5 @@ def add_metrics(node: "NodeDaemon", failures: FailureCounts, registry: Collector
         ("draining", "1: it takes no new blobs", lambda: node.departure.draining),
     ):
         Gauge(f"kvferry_node_{name}", text, registry=registry).set_function(value)
+    if node.tiers.writes is not None:
+        add_write_metrics(node.tiers.writes, registry)

@@ -9,22 +9,21 @@ import contextlib
 import logging
 import queue
 import threading
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from kvferry.codec.base import Codec, PageTensors
 from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
 from kvferry.node.background import Background, OneThread, lower_priority
 from kvferry.node.coding import CodedRange, Shard, state_codec
+from kvferry.node.offer import Coding, Offer, OfferClient, TensorSource
 from kvferry.node.pace import SHARE
+from kvferry.node.puts import Puts
 from kvferry.proto.keys import (
     BlobKey,
-    Medium,
     media_by_page,
     media_within,
     page_keys,
@@ -32,11 +31,11 @@ from kvferry.proto.keys import (
     tail_key,
 )
 from kvferry.proto.v1 import coordinator_pb2 as pb
+from kvferry.proto.v1 import node_pb2
 
 log = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 4
-PUTS_UNDER_WAY = 2
 DEFERRED_LENGTH = 4
 REMEMBERED_TAILS = 64
 EVENTS = {
@@ -44,73 +43,6 @@ EVENTS = {
     "prefill": pb.TRIGGER_AFTER_PREFILL,
     "turn_end": pb.TRIGGER_TURN_END,
 }
-
-
-class TensorSource(Protocol):
-    """A snapshot of a cache that can be read from another thread."""
-
-    def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
-        """Host tensors of absolute layers and tokens."""
-
-    def state_pages(self, tokens: tuple[int, int], part: int = 0) -> Iterable[PageTensors]:
-        """States at the end of ``tokens``, of consecutive state layers of one form; ``heads``
-        says which part of them it is."""
-
-
-class OfferClient(Protocol):
-    """What an offer needs of the node daemon; see `kvferry.node.client.NodeClient`."""
-
-    def has(self, keys: Sequence[BlobKey]) -> list[bool]:
-        """Which are held by the store or this node."""
-
-    def put_later(
-        self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None
-    ) -> Future[bool]:
-        """Whether it was new, once it is durable. Raises, also later: FerryError."""
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """Tokens that a cache holds, and the cache's tensors.
-
-    Attributes:
-        restored_pages: so many pages came out of the store and are never coded again.
-        lasting: its tail stays where it is when a conversation goes on from it.
-        shared: its prompt goes on, and so do others in other ways: every whole page is
-            coded as one, so that the tail stands where all their pages end.
-        media: what the tokens do not tell.
-    """
-
-    tokens: tuple[int, ...]
-    source: TensorSource
-    restored_pages: int = 0
-    lasting: bool = False
-    shared: bool = False
-    media: tuple[Medium, ...] = ()
-
-    def goes_on_from(self, other: "Offer") -> bool:
-        """Whether it holds all that ``other`` does."""
-        end = len(other.tokens)
-        mine = media_within(self.media, 0, end)
-        return self.tokens[:end] == other.tokens and mine == media_within(other.media, 0, end)
-
-
-@dataclass(frozen=True, slots=True)
-class Coding:
-    """How offers are coded now: a policy made concrete for one shard and namespace.
-
-    Attributes:
-        pages: how pages of this shard are coded.
-        tail: codec of tails; None: they are computed again.
-        enabled: False: the policy stores nothing.
-    """
-
-    shard: Shard
-    root: bytes
-    pages: Sequence[CodedRange]
-    tail: Codec | None
-    tail_ttl_s: int
-    enabled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,28 +55,6 @@ class _Tail:
     tokens: int
     key: BlobKey | None
     states: Mapping[tuple[int, int], BlobKey]
-
-
-@dataclass(slots=True)
-class _Puts:
-    """Blobs of one offer on their way to the daemon, while the next one is encoded."""
-
-    counters: Counter[str]
-    under_way: deque[tuple[Future[bool], int, int]] = field(default_factory=deque)
-
-    def add(self, put: Future[bool], size: int, raw: int) -> None:
-        """One more, as soon as fewer than `PUTS_UNDER_WAY` are left. Raises: FerryError."""
-        self.under_way.append((put, size, raw))
-        self.finish(PUTS_UNDER_WAY - 1)
-
-    def finish(self, left: int = 0) -> None:
-        """Wait until no more than ``left`` are under way. Raises: FerryError."""
-        while len(self.under_way) > left:
-            put, size, raw = self.under_way.popleft()
-            stored = put.result()
-            self.counters["blobs_put" if stored else "blobs_known"] += 1
-            self.counters["bytes_put"] += size
-            self.counters["bytes_raw_fp16"] += raw
 
 
 class Offers:
@@ -234,18 +144,20 @@ class Offers:
             count = (len(offer.tokens) - 1) // shard.page_tokens
         media = media_by_page(offer.media, shard.page_tokens)
         keys = page_keys(coding.root, offer.tokens, shard.page_tokens, media)[:count]
-        puts = _Puts(self._counters)
+        puts = Puts(self._counters)
         try:
-            if shard.writes_rows:
-                self._put_pages(offer, coding, keys, puts)
+            whole = not shard.writes_rows or self._put_pages(offer, coding, keys, puts)
             if coding.tail is not None and len(offer.tokens) > count * shard.page_tokens:
-                self._put_tail(offer, coding, keys[-1] if keys else coding.root, count, puts)
+                previous = keys[-1] if keys else coding.root
+                if whole and (keys or self._wants_tail(offer, coding, previous)):
+                    self._put_tail(offer, coding, previous, count, puts)
             puts.finish()
         finally:  # after an error the others are waited for all the same, and counted
             with contextlib.suppress(FerryError):
                 puts.finish()
 
-    def _put_pages(self, offer: Offer, coding: Coding, keys: Sequence[bytes], puts: _Puts) -> None:
+    def _put_pages(self, offer: Offer, coding: Coding, keys: Sequence[bytes], puts: Puts) -> bool:
+        """Put what is wanted; False: not all of it was, so nothing behind it is of use."""
         shard = coding.shard
         jobs: list[tuple[BlobKey, CodedRange, int, BlobMeta]] = []
         for index in range(offer.restored_pages, len(keys)):
@@ -253,17 +165,35 @@ class Offers:
             for coded in coding.pages:
                 key = blob_key(coded.codec, meta, coded.layers, shard.heads)
                 jobs.append((key, coded, index, meta))
-        held = self._client.has([job[0] for job in jobs]) if jobs else []
-        for (_, coded, index, meta), present in zip(jobs, held, strict=True):
-            if not present:
+        asked = [job[0] for job in jobs]
+        answers = self._client.admit(asked, again=offer.again) if jobs else []
+        for (_, coded, index, meta), answer in zip(jobs, answers, strict=True):
+            if answer == node_pb2.ADMISSION_DECLINED:
+                self._counters["declined"] += 1
+            elif answer == node_pb2.ADMISSION_WANTED:
                 span = index * shard.page_tokens, (index + 1) * shard.page_tokens
                 key, data, raw = self._background.run(
                     partial(_encode, offer.source, coded, span, meta)
                 )
                 puts.add(self._client.put_later(key, data), len(data), raw)
+        return node_pb2.ADMISSION_DECLINED not in answers
+
+    def _wants_tail(self, offer: Offer, coding: Coding, previous: bytes) -> bool:
+        """Whether a tail without pages before it is to be put."""
+        shard, codec = coding.shard, coding.tail
+        identity = _tail_key(previous, offer, 0, len(offer.tokens))
+        layers = shard.layers if shard.layers[0] < shard.layers[1] else shard.states
+        if codec is None or layers[0] >= layers[1]:
+            return True
+        heads = shard.heads if shard.heads[0] < shard.heads[1] else (0, 1)
+        key = blob_key(codec, _meta(shard, "tail", identity, previous), layers, heads)
+        (answer,) = self._client.admit([key], again=offer.again)
+        if answer == node_pb2.ADMISSION_DECLINED:
+            self._counters["declined"] += 1
+        return answer != node_pb2.ADMISSION_DECLINED
 
     def _put_tail(
-        self, offer: Offer, coding: Coding, previous: bytes, pages: int, puts: _Puts
+        self, offer: Offer, coding: Coding, previous: bytes, pages: int, puts: Puts
     ) -> None:
         """The tail and the states after it, in the place of those that they go on from."""
         shard, codec = coding.shard, coding.tail
@@ -299,7 +229,7 @@ class Offers:
         meta: BlobMeta,
         coding: Coding,
         replaces: BlobKey | None,
-        puts: _Puts,
+        puts: Puts,
     ) -> BlobKey:
         key, data = self._background.run(partial(encode_blob, codec, page, meta))
         put = self._client.put_later(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)

@@ -47,10 +47,10 @@ class NodePut:
             raise
         room = tiers.memory.reserve(spec.size)
         try:
-            if tiers.disk is None and room is None:
-                raise StoreFullError("the memory tier", spec.size, 0)
             local = PutSpec(key=spec.key, size=spec.size, ttl_s=spec.ttl_s)
-            disk = await tiers.disk.open_put(local) if tiers.disk is not None else None
+            disk = await tiers.open_disk_put(local)
+            if disk is None and room is None and not await tiers.on_disk(spec.key):
+                raise StoreFullError("the memory tier", spec.size, 0)
         except BaseException as exc:
             if isinstance(exc, FerryError):
                 counters[f"drop_{exc.reason}"] += 1
@@ -80,18 +80,17 @@ class NodePut:
             self._counters["drop_corrupt"] += 1
             await self.abort()
             raise CorruptBlobError("size", f"{len(self._parts):,} of {spec.size:,} bytes came")
-        lease = ""
         if self._disk is not None:
             await self._guard(self._disk.finish())
             self._disk = None
-        if self._tiers.disk is not None and self._uploads.active:
-            lease, _ = await self._tiers.disk.pin([spec.key], LEASE_S)
+        lease = await self._lease()
         if self._room is not None:
-            pinned = self._tiers.disk is None and self._uploads.active
+            pinned = not lease and self._uploads.active
             keep = self._tiers.keep(
                 self._room, spec.key, bytes(self._parts), spec.ttl_s, pinned=pinned
             )
             await self._guard(keep)
+        self._tiers.on_new(spec.key)
         self._parts = bytearray()
         expires = time.time() + spec.ttl_s if spec.ttl_s else 0.0
         item = Pending(
@@ -109,6 +108,17 @@ class NodePut:
             await self._tiers.delete([spec.replaces])
         self._counters["puts_accepted"] += 1
         return True
+
+    async def _lease(self) -> str:
+        """What keeps it on disk until its upload; empty: it is not there, or need not be."""
+        disk = self._tiers.disk
+        if disk is None or not self._uploads.active:
+            return ""
+        lease, held = await disk.pin([self._spec.key], LEASE_S)
+        if held:
+            return lease
+        await disk.unpin(lease)
+        return ""
 
     async def _guard(self, step: Awaitable[object]) -> None:
         try:

@@ -1,32 +1,35 @@
 """The store and the peers, each behind a breaker: one that is gone costs nothing."""
 
-import asyncio
 import contextlib
-import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.errors import StoreUnavailableError
 from kvferry.node.backoff import Breaker
+from kvferry.node.link_meter import FORGET_S, MEASURED_BYTES, LinkMeter, smooth
+from kvferry.node.peer_client import PeerClient
+from kvferry.node.sources import Source
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-log = logging.getLogger(__name__)
-
-SMOOTHING = 0.3
-MEASURED_BYTES = 64 * 1024
+# A peer that the coordinator names no more is remembered for so long: it may be handing
+# over what it has, and a laptop that is back soon has lost nothing.
+GRACE_S = 600.0
+MAX_REMEMBERED = 256
 
 
 class Remote:
     """One BlobStore elsewhere, and what transfers with it have measured.
 
     Attributes:
-        bytes_per_s: smoothed over real transfers; 0: none was large enough yet.
+        meter: what comes from there, for the choice among several.
+        bytes_per_s: smoothed over transfers in either direction; 0: none was large enough yet.
         latency_s: smoothed over short questions.
         measured_s: time.monotonic() when bandwidth was measured; 0: never.
         probed: it was measured by a probe, not by a blob.
         under_way: transfers going on now.
+        incarnation: of the daemon there; 0: not known.
     """
 
     def __init__(self, name: str, address: str, timeout_s: float, max_blob_bytes: int) -> None:
@@ -34,9 +37,11 @@ class Remote:
         self._timeout_s, self._max_blob_bytes = timeout_s, max_blob_bytes
         self.client = self._connect()
         self.breaker = Breaker(most_s=5.0)
+        self.meter = LinkMeter(on_rate=self.measured)
         self.bytes_per_s = 0.0
         self.latency_s = 0.0
         self.measured_s, self.probed, self.under_way = 0.0, False, 0
+        self.incarnation = 0
 
     def _connect(self) -> BlobStoreClient:
         return BlobStoreClient(
@@ -50,6 +55,18 @@ class Remote:
         old, self.address = self.client, address
         self.client, self.breaker = self._connect(), Breaker(most_s=5.0)
         await old.aclose()
+
+    @property
+    def peer(self) -> PeerClient:
+        """What it is asked beside blobs, where it is a node."""
+        return PeerClient(self.client)
+
+    def source(self, is_store: bool = False) -> Source:
+        """How it stands now, for a choice among several."""
+        rate = self.meter.bytes_per_s
+        if not rate and self.measured_s and time.monotonic() - self.measured_s < FORGET_S:
+            rate = self.bytes_per_s
+        return Source(self.name, rate, self.latency_s, self.meter.queued_bytes, is_store)
 
     @contextlib.asynccontextmanager
     async def asking(self, short: bool = True) -> AsyncIterator[None]:
@@ -75,21 +92,27 @@ class Remote:
             self.under_way -= not short
         self.breaker.succeeded()
         if short:
-            self.latency_s = _smooth(self.latency_s, time.monotonic() - started)
+            self.latency_s = smooth(self.latency_s, time.monotonic() - started)
 
     def measured(self, size: int, seconds: float, probed: bool = False) -> None:
         """Take in a transfer; small ones say nothing about bandwidth."""
         if size >= MEASURED_BYTES and seconds > 0:
-            self.bytes_per_s = _smooth(self.bytes_per_s, size / seconds)
+            self.bytes_per_s = smooth(self.bytes_per_s, size / seconds)
             self.measured_s, self.probed = time.monotonic(), probed
 
-    async def get(self, key: BlobKey, *, local_only: bool, timeout_s: float) -> memoryview:
-        """A whole blob, its digest verified. Raises: as `BlobStoreClient.get`."""
-        started = time.monotonic()
+    async def get(
+        self,
+        key: BlobKey,
+        *,
+        local_only: bool,
+        timeout_s: float,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> memoryview:
+        """A whole blob, not verified. Raises: as `BlobStoreClient.get`."""
         async with self.asking(short=False):
-            data = await self.client.get(key, local_only=local_only, timeout_s=timeout_s)
-        self.measured(len(data), time.monotonic() - started)
-        return data
+            return await self.client.get(
+                key, verify=False, local_only=local_only, timeout_s=timeout_s, on_bytes=on_bytes
+            )
 
     async def aclose(self) -> None:
         """Close the connection."""
@@ -97,50 +120,66 @@ class Remote:
 
 
 class Peers:
-    """The other daemons, as the coordinator names them. Who has what is asked on use."""
+    """The other daemons, as the coordinator names them."""
 
-    def __init__(self, own_id: str, timeout_s: float, max_blob_bytes: int) -> None:
+    def __init__(
+        self,
+        own_id: str,
+        timeout_s: float,
+        max_blob_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._own_id, self._timeout_s, self._max = own_id, timeout_s, max_blob_bytes
+        self._clock = clock
         self._peers: dict[str, Remote] = {}
+        self._left: dict[str, tuple[Remote, float]] = {}
 
     @property
     def all(self) -> Sequence[Remote]:
         """Peers known now."""
         return list(self._peers.values())
 
+    @property
+    def healthy(self) -> Sequence[Remote]:
+        """Those of them that have answered when last asked, or never were."""
+        return [peer for peer in self._peers.values() if peer.breaker.healthy]
+
+    def named(self, name: str) -> Remote | None:
+        """A peer known now, or until a moment ago."""
+        left = self._left.get(name)
+        return self._peers.get(name) or (left[0] if left else None)
+
     async def update(self, addresses: Sequence[pb.NodeAddress], partial: bool = False) -> None:
         """Take over the coordinator's list; connections to peers that stay are kept.
 
         ``partial``: who is not on it may be there all the same.
         """
-        wanted = {
-            a.node_id: a.address for a in addresses if a.node_id != self._own_id and a.address
-        }
-        if partial:
-            wanted = {name: peer.address for name, peer in self._peers.items()} | wanted
-        gone = [peer for name, peer in self._peers.items() if wanted.get(name) != peer.address]
-        for peer in gone:
-            del self._peers[peer.name]
-            await peer.aclose()
-        for name, address in wanted.items():
-            if name not in self._peers:
-                self._peers[name] = Remote(name, address, self._timeout_s, self._max)
+        wanted = {a.node_id: a for a in addresses if a.node_id != self._own_id and a.address}
+        now = self._clock()
+        for name in [name for name in self._peers if name not in wanted and not partial]:
+            self._left[name] = self._peers.pop(name), now + GRACE_S
+        for name, told in wanted.items():
+            peer = self._peers.get(name)
+            if peer is None:
+                peer = self._left.pop(name, (None, 0.0))[0]
+            if peer is not None and peer.address != told.address:
+                await peer.aclose()
+                peer = None
+            if peer is None:
+                peer = Remote(name, told.address, self._timeout_s, self._max)
+            peer.incarnation = told.incarnation or peer.incarnation
+            self._peers[name] = peer
+        await self._forget(now)
 
-    async def holders(self, key: BlobKey) -> list[Remote]:
-        """Peers that say they hold ``key``; those that do not answer in time are left out."""
-
-        async def ask(peer: Remote) -> bool:
-            async with peer.asking():
-                return (await peer.client.has([key], timeout_s=self._timeout_s))[0]
-
-        peers = self.all
-        answers = await asyncio.gather(*(ask(peer) for peer in peers), return_exceptions=True)
-        return [peer for peer, held in zip(peers, answers, strict=True) if held is True]
+    async def _forget(self, now: float) -> None:
+        """Peers that left long ago, or too many of them."""
+        for name in list(self._left):
+            if self._left[name][1] <= now or len(self._left) > MAX_REMEMBERED:
+                await self._left.pop(name)[0].aclose()
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self.update([])
-
-
-def _smooth(old: float, new: float) -> float:
-    return new if not old else old + SMOOTHING * (new - old)
+        for peer in [*self._peers.values(), *(peer for peer, _ in self._left.values())]:
+            await peer.aclose()
+        self._peers.clear()
+        self._left.clear()

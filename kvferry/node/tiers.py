@@ -4,10 +4,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from kvferry.cluster.convert import info_from_header
-from kvferry.cluster.repository import BlobInfo, ListQuery, LookupQuery, LookupResult, PutSpec
+from kvferry.cluster.repository import (
+    BlobInfo,
+    ListQuery,
+    LookupQuery,
+    LookupResult,
+    PutSession,
+    PutSpec,
+)
 from kvferry.cluster.store import LocalStore
 from kvferry.errors import (
     BlobNotFoundError,
@@ -15,6 +22,8 @@ from kvferry.errors import (
     FerryError,
     IdentityMismatchError,
 )
+from kvferry.node.disk_put import DiskPut
+from kvferry.node.disk_writes import DiskWrites
 from kvferry.node.memory_tier import MemoryBlob, MemoryTier, Reservation
 from kvferry.proto import container
 from kvferry.proto.keys import BlobKey
@@ -38,10 +47,24 @@ def checked_info(key: BlobKey, data: Data) -> BlobInfo:
 
 
 class Tiers:
-    """This node's own blobs. ``disk`` None: memory only. Belongs to the event loop."""
+    """This node's own blobs. Belongs to the event loop.
 
-    def __init__(self, memory: MemoryTier, disk: LocalStore | None, counters: Counter[str]) -> None:
+    Args:
+        disk: None: memory only.
+        writes: what may be written to ``disk`` in a day; None: whatever comes.
+        on_new: called with the key of every blob that is here from now on.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryTier,
+        disk: LocalStore | None,
+        counters: Counter[str],
+        writes: DiskWrites | None = None,
+    ) -> None:
         self.memory, self.disk, self._counters = memory, disk, counters
+        self.writes = writes
+        self.on_new: Callable[[BlobKey], None] = lambda key: None
 
     async def has(self, keys: Sequence[BlobKey]) -> list[bool]:
         """Which are here."""
@@ -84,19 +107,42 @@ class Tiers:
             room.commit(MemoryBlob(info, data, expires), pinned)
         finally:
             room.release()
+        self.on_new(key)
         return info
+
+    async def open_disk_put(self, spec: PutSpec) -> PutSession | None:
+        """None: no disk, it is there already, or no more is to be written today.
+
+        Raises: StoreFullError, BlobTooLargeError.
+        """
+        if self.disk is None:
+            return None
+        session = await self.disk.open_put(spec)
+        if session is None or self.writes is None:
+            return session
+        if not self.writes.reserve(spec.size):
+            self._counters["disk_refused_write_budget"] += 1
+            await session.abort()
+            return None
+        if self.writes.due:
+            await asyncio.to_thread(self.writes.save)
+        return DiskPut(session, self.writes, spec.size)
+
+    async def on_disk(self, key: BlobKey) -> bool:
+        """Whether it is in the disk tier."""
+        return self.disk is not None and (await self.disk.has([key]))[0]
 
     async def store_on_disk(self, key: BlobKey, data: Data, ttl_s: int = 0) -> None:
         """Keep a copy for after a restart; a disk that is full or failing is counted only."""
-        if self.disk is None:
-            return
         try:
-            session = await self.disk.open_put(PutSpec(key=key, size=len(data), ttl_s=ttl_s))
+            spec = PutSpec(key=key, size=len(data), ttl_s=ttl_s)
+            session = await self.open_disk_put(spec)
             if session is None:
                 return
             try:
                 await session.write(data)
                 await session.finish()
+                self.on_new(key)
             except BaseException:
                 await session.abort()
                 raise
@@ -112,6 +158,17 @@ class Tiers:
         if self.disk is not None:
             await self.disk.delete(keys)
         return sum(here)
+
+    async def count(self) -> int:
+        """About how many are here."""
+        return len(self.memory) + ((await self.disk.stat()).blobs if self.disk is not None else 0)
+
+    async def keys(self) -> AsyncIterator[Sequence[BlobKey]]:
+        """Batches of what is here; what is in both tiers comes twice."""
+        yield [info.key for info in self.memory.infos()]
+        if self.disk is not None:
+            async for batch in self.disk.list(ListQuery()):
+                yield [info.key for info in batch]
 
     async def of_page(self, page_key: bytes) -> list[BlobInfo]:
         """Blobs under one page key, in either tier."""

@@ -4,7 +4,7 @@ Each row holds its token, its position and a digest of model and whole prefix: a
 row that belongs to any other conversation, position or layer is noticed.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -19,7 +19,9 @@ from kvferry.cluster.loop_thread import LoopThread
 from kvferry.cluster.repository import LookupQuery, LookupResult, PutSpec
 from kvferry.cluster.store import LocalStore, StoreLimits
 from kvferry.errors import FerryError
+from kvferry.node.admission import admit
 from kvferry.proto.keys import BlobKey
+from kvferry.proto.v1 import node_pb2
 
 HEADS, DIM, RING = 2, 16, 32
 _VALUES_PER_PLACE = 1 << 16
@@ -150,8 +152,10 @@ class StoreAtHand:
     def lookup(self, query: LookupQuery) -> LookupResult:
         return self._thread.run(self.store.lookup(query))
 
-    def has(self, keys: Sequence[BlobKey]) -> list[bool]:
-        return self._thread.run(self.store.has(keys))
+    def admit(
+        self, keys: Sequence[BlobKey], *, again: bool = False
+    ) -> "list[node_pb2.Admission.ValueType]":
+        return admit(keys, self._thread.run(self.store.has(keys)), None, Counter(), again)
 
     def get_each(
         self, keys: Sequence[BlobKey], deadline_s: float

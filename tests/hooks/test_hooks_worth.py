@@ -8,7 +8,7 @@ from threading import Barrier
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvferry.cli.demo.cluster import Cluster
@@ -17,7 +17,15 @@ from kvferry.node.hooks import HookOptions, PrefixCache
 from kvferry.node.hooks.loaded import Loaded
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.steps import Step
-from kvferry.node.hooks.worth import MARGIN, Cost, Together, Worth, best_step
+from kvferry.node.hooks.worth import (
+    MARGIN,
+    STORED_ANYWAY,
+    Cost,
+    Together,
+    Worth,
+    best_step,
+    pays_to_store,
+)
 
 LENGTH = 700
 SLOW = 20_000.0
@@ -63,6 +71,50 @@ def test_a_dear_tail_is_left_out_and_the_pages_before_it_are_fetched() -> None:
     assert best_step(steps, cost) == 2048
     assert best_step(steps, Cost(200.0, 40_000.0, None, 10_000.0)) == 0
     assert best_step(steps, Cost(200.0, 40_000_000.0, None, 10_000.0)) == 2300
+
+
+@given(
+    st.builds(Cost, rates, rates, rates, rates),
+    st.floats(0, 1e7),
+    st.floats(0, 10),
+    st.integers(1, 10**6),
+)
+def test_what_is_unknown_is_stored_and_longer_prefixes_pay_where_shorter_do(
+    cost: Cost, bytes_per_token: float, wait_s: float, tokens: int
+) -> None:
+    pays = pays_to_store(tokens, cost, bytes_per_token, wait_s)
+    known = [rate for rate in (cost.link, cost.near) if rate]
+    if not cost.prefill or not known or not bytes_per_token:
+        assert pays
+        return
+    each = bytes_per_token / max(known) + (1 / cost.decode if cost.decode else 0.0)
+    assume(abs(each * cost.prefill / MARGIN - 1) > 1e-6)  # no coin to be tossed
+    if pays:
+        assert pays_to_store(2 * tokens, cost, bytes_per_token, wait_s)
+    else:
+        assert not pays_to_store(max(1, tokens // 2), cost, bytes_per_token, wait_s)
+        step = Step(tokens, int(bytes_per_token * tokens), 0)
+        assert not cost.link or best_step([step], cost, wait_s) == 0
+
+
+def test_what_is_computed_sooner_than_restored_is_not_stored_but_now_and_then() -> None:
+    prefill = Rate()
+    worth = Worth(prefill, 1.0)
+    assert worth.stores(2048)
+    loaded = Loaded(bytes=200_000, far_bytes=200_000, tokens=1000)
+    loaded.seconds = {"fetch": 1.0, "decode": 0.01, "lookup": 0.001}
+    worth.learn(loaded)
+    assert worth.stores(2048)  # the model's rate is not known yet
+    prefill.add(10_000, 1.0)
+    assert sum(worth.stores(2048) for _ in range(4 * STORED_ANYWAY)) == 4
+    slow = Rate()
+    slow.add(1000, 2.0)
+    again = Worth(slow, 1.0)
+    again.learn(loaded)
+    assert all(again.stores(2048) for _ in range(STORED_ANYWAY))
+    always = Worth(prefill, 1.0, always=True)
+    always.learn(loaded)
+    assert all(always.stores(64) for _ in range(STORED_ANYWAY))
 
 
 def test_who_wants_everything_gets_it_whatever_it_costs() -> None:

@@ -5,6 +5,7 @@ import stat
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from node_samples import ANY, MODEL, ROOT, Machines, Service, blob, chain, free_port, wait_for
@@ -60,16 +61,25 @@ def test_peers_exchange_blobs_without_a_store(machines: Machines) -> None:
 def test_damaged_blob_of_a_peer_is_taken_from_the_store(machines: Machines) -> None:
     store = machines.store()
     # No memory tier: what the peer sends comes from its disk.
-    first, second = two_nodes(machines, store.address, "--memory-bytes", "0")
+    options = ("--memory-bytes", "0", "--holdings-interval-s", "0.2")
+    first, second = two_nodes(machines, store.address, *options)
     key, data = blob("damaged", size=50_000)
     assert machines.client("n0").put(key, data)
     assert machines.client("n0").flush(20.0)
+    asked = event(second, "holdings_asked")
+    wait_for(lambda: event(second, "holdings_asked") >= asked + 2)
     (file,) = (machines.folder / "n0" / "blobs" / "blobs").rglob("page-*")
     changed = bytearray(file.read_bytes())
     changed[20_000] ^= 0x40
     file.write_bytes(changed)
     client = machines.client("n1")
-    assert client.get(key) == data
+    # The store is held up until the peer has been asked, however quick it is otherwise.
+    store.send(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as threads:
+        got = threads.submit(client.get, key)
+        wait_for(lambda: sum(event(second, f"peer_{r}") for r in ("corrupt", "not_found")))
+        store.send(signal.SIGCONT)
+        assert got.result(20) == data
     assert event(second, "hits_store") == 1
     assert event(second, "hits_peer") == 0
     assert sum(event(second, f"peer_{r}") for r in ("corrupt", "not_found")) >= 1

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from kvferry.node.offers import Offer
+from kvferry.node.offer import Offer
 from kvferry.proto.keys import Medium, medium_digest
 
 

@@ -13,10 +13,15 @@ from node_samples import wait_for
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.raw import RawCodec
 from kvferry.errors import FerryError, StoreFullError, StoreUnavailableError
+from kvferry.node.admission import admit
 from kvferry.node.coding import CodedRange, Shard
-from kvferry.node.offers import PUTS_UNDER_WAY, Coding, Offer, Offers
+from kvferry.node.offer import Coding, Offer
+from kvferry.node.offers import Offers
+from kvferry.node.puts import PUTS_UNDER_WAY
+from kvferry.node.second_use import SecondUse
 from kvferry.proto.container import read_header
 from kvferry.proto.keys import BlobKey
+from kvferry.proto.v1 import node_pb2
 
 SHARD = Shard(
     model_id=b"m" * 32, model_layers=2, model_heads=1, head_dim=4, layers=(0, 2), heads=(0, 1)
@@ -50,15 +55,17 @@ class Cache:
 class Daemon:
     """Keeps what it is given, once it is told to answer."""
 
-    def __init__(self, *, at_once: bool = True) -> None:
-        self.at_once = at_once
+    def __init__(self, *, at_once: bool = True, seen: SecondUse | None = None) -> None:
+        self.at_once, self.seen = at_once, seen
         self.held: dict[BlobKey, bytes] = {}
         self.under_way: list[Future[bool]] = []
         self.most = 0
         self.refused: FerryError | None = None
 
-    def has(self, keys: Sequence[BlobKey]) -> list[bool]:
-        return [key in self.held for key in keys]
+    def admit(
+        self, keys: Sequence[BlobKey], *, again: bool = False
+    ) -> "list[node_pb2.Admission.ValueType]":
+        return admit(keys, [key in self.held for key in keys], self.seen, Counter(), again)
 
     def put_later(
         self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None

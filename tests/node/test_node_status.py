@@ -1,12 +1,15 @@
 """``kvferry status``: plain about what is down, whole about what is up."""
 
 import json
+import signal
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 from node_samples import Machines, blob, wait_for
+
+from kvferry.proto.v1 import node_pb2
 
 pytestmark = pytest.mark.processes
 
@@ -49,3 +52,41 @@ def test_all_up_then_some_then_none(machines: Machines) -> None:
     code, out, _ = run(*where, "--json", "-")
     assert code == 1
     assert not any(answer["up"] for answer in json.loads(out).values())
+
+
+def test_what_was_written_to_disk_is_shown_and_outlives_a_kill(machines: Machines) -> None:
+    limits = ("--disk-writes-per-day-bytes", "150000", "--disk-endurance-bytes", "36525000000")
+    node = machines.node(*limits)
+    key, data = blob("kept", size=100_000)
+    machines.client().put(key, data)
+    node.end(signal.SIGKILL)
+    again = machines.node(*limits)
+    over, more = blob("over the budget", size=100_000)
+    machines.client().put(over, more)
+    code, out, _ = run("--socket", str(machines.socket()), "--json", "-")
+    assert code == 0
+    writes = json.loads(out)["node"]["disk_writes"]
+    # A kill may cost the day, and never gives it twice.
+    assert len(data) <= writes["today"]
+    assert writes["budget_per_day"] == 150_000
+    assert 0 < writes["lifetime_years"] < 1000
+    assert again.metrics()["kvferry_node_disk_writes_budget_bytes"] == 150_000
+    tiers = {tier["name"]: tier["blobs"] for tier in json.loads(out)["node"]["tiers"]}
+    assert tiers["disk"] == 1
+    assert machines.client().get(over) == more
+    code, out, _ = run("--socket", str(machines.socket()))
+    assert code == 0
+    assert "written to disk today" in " ".join(out.split())
+
+
+def test_only_what_comes_back_is_wanted_where_the_node_is_told_so(machines: Machines) -> None:
+    node = machines.node("--store-on-second-use")
+    keys = [blob(name)[0] for name in "abc"]
+    assert set(machines.client().admit(keys)) == {node_pb2.ADMISSION_DECLINED}
+    assert node.end() == 0
+    machines.node("--store-on-second-use")
+    other = blob("d")[0]
+    assert list(machines.client().admit([*keys, other])) == [
+        *[node_pb2.ADMISSION_WANTED] * 3,
+        node_pb2.ADMISSION_DECLINED,
+    ]

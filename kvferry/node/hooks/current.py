@@ -11,7 +11,7 @@ from kvferry.node.client import NodeClient
 from kvferry.node.coding import Shard, page_coding, stores, tail_codec
 from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.standing import Standing
-from kvferry.node.offers import Coding
+from kvferry.node.offer import Coding
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,9 @@ from kvferry.node.hooks.live import Live
 from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.rates import Rate
 from kvferry.node.hooks.standing import Standing
-from kvferry.node.offers import Offer, Offers, wanted_later, wanted_now
+from kvferry.node.hooks.worth import Worth
+from kvferry.node.offer import Offer
+from kvferry.node.offers import Offers, wanted_later, wanted_now
 from kvferry.proto.keys import Medium, token_ids
 
 
@@ -48,10 +50,12 @@ class Offering:
         live: Live,
         standing: Standing,
         prefill: Rate,
+        worth: Worth,
         counters: Counter[str],
     ) -> None:
         self._part, self._offers, self._live = part, offers, live
         self._standing, self._prefill, self._counters = standing, prefill, counters
+        self._worth = worth
         self._came: WeakKeyDictionary[Any, Came] = WeakKeyDictionary()
 
     def remember(self, cache: Sequence[Any], came: Came) -> None:
@@ -87,12 +91,16 @@ class Offering:
         if not now and not wanted_later(policy):
             self._counters["drop_policy"] += 1
             return False
+        if not self._worth.stores(held):
+            self._counters["drop_not_worth_it"] += 1
+            return False
         snapshot = self._part.snapshot(cache, held, packed=exact(policy))
         if not media:  # the model cannot be asked again with tokens alone
             self._live.offered(self._standing, ids, snapshot, came.tokens if came else 0)
         shared = event == "prefix"
         pages = came.pages if came else 0
-        offer = Offer(tuple(ids), snapshot, pages, lasting or shared, shared, media)
+        again = event == "turn_end" and wanted_now(policy, "prefill")
+        offer = Offer(tuple(ids), snapshot, pages, lasting or shared, shared, media, again)
         if now:
             return self._offers.submit(offer)
         self._offers.defer(offer)

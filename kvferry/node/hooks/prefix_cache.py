@@ -103,7 +103,13 @@ class PrefixCache:
             made=self._current.renew,
         )
         self._offering = Offering(
-            part, self._offers, self._live, self._standing, self._prefill, self.counters
+            part,
+            self._offers,
+            self._live,
+            self._standing,
+            self._prefill,
+            self.worth,
+            self.counters,
         )
         self._restoring = Restoring(
             part, self._group, self.options, self.worth, self._prefill, self._loader

@@ -29,6 +29,9 @@ MOST_RETRY_S = 300.0
 PROBE_DEADLINE_S = 10.0
 # A link that is so many times quicker or slower than before has changed.
 JUMP = 1.3
+# Of the offers that do not pay, one in so many is stored all the same: what is fetched of it
+# tells when that has changed.
+STORED_ANYWAY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,18 @@ class Cost:
         times = [(step.far_bytes, self.link), (step.near_bytes, self.near)]
         times.append((step.tokens, self.decode))
         return sum(amount / rate for amount, rate in times if rate)
+
+
+def pays_to_store(tokens: int, cost: Cost, bytes_per_token: float, wait_s: float) -> bool:
+    """Whether a prefix may be had sooner than it is computed, by the best way to it.
+
+    What is not known speaks for storing, and so does `MARGIN`: others may be nearer to it.
+    """
+    rates = [rate for rate in (cost.link, cost.near) if rate]
+    if not (cost.prefill and rates and bytes_per_token):
+        return True
+    each = bytes_per_token / max(rates) + (1 / cost.decode if cost.decode else 0.0)
+    return wait_s + tokens * each <= MARGIN * tokens / cost.prefill
 
 
 def best_step(steps: Sequence[Step], cost: Cost, wait_s: float = 0.0, at_hand: int = 0) -> int:
@@ -88,6 +103,8 @@ class Worth:
         self._prefill, self._clock, self._always = prefill, clock, always
         self._link, self._near = Rate(MIN_BYTES, JUMP), Rate(MIN_BYTES, JUMP)
         self._decode = Rate()
+        self._bytes_per_token = self._wait_s = 0.0
+        self._not_stored = 0
         self._lock = threading.Lock()
         self._first_retry_s = self._retry_s = retry_s
         self._retry_at = 0.0
@@ -104,6 +121,13 @@ class Worth:
         """Tokens to fetch. See `best_step`."""
         return steps[-1].tokens if self._always else best_step(steps, self.cost, wait_s, at_hand)
 
+    def stores(self, tokens: int) -> bool:
+        """Whether an offer of so many tokens is to be stored."""
+        if self._always or pays_to_store(tokens, self.cost, self._bytes_per_token, self._wait_s):
+            return True
+        self._not_stored += 1
+        return self._not_stored % STORED_ANYWAY == 0
+
     def learn(self, loaded: Loaded) -> None:
         """What a load took: its bytes, and whether they came over a link."""
         seconds = loaded.seconds
@@ -118,6 +142,9 @@ class Worth:
                 self._link.add(loaded.first_bytes, fetch)
         if loaded.tokens and "decode" in seconds:
             self._decode.add(loaded.tokens, seconds["decode"] + seconds.get("commit", 0.0))
+        if loaded.tokens and loaded.bytes:
+            self._bytes_per_token = loaded.bytes / loaded.tokens
+            self._wait_s = seconds.get("lookup", 0.0)
         if loaded.far_bytes:
             self._retry_s = self._first_retry_s
 

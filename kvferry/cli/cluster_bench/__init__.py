@@ -1,0 +1,1 @@
+"""The figures of ``kvferry bench cluster``, one module each."""
