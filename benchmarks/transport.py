@@ -1,4 +1,4 @@
-"""Put and get of 16 MiB blobs over loopback, as a share of a raw blocking socket."""
+"""Put and get of 16 MiB blobs over loopback, as a share of a raw blocking socket; plain, TLS."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.record import write_result
 
-COMMAND = "kvferry bench transport --rounds 41 --json -"
+COMMAND = "kvferry bench transport --rounds 41 --tls --json -"
 
 
 def main() -> None:

@@ -16,6 +16,8 @@
     │   ├── BlobNotFoundError
     │   ├── StoreUnavailableError  down, unreachable, or answering nonsense
     │   ├── StoreTimeoutError
+    │   ├── TokenRefusedError      a server does not know this caller's token
+    │   ├── NotAllowedError        a token without the right that a call needs
     │   ├── StoreFullError         the byte budget or the disk reserve is reached
     │   └── QueueFullError         bounded queue: the offer is dropped
     ├── ModelError                 a model that cannot be loaded, keyed or hooked
@@ -212,6 +214,31 @@ class StoreTimeoutError(StoreUnavailableError):
     """No answer within the deadline."""
 
     reason = "timeout"
+
+
+class TokenRefusedError(StoreUnavailableError):
+    """No token, or one that the server does not know. Caller: a miss now, try again later."""
+
+    reason = "token_refused"
+
+    def __str__(self) -> str:
+        return f"{self.where} refuses this caller's token: {self.problem}"
+
+
+class NotAllowedError(StoreError):
+    """The token is known, and has no right to this call. Caller: do not try again."""
+
+    reason = "not_allowed"
+
+    def __init__(self, what: str, needed: str, held: str) -> None:
+        super().__init__(what, needed, held)
+        self.what, self.needed, self.held = what, needed, held
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} needs the right to {self.needed}, this caller's token has {self.held}: "
+            "use another token (token_file), or issue one with `kvferry certs token`"
+        )
 
 
 class StoreFullError(StoreError):

@@ -2,7 +2,8 @@
 
 Flags win over the environment (``KVFERRY_NODE_MEMORY_BYTES``), which wins over a TOML
 file (``[node]`` in ``kvferry.toml`` of the working directory, else of the user's
-configuration folder, or the file that ``KVFERRY_CONFIG`` names). Unknown keys are refused.
+configuration folder, or the file that ``KVFERRY_CONFIG`` names). What all services and
+commands share stands in ``[security]`` (``KVFERRY_SECURITY_TLS_DIR``). Unknown keys are refused.
 """
 
 import ipaddress
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -53,11 +55,18 @@ def config_file() -> Path | None:
     return None
 
 
+# Settings that all services and commands share.
+SECURITY = ("tls_dir", "token_file", "tokens_file")
+
+
 class _TomlTable(TomlConfigSettingsSource):
     """One table of the TOML file, so that all services share a file."""
 
-    def __init__(self, settings_cls: type[BaseSettings], table: str) -> None:
-        self._table = table
+    def __init__(
+        self, settings_cls: type[BaseSettings], table: str, only: tuple[str, ...] = ()
+    ) -> None:
+        """``only``: the keys that the table may have; none: any."""
+        self._table, self._only = table, only
         path = config_file()
         if path is not None and not path.is_file():
             raise ConfigError("KVFERRY_CONFIG", str(path), "a file that exists")
@@ -65,7 +74,23 @@ class _TomlTable(TomlConfigSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         value = self.toml_data.get(self._table, {})
-        return value if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            return {}
+        for name in value if self._only else ():
+            if name not in self._only:
+                allowed = f"one of {', '.join(self._only)}"
+                raise ConfigError(f"[{self._table}]", name, allowed)
+        return value
+
+
+class _SecurityEnvironment(EnvSettingsSource):
+    """``KVFERRY_SECURITY_TLS_DIR`` and the like, for all services at once."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, env_prefix="KVFERRY_SECURITY_")
+
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if name in SECURITY}
 
 
 class ServiceSettings(BaseSettings):
@@ -76,6 +101,16 @@ class ServiceSettings(BaseSettings):
 
     allow_remote_plaintext: bool = Field(
         default=False, description="Bind beyond loopback although there is no TLS."
+    )
+    tls_dir: Path | None = Field(
+        default=None, description="This machine's folder as `kvferry certs issue` made it."
+    )
+    token_file: Path | None = Field(
+        default=None, description="Token to send; without it `token` in tls_dir, if it is there."
+    )
+    tokens_file: Path | None = Field(
+        default=None,
+        description="Tokens to take; without it `tokens.json` in tls_dir, if it is there.",
     )
     discovery: str = Field(
         default="",
@@ -92,7 +127,13 @@ class ServiceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _TomlTable(settings_cls, cls.table)
+        return (
+            init_settings,
+            env_settings,
+            _SecurityEnvironment(settings_cls),
+            _TomlTable(settings_cls, cls.table),
+            _TomlTable(settings_cls, "security", SECURITY),
+        )
 
     @classmethod
     def load(cls, **flags: object) -> Self:

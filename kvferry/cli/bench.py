@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 def transport(
     size_mib: Annotated[int, typer.Option(min=1, max=128, help="Size of a blob in MiB.")] = 16,
     rounds: Annotated[int, typer.Option(min=3, max=1000, help="Repetitions; medians.")] = 21,
+    tls: Annotated[bool, typer.Option("--tls", help="With TLS as well.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Blobs put and got over loopback, as a share of a raw blocking socket's rate."""
@@ -33,13 +34,20 @@ def transport(
     tune_allocator()
     total = rounds + max(2, rounds // 10)
     with progress("bench transport", total) as bar:
-        result = asyncio.run(measure(size_mib * MIB, rounds, bar.update))
+        result = asyncio.run(measure(size_mib * MIB, rounds, bar.update, tls))
     if json_file is not None:
         write_json(result, json_file)
     if json_file != "-":
         for name in ("put", "get", "put_verified", "get_verified"):
             rate = result[f"{name}_bytes_per_s"]
             typer.echo(f"{name:13} {rate / 1e9:6.2f} GB/s  {result[f'{name}_ratio']:.2f} of raw")  # type: ignore[operator]
+            if tls:
+                rate = result[f"{name}_tls_bytes_per_s"]
+                share, beside = (result[f"{name}_tls{of}_ratio"] for of in ("", "_vs_raw_tls"))
+                typer.echo(
+                    f"  over TLS    {rate / 1e9:6.2f} GB/s  {share:.2f} of raw, "  # type: ignore[operator]
+                    f"{beside:.2f} of raw TLS"
+                )
 
 
 @bench_app.command()

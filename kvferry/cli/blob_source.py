@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvferry.cli.blob_report import BlobReport, report_on
 from kvferry.cluster.blob_name import parse_blob_name
+from kvferry.cluster.credentials import Credentials
 from kvferry.errors import BlobNotFoundError, CodecError, ConfigError, FerryError, InvalidKeyError
 from kvferry.errors import StoreUnavailableError as Unreadable
 from kvferry.proto.container import DEFAULT_LIMITS, Finding
@@ -50,6 +51,11 @@ def default_address() -> str:
     return settings.store
 
 
+def credentials() -> Credentials:
+    """What this machine's settings say to show to stores and coordinators."""
+    return Credentials.of(NodeSettings.load())
+
+
 def report_file(path: Path) -> BlobReport:
     """Examine a file. Raises: ConfigError for no file, StoreUnavailableError if unreadable."""
     if not path.is_file():
@@ -88,7 +94,7 @@ def keys_of(text: str, address: str) -> Sequence[BlobKey]:
     from kvferry.cluster.sync_client import SyncBlobStoreClient
 
     address = address or default_address()
-    with SyncBlobStoreClient(address) as client:
+    with SyncBlobStoreClient(address, credentials=credentials()) as client:
         batches = client.list(ListQuery(page_key=bytes.fromhex(text), limit=MAX_LISTED))
         keys = [info.key for batch in batches for info in batch]
     if not keys:
@@ -100,7 +106,7 @@ def report_key(key: BlobKey, address: str) -> BlobReport:
     """Fetch and examine. Raises: BlobNotFoundError, StoreUnavailableError."""
     from kvferry.cluster.sync_client import SyncBlobStoreClient
 
-    with SyncBlobStoreClient(address) as client:
+    with SyncBlobStoreClient(address, credentials=credentials()) as client:
         try:
             data = client.get(key, verify=False)
         except CodecError as exc:
@@ -119,7 +125,7 @@ def calibration_place(calibration_id: bytes, address: str) -> str:
     from kvferry.cluster.sync_client import SyncBlobStoreClient
 
     try:
-        with SyncBlobStoreClient(address, timeout_s=5.0) as client:
+        with SyncBlobStoreClient(address, timeout_s=5.0, credentials=credentials()) as client:
             (held,) = client.has([BlobKey("calibration", calibration_id)])
     except FerryError:
         return ""

@@ -13,6 +13,7 @@ from kvferry.cli.options import (
     PolicyFileOption,
     ReadyFileOption,
     ServeOption,
+    TlsDirOption,
 )
 
 
@@ -36,6 +37,7 @@ def coordinator(
     ] = None,
     discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
+    tls_dir: TlsDirOption = None,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = "info",
 ) -> None:
@@ -57,6 +59,7 @@ def coordinator(
         away_after_s=away_after_s,
         discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
+        tls_dir=tls_dir,
     )
 
     async def run() -> None:

@@ -52,9 +52,10 @@ def drain(
 
 
 async def _drain(where: str, node: str, undo: bool, timeout_s: float) -> "pb.DrainReply":
+    from kvferry.cli.blob_source import credentials
     from kvferry.cluster.coordinator_client import CoordinatorClient
 
-    async with CoordinatorClient(where) as client:
+    async with CoordinatorClient(where, credentials=credentials()) as client:
         found = await client.drain(node, undo=undo)
         if undo:
             return found

@@ -12,6 +12,7 @@ from kvferry.cli.output import JsonOption, write_json
 if TYPE_CHECKING:
     from kvferry.node.client import NodeClient
     from kvferry.node.hooks.worth import Cost
+    from kvferry.settings import NodeSettings
 
 Ranges = Mapping[str, Sequence[tuple[int, int]]]
 
@@ -81,7 +82,7 @@ def explain(
             hello.policy,
             wanted.tokens,
             _cost(client, prefill_rate, link_rate),
-            holders=_holders(settings.coordinator, wanted.shard.model_id),
+            holders=_holders(settings, wanted.shard.model_id),
             calibration_here=_calibration_here,
             layout=wanted.layout,
         )
@@ -114,15 +115,19 @@ def _cost(client: "NodeClient", prefill: float | None, link: float | None) -> "C
     )
 
 
-def _holders(address: str, model_id: bytes) -> Ranges:
+def _holders(settings: "NodeSettings", model_id: bytes) -> Ranges:
     """Node -> layers of the model, as the coordinator heard; empty where it does not answer."""
     import asyncio
 
     from kvferry.cluster.coordinator_client import CoordinatorClient
+    from kvferry.cluster.credentials import Credentials
     from kvferry.errors import FerryError
 
+    address = settings.coordinator
+
     async def ask() -> Ranges:
-        async with CoordinatorClient(address, timeout_s=2.0) as client:
+        shown = Credentials.of(settings)
+        async with CoordinatorClient(address, timeout_s=2.0, credentials=shown) as client:
             members = (await client.members()).members
         return {
             member.node_id: [

@@ -36,7 +36,7 @@ def _ask(address: str, service: str, timeout_s: float) -> str:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    from kvferry.cli.blob_source import as_address, is_address
+    from kvferry.cli.blob_source import as_address, credentials, is_address
     from kvferry.cluster.status import error_from_rpc
     from kvferry.cluster.wire import MAX_REQUEST_BYTES, channel_options
     from kvferry.errors import ConfigError
@@ -44,7 +44,13 @@ def _ask(address: str, service: str, timeout_s: float) -> str:
     if not is_address(address):
         raise ConfigError("address", address, "HOST:PORT, unix:PATH or the path of a socket")
     where = as_address(address)
-    with grpc.insecure_channel(where, options=channel_options(MAX_REQUEST_BYTES)) as channel:
+    options = channel_options(MAX_REQUEST_BYTES)
+    secure = credentials().channel(where)
+    with (
+        grpc.insecure_channel(where, options=options)
+        if secure is None
+        else grpc.secure_channel(where, secure, options=options)
+    ) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         try:

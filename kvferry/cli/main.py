@@ -13,6 +13,7 @@ from kvferry.errors import ConfigError, FerryError
 COMMAND_MODULES: tuple[str, ...] = (
     "bench",
     "calibrate",
+    "certs",
     "coordinator",
     "demo",
     "doctor",

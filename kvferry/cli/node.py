@@ -14,6 +14,7 @@ from kvferry.cli.options import (
     ReadyFileOption,
     ReserveOption,
     SocketOption,
+    TlsDirOption,
 )
 
 
@@ -78,6 +79,7 @@ def node(
     ] = None,
     discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
+    tls_dir: TlsDirOption = None,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = "info",
 ) -> None:
@@ -122,6 +124,7 @@ def node(
         probe_bytes_per_hour=probe_bytes_per_hour,
         discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
+        tls_dir=tls_dir,
     )
     registry = CollectorRegistry()
     asyncio.run(

@@ -26,6 +26,9 @@ ReserveOption = Annotated[int | None, typer.Option(help="Free disk left alone.")
 PlaintextOption = Annotated[
     bool | None, typer.Option(help="Bind beyond loopback although there is no TLS.")
 ]
+TlsDirOption = Annotated[
+    Path | None, typer.Option(help="This machine's folder from `kvferry certs issue`.")
+]
 DiscoveryOption = Annotated[
     str | None,
     typer.Option(metavar="CLUSTER", help="Find each other on the local network under this name."),

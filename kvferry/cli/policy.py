@@ -32,15 +32,17 @@ def _call(address: str | None, ask: "Callable[[CoordinatorClient], Awaitable[_T]
     import asyncio
 
     from kvferry.cluster.coordinator_client import CoordinatorClient
+    from kvferry.cluster.credentials import Credentials
     from kvferry.errors import ConfigError
     from kvferry.settings import NodeSettings
 
-    where = address or NodeSettings.load().coordinator
+    settings = NodeSettings.load()
+    where = address or settings.coordinator
     if not where:
         raise ConfigError("coordinator", where, "HOST:PORT of a coordinator (--coordinator)")
 
     async def run() -> _T:
-        async with CoordinatorClient(where) as client:
+        async with CoordinatorClient(where, credentials=Credentials.of(settings)) as client:
             return await ask(client)
 
     return asyncio.run(run())

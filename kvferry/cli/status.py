@@ -12,6 +12,9 @@ from kvferry.cli.status_screen import print_status
 if TYPE_CHECKING:
     from kvferry.proto.v1 import coordinator_pb2 as pb
 
+if TYPE_CHECKING:
+    from kvferry.cluster.credentials import Credentials
+
 Answer = dict[str, Any]
 
 
@@ -31,14 +34,17 @@ def status(
 
     Addresses come from the settings of the node. Exit code 1: none of them answers.
     """
+    from kvferry.cluster.credentials import Credentials
     from kvferry.settings import NodeSettings
 
     settings = NodeSettings.load(socket=socket, store=store, coordinator=coordinator)
+    shown = Credentials.of(settings)
     found = {
         "node": _answer(f"unix:{settings.socket}", lambda: _node(settings.socket, timeout_s)),
-        "store": _answer(settings.store, lambda: _store(settings.store, timeout_s)),
+        "store": _answer(settings.store, lambda: _store(settings.store, timeout_s, shown)),
         "coordinator": _answer(
-            settings.coordinator, lambda: _coordinator(settings.coordinator, timeout_s)
+            settings.coordinator,
+            lambda: _coordinator(settings.coordinator, timeout_s, shown),
         ),
     }
     if json:
@@ -77,22 +83,24 @@ def _node(socket: Path, timeout_s: float) -> Answer:
     return _plain(message)
 
 
-def _store(address: str, timeout_s: float) -> Answer:
+def _store(address: str, timeout_s: float, credentials: "Credentials") -> Answer:
     from dataclasses import asdict
 
     from kvferry.cluster.sync_client import SyncBlobStoreClient
 
-    with SyncBlobStoreClient(address, timeout_s=timeout_s) as client:
+    with SyncBlobStoreClient(address, timeout_s=timeout_s, credentials=credentials) as client:
         return asdict(client.stat())
 
 
-def _coordinator(address: str, timeout_s: float) -> Answer:
+def _coordinator(address: str, timeout_s: float, credentials: "Credentials") -> Answer:
     import asyncio
 
     from kvferry.cluster.coordinator_client import CoordinatorClient
 
     async def ask() -> Answer:
-        async with CoordinatorClient(address, timeout_s=timeout_s) as client:
+        async with CoordinatorClient(
+            address, timeout_s=timeout_s, credentials=credentials
+        ) as client:
             members, explained = await client.members(), await client.explain(0)
         return {
             "policy_name": explained.policy.name,

@@ -13,6 +13,7 @@ from kvferry.cli.options import (
     ReadyFileOption,
     ReserveOption,
     ServeOption,
+    TlsDirOption,
 )
 
 
@@ -35,6 +36,7 @@ def store(
     ] = None,
     discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
+    tls_dir: TlsDirOption = None,
     ready_file: ReadyFileOption = None,
     log_level: LogLevelOption = "info",
 ) -> None:
@@ -60,6 +62,7 @@ def store(
         staged_ttl_s=staged_ttl_s,
         discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
+        tls_dir=tls_dir,
     )
     registry = CollectorRegistry()
     asyncio.run(

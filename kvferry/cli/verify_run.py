@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kvferry.cli.blob_report import BlobReport
 from kvferry.cli.blob_screen import clean, mib
-from kvferry.cli.blob_source import report_file
+from kvferry.cli.blob_source import credentials, report_file
 from kvferry.cluster.blob_name import parse_blob_name
 from kvferry.errors import ConfigError, FerryError, InvalidKeyError
 from kvferry.proto.container import MAGIC_NAME
@@ -134,7 +134,7 @@ async def scrub(address: str, repair: bool, tell: Callable[[float], None]) -> Ta
     from kvferry.cluster.client import BlobStoreClient
 
     tally = Tally(repaired=repair)
-    async with BlobStoreClient(address) as client:
+    async with BlobStoreClient(address, credentials=credentials()) as client:
         held = await client.stat()
         tally.bytes, tally.aside = held.bytes, held.quarantined
         async for report in client.scrub(repair):

@@ -1,22 +1,26 @@
 """The other side of ``kvferry bench transport``, in a process of its own.
 
-``python -m kvferry.cluster.bench_peer grpc|raw BYTES`` prints its address and serves until
-it is killed or its standard input closes. Nothing is kept: puts go nowhere, gets come
+``python -m kvferry.cluster.bench_peer grpc|raw BYTES [TLS_DIR]`` prints its address and serves
+until it is killed or its standard input closes. Nothing is kept: puts go nowhere, gets come
 from memory, so that the transport alone is measured.
 """
 
 import asyncio
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 from blake3 import blake3
 
 from kvferry.cluster.allocator import tune_allocator
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.repository import GetSession, PutSession, PutSpec
 from kvferry.cluster.server import start_server
+from kvferry.cluster.tls import TlsFiles
 from kvferry.errors import CorruptBlobError
 from kvferry.proto import container
 from kvferry.proto.keys import DIGEST_BYTES, BlobKey
@@ -113,22 +117,45 @@ class _MemoryPeer:
         return GetSession(len(self._blob), "memory", chunks())
 
 
-async def _serve_grpc(blob: bytes) -> None:
+def bench_credentials(folder: Path | None) -> Credentials:
+    """TLS of a folder as `kvferry certs issue` makes it, without tokens; None: plaintext."""
+    if folder is None:
+        return PLAINTEXT
+    files = TlsFiles.of_folder(folder)
+    return Credentials(tls=files, pem=files.read())
+
+
+def bench_context(folder: Path, server: bool) -> ssl.SSLContext:
+    """The same for a raw socket: TLS 1.3, certificates asked for on both sides."""
+    files = TlsFiles.of_folder(folder)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(files.cert, files.key)
+    context.load_verify_locations(files.ca)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+async def _serve_grpc(blob: bytes, folder: Path | None) -> None:
     servicer = BlobStoreServicer(_MemoryPeer(blob))  # type: ignore[arg-type]
-    server = await start_server([blob_store_service(servicer)], ["127.0.0.1:0"])
+    server = await start_server(
+        [blob_store_service(servicer)], ["127.0.0.1:0"], credentials=bench_credentials(folder)
+    )
     sys.stdout.write(server.addresses[0] + "\n")
     sys.stdout.flush()
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop(0.1)
 
 
-def _serve_raw(blob: bytes) -> None:
+def _serve_raw(blob: bytes, folder: Path | None) -> None:
     """One connection: "p" and a blob, answered by a byte; "g", answered by a blob."""
     listener = socket.create_server(("127.0.0.1", 0))
     sys.stdout.write(f"127.0.0.1:{listener.getsockname()[1]}\n")
     sys.stdout.flush()
     connection, _ = listener.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if folder is not None:
+        connection = bench_context(folder, True).wrap_socket(connection, server_side=True)
     buffer = memoryview(bytearray(len(blob)))
     while order := connection.recv(1):
         if order == b"p":
@@ -151,13 +178,14 @@ def receive_exactly(connection: socket.socket, buffer: memoryview) -> None:
 def main() -> None:
     """See the module."""
     kind, size = sys.argv[1], int(sys.argv[2])
+    folder = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     tune_allocator()
     blob = bench_blob(size)
     if kind == "raw":
-        threading.Thread(target=_serve_raw, args=(blob,), daemon=True).start()
+        threading.Thread(target=_serve_raw, args=(blob, folder), daemon=True).start()
         sys.stdin.read()
     else:
-        asyncio.run(_serve_grpc(blob))
+        asyncio.run(_serve_grpc(blob, folder))
 
 
 if __name__ == "__main__":

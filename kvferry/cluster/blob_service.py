@@ -8,10 +8,12 @@ import grpc
 
 from kvferry import __version__
 from kvferry.cluster import convert, wire
+from kvferry.cluster.guard import caller
 from kvferry.cluster.handlers import stream, unary, upload
-from kvferry.cluster.repository import BlobRepository, GetSession, PutSession
+from kvferry.cluster.repository import BlobRepository, GetSession, ListQuery, PutSession
 from kvferry.cluster.server import Service
-from kvferry.errors import ProtocolError
+from kvferry.cluster.tokens import Right
+from kvferry.errors import NotAllowedError, ProtocolError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import store_pb2
@@ -84,6 +86,7 @@ class BlobStoreServicer:
     ) -> AsyncGenerator[store_pb2.ListReply, None]:
         """List, at most `LIST_BATCH` entries a message."""
         query = convert.list_from_proto(request)
+        _check_listing(query)
         async for batch in self._repository.list(query):
             for at in range(0, len(batch), LIST_BATCH):
                 entries = [convert.info_to_proto(info) for info in batch[at : at + LIST_BATCH]]
@@ -149,6 +152,15 @@ class BlobStoreServicer:
         }
         generic = grpc.method_handlers_generic_handler(wire.SERVICE, handlers)
         return Service(wire.SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
+
+
+def _check_listing(query: ListQuery) -> None:
+    """A bearer lists what it can name, and calibrations; not the keys of other namespaces."""
+    bearer = caller()
+    named = query.page_key or query.kind == "calibration"
+    if bearer is not None and bearer.right < Right.ADMIN and not named:
+        held = bearer.right.name.lower()
+        raise NotAllowedError("a list of all blobs", "admin", held)
 
 
 def _data_of(item: wire.PutItem) -> wire.Chunk:

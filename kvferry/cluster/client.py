@@ -14,6 +14,8 @@ import grpc
 import grpc.aio
 
 from kvferry.cluster import convert, wire
+from kvferry.cluster.channel import open_channel
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.repository import (
     BlobInfo,
     GetSession,
@@ -72,16 +74,15 @@ class BlobStoreClient:
         timeout_s: float = 30.0,
         max_blob_bytes: int = DEFAULT_LIMITS.max_blob,
         throttle: Throttle | None = None,
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         """``timeout_s``: deadline of each call that is not given its own. ``throttle``: for
-        blobs that `put` and `get` send over a link."""
+        blobs that `put` and `get` send over a link. ``credentials``: for TCP."""
         self.address = address
         self._throttle = throttle or Throttle()
         self._timeout_s = timeout_s
         self._max_blob_bytes = max_blob_bytes
-        self._channel = grpc.aio.insecure_channel(
-            address, options=wire.channel_options(wire.MAX_REPLY_BYTES)
-        )
+        self._channel = open_channel(address, wire.MAX_REPLY_BYTES, credentials)
         self._stub: BlobStoreAsyncStub = BlobStoreStub(self._channel)
         self._put = self._channel.stream_unary(
             wire.PUT_METHOD, wire.serialize, store_pb2.PutReply.FromString

@@ -15,9 +15,10 @@ from pathlib import Path
 from kvferry.cluster import state as states
 from kvferry.cluster.coordinator_metrics import CoordinatorMetrics
 from kvferry.cluster.durable import private_folder
+from kvferry.cluster.guard import callers_namespace
 from kvferry.cluster.intent import Intent, load_intent
 from kvferry.cluster.membership import Membership, tells
-from kvferry.cluster.namespaces import kept_salt, namespace_salt
+from kvferry.cluster.namespaces import DEFAULT_NAMESPACE, kept_salt, namespace_salt
 from kvferry.cluster.policy_keeper import PolicyKeeper
 from kvferry.errors import ConfigError
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -40,7 +41,7 @@ class Coordinator:
 
     def __init__(self, settings: CoordinatorSettings, clock: Callable[[], float]) -> None:
         self._settings = settings
-        self._salt = b""
+        self._salts: dict[str, bytes] = {}
         self._salting = asyncio.Lock()
         self._lock_handle = -1
         settle_s = SETTLE_BEATS * settings.heartbeat_interval_s
@@ -60,7 +61,7 @@ class Coordinator:
         """
         made = cls(settings, clock)
         files = await asyncio.to_thread(_open_files, settings.data_dir)
-        made._lock_handle, made._salt, kept = files
+        made._lock_handle, made._salts[DEFAULT_NAMESPACE], kept = files
         try:
             await made.policies.begin(kept)
         except BaseException:
@@ -91,21 +92,25 @@ class Coordinator:
         )
 
     async def _salt_for(self, request: pb.RegisterRequest) -> bytes:
-        """The salt. Where there is none, the first node to register says what it was."""
+        """The salt of the caller's namespace. Where there is none of the default one, the first
+        node to register says what it was; that of another is never taken from outside, as a
+        node whose token has changed would bring the one of its last namespace."""
+        name = callers_namespace()
         async with self._salting:
-            if not self._salt:
-                brought = request.namespace_salt
-                self._salt = await asyncio.to_thread(
-                    namespace_salt, self._settings.data_dir, brought=brought
+            if not self._salts.get(name):
+                brought = request.namespace_salt if name == DEFAULT_NAMESPACE else b""
+                salt = await asyncio.to_thread(
+                    namespace_salt, self._settings.data_dir, name, brought=brought
                 )
-                if self._salt == brought:
+                self._salts[name] = salt
+                if salt == brought:
                     log.warning("no salt was kept here: that of node %r holds", request.node_id)
-        if request.namespace_salt not in (b"", self._salt):
+        if request.namespace_salt not in (b"", self._salts[name]):
             log.warning(
                 "node %r comes from another namespace: what it stored there is not found here",
                 request.node_id,
             )
-        return self._salt
+        return self._salts[name]
 
     async def heartbeat(self, request: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         """A node is alive. Raises: FencedError."""

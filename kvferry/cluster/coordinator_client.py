@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc
 import grpc.aio
 
+from kvferry.cluster.channel import open_channel
 from kvferry.cluster.client import rpc_errors
-from kvferry.cluster.wire import MAX_REQUEST_BYTES, channel_options
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
+from kvferry.cluster.wire import MAX_REQUEST_BYTES
 from kvferry.errors import StoreTimeoutError, StoreUnavailableError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.proto.v1.coordinator_pb2_grpc import CoordinatorStub
@@ -31,13 +33,18 @@ class CoordinatorClient:
     StoreUnavailableError, StoreTimeoutError, ProtocolError.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = REQUEST_TIMEOUT_S,
+        credentials: Credentials = PLAINTEXT,
+    ) -> None:
         """``timeout_s``: deadline of each call; the policy watch has none."""
         self.address = address
         self._where = f"coordinator {address}"
         self._timeout_s = timeout_s
-        options = channel_options(MAX_REQUEST_BYTES)
-        self._channel = grpc.aio.insecure_channel(address, options=options)
+        self._channel = open_channel(address, MAX_REQUEST_BYTES, credentials)
         self._stub: CoordinatorAsyncStub = CoordinatorStub(self._channel)
 
     async def __aenter__(self) -> Self:

@@ -12,6 +12,7 @@ import grpc
 from kvferry import __version__
 from kvferry.cluster import policy as policies
 from kvferry.cluster.coordinator import Coordinator
+from kvferry.cluster.credentials import Credentials
 from kvferry.cluster.discovery import announced
 from kvferry.cluster.handlers import stream, unary
 from kvferry.cluster.member_messages import check_exo, told
@@ -184,7 +185,9 @@ async def start_coordinator(coordinator: Coordinator, settings: CoordinatorSetti
         server = await start_server(
             [CoordinatorServicer(coordinator).service()],
             [settings.listen],
+            credentials=await asyncio.to_thread(Credentials.of, settings),
             allow_remote_plaintext=settings.allow_remote_plaintext,
+            on_refused=lambda reason: coordinator.metrics.refused.labels(reason).inc(),
         )
         undo.push_async_callback(server.stop, 0.5)
         await announcement.enter_async_context(

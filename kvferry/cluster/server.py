@@ -1,5 +1,6 @@
-"""Start and stop a grpc.aio server: addresses, health checking, reflection."""
+"""Start and stop a grpc.aio server: addresses, health checking, reflection, who may call."""
 
+import asyncio
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
+from kvferry.cluster.guard import Guard
 from kvferry.cluster.wire import MAX_REQUEST_BYTES, channel_options
 from kvferry.errors import ConfigError
 from kvferry.settings import is_loopback
@@ -36,6 +39,7 @@ class GrpcServer:
     _health: health.aio.HealthServicer
     _services: Sequence[Service]
     _sockets: list[Path] = field(default_factory=list)
+    _following: "asyncio.Task[None] | None" = None
 
     async def set_serving(self, serving: bool, service: str = "") -> None:
         """What health checking says; ``service`` "" is the whole server."""
@@ -46,6 +50,9 @@ class GrpcServer:
         for name in ("", *(s.name for s in self._services)):
             await self.set_serving(False, name)
         await self._server.stop(grace_s)
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
         for path in self._sockets:
             path.unlink(missing_ok=True)
 
@@ -59,19 +66,28 @@ async def start_server(
     services: Sequence[Service],
     addresses: Sequence[str],
     *,
+    credentials: Credentials = PLAINTEXT,
     allow_remote_plaintext: bool = False,
+    on_refused: Callable[[str], None] = lambda reason: None,
 ) -> GrpcServer:
     """Serve ``services``, with health checking and reflection, on all ``addresses``.
 
     Args:
         addresses: HOST:PORT (port 0 takes a free one) or unix:PATH. A Unix socket is made
             for its owner only, in a folder that is made for its owner only.
-        allow_remote_plaintext: without it only loopback addresses are taken.
+        credentials: TLS and tokens for the TCP addresses; a server of Unix sockets only
+            asks for neither.
+        allow_remote_plaintext: without it, and without TLS and tokens, only loopback
+            addresses are taken.
+        on_refused: gets the reason of every call that is refused for its token.
     Raises:
         ConfigError: an address beyond loopback, in use, or that cannot be bound.
     """
     options = [*channel_options(MAX_REQUEST_BYTES), ("grpc.so_reuseport", 0)]
-    server = grpc.aio.server(options=options)
+    guard = None
+    if credentials.book is not None and any(not a.startswith("unix:") for a in addresses):
+        guard = Guard(credentials.book, on_refused)
+    server = grpc.aio.server(options=options, interceptors=[guard] if guard else [])
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
     for service in services:
@@ -89,21 +105,30 @@ async def start_server(
             sockets.append(path)
             bound.append(address)
         else:
-            bound.append(_bind_tcp(server, address, allow_remote_plaintext))
+            bound.append(_bind_tcp(server, address, credentials, allow_remote_plaintext))
     await server.start()
     running = GrpcServer(bound, server, checker, services, sockets)
+    if guard is not None:
+        guard.where = ", ".join(bound)
+        running._following = asyncio.create_task(guard.follow())
     for name in ("", *names):
         await running.set_serving(True, name)
     return running
 
 
-def _bind_tcp(server: grpc.aio.Server, address: str, allow_remote: bool) -> str:
-    if not allow_remote and not is_loopback(address):
-        raise ConfigError(
-            "listen", address, "a loopback address, as there is no TLS (allow_remote_plaintext)"
-        )
+def _bind_tcp(
+    server: grpc.aio.Server, address: str, credentials: Credentials, allow_remote: bool
+) -> str:
+    missing = credentials.missing()
+    if missing and not allow_remote and not is_loopback(address):
+        allowed = f"a loopback address, as there is {' and '.join(missing)}"
+        raise ConfigError("listen", address, allowed)
+    secure = credentials.server()
     try:
-        port = server.add_insecure_port(address)
+        if secure is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, secure)
     except RuntimeError as exc:
         raise ConfigError("listen", address, "an address that is free on this machine") from exc
     if not port:

@@ -35,6 +35,8 @@ _CODES: dict[type[FerryError], grpc.StatusCode] = {
     errors.BlobNotFoundError: _Code.NOT_FOUND,
     errors.StoreUnavailableError: _Code.UNAVAILABLE,
     errors.StoreTimeoutError: _Code.DEADLINE_EXCEEDED,
+    errors.TokenRefusedError: _Code.UNAUTHENTICATED,
+    errors.NotAllowedError: _Code.PERMISSION_DENIED,
     errors.StoreFullError: _Code.RESOURCE_EXHAUSTED,
     errors.QueueFullError: _Code.RESOURCE_EXHAUSTED,
     errors.ModelError: _Code.FAILED_PRECONDITION,
@@ -84,6 +86,35 @@ def _decode(raw: bytes) -> FerryError | None:
         return None
 
 
+# What a handshake that failed has in its message, and what to do about it.
+_TLS_PROBLEMS = (
+    ("certificate has expired", "its certificate is over; renew it (`kvferry certs issue`)"),
+    ("not yet valid", "its certificate does not hold yet; set the clocks of both machines"),
+    (
+        "Hostname Verification",
+        "its certificate is for other addresses; issue it with `--host` and this one",
+    ),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS; set tls_dir there, or not here"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "its certificate is of another authority; both machines need a folder that "
+        "`kvferry certs issue` made with the same one",
+    ),
+    (
+        "Socket closed",
+        "it hung up at once; if it asks for TLS, set tls_dir here to a folder that "
+        "`kvferry certs issue` made with its authority",
+    ),
+)
+
+
+def _tls_problem(details: str) -> str:
+    """In words, why no connection came about; "" where it was not for TLS."""
+    if "failed to connect" not in details:
+        return ""
+    return next((words for mark, words in _TLS_PROBLEMS if mark in details), "")
+
+
 def error_from_status(
     where: str,
     code: grpc.StatusCode | None,
@@ -100,6 +131,8 @@ def error_from_status(
         return StoreTimeoutError(where, "no answer within the deadline")
     if code in (_Code.INVALID_ARGUMENT, _Code.UNIMPLEMENTED, _Code.RESOURCE_EXHAUSTED):
         return ProtocolError(f"{where} refused the call: {details[:300]}")
+    if code is _Code.UNAVAILABLE and (problem := _tls_problem(details)):
+        return StoreUnavailableError(where, problem)
     name = code.name.lower() if code is not None else "no status"
     return StoreUnavailableError(where, f"{name}: {details[:300]}")
 

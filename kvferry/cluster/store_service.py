@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from kvferry.cluster.backends import open_backend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.credentials import Credentials
 from kvferry.cluster.discovery import announced
 from kvferry.cluster.link_probe import link_service
 from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
@@ -21,6 +22,7 @@ async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> R
 
     Raises: ConfigError: an address or a backend that cannot be used.
     """
+    credentials = await asyncio.to_thread(Credentials.of, settings)
     limits = StoreLimits(
         budget_bytes=settings.budget_bytes,
         reserve_bytes=settings.reserve_bytes,
@@ -38,7 +40,9 @@ async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> R
         server = await start_server(
             [blob_store_service(servicer), link_service(failures)],
             [settings.listen],
+            credentials=credentials,
             allow_remote_plaintext=settings.allow_remote_plaintext,
+            on_refused=failures,
         )
         undo.push_async_callback(server.stop, 0.5)
         await announcement.enter_async_context(

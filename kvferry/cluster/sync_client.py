@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 
 from kvferry.cluster import wire
 from kvferry.cluster.client import BlobStoreClient
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.loop_thread import LoopThread
 from kvferry.cluster.repository import (
     BlobInfo,
@@ -41,12 +42,20 @@ class SyncBlobStoreClient:
         max_blob_bytes: int = DEFAULT_LIMITS.max_blob,
         loop_thread: LoopThread | None = None,
         throttle: Throttle | None = None,
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         """``loop_thread``: one to share; without it the client has, and closes, its own."""
         self.address = address
         self._own = loop_thread is None
         self._thread = loop_thread or LoopThread()
-        self._client = self._thread.run(_connect(address, timeout_s, max_blob_bytes, throttle))
+        try:
+            self._client = self._thread.run(
+                _connect(address, timeout_s, max_blob_bytes, throttle, credentials)
+            )
+        except BaseException:
+            if self._own:
+                self._thread.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -226,8 +235,16 @@ async def _next(items: AsyncIterator[T]) -> T | None:
 
 
 async def _connect(
-    address: str, timeout_s: float, max_blob_bytes: int, throttle: Throttle | None
+    address: str,
+    timeout_s: float,
+    max_blob_bytes: int,
+    throttle: Throttle | None,
+    credentials: Credentials,
 ) -> BlobStoreClient:
     return BlobStoreClient(
-        address, timeout_s=timeout_s, max_blob_bytes=max_blob_bytes, throttle=throttle
+        address,
+        timeout_s=timeout_s,
+        max_blob_bytes=max_blob_bytes,
+        throttle=throttle,
+        credentials=credentials,
     )

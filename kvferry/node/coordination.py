@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from kvferry import __version__
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.node.coordinator_link import CoordinatorLink, Reply
 from kvferry.node.departure import Departure
 from kvferry.node.events import EventHub
@@ -48,7 +49,7 @@ class Coordination:
         self._exo, self._counters = exo, counters
         self.own_address = ""
 
-    def link(self, address: str) -> CoordinatorLink:
+    def link(self, address: str, credentials: Credentials = PLAINTEXT) -> CoordinatorLink:
         """A link to the coordinator at ``address``; empty: not known yet."""
         made = CoordinatorLink(
             address,
@@ -58,6 +59,7 @@ class Coordination:
             self._beat,
             self._on_reply,
             self._on_policy,
+            credentials,
         )
         self._departure.link = made
         return made

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 from kvferry.cluster.coordinator_client import CoordinatorClient
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.errors import FencedError, FerryError, StoreUnavailableError
 from kvferry.node.backoff import Backoff
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -46,9 +47,11 @@ class CoordinatorLink:
         beat: Callable[[], pb.HeartbeatRequest],
         on_reply: Callable[[Reply], Awaitable[None]],
         on_policy: Callable[[pb.Policy], Awaitable[None]],
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         self.reachable = False
-        self._client = CoordinatorClient(address)
+        self._credentials = credentials
+        self._client = CoordinatorClient(address, credentials=credentials)
         self._node_id, self._incarnation = node_id, incarnation
         self._greet, self._beat = greet, beat
         self._on_reply, self._on_policy = on_reply, on_policy
@@ -70,7 +73,8 @@ class CoordinatorLink:
         """The coordinator is at ``address`` from now on."""
         if address == self._client.address:
             return
-        old, self._client = self._client, CoordinatorClient(address)
+        old = self._client
+        self._client = CoordinatorClient(address, credentials=self._credentials)
         await old.aclose()
         self.nudge()
 

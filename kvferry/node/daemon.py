@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from kvferry.cluster.backends import open_backend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.discovery import check_discovery
 from kvferry.cluster.link_probe import link_service
 from kvferry.cluster.metrics import FailureCounts
@@ -53,6 +54,7 @@ class NodeDaemon:
         journal: Journal,
         disk: LocalStore | None,
         facts: NodeFacts,
+        credentials: Credentials = PLAINTEXT,
     ) -> None:
         """Use `start_node`."""
         self.settings, self.facts = settings, facts
@@ -63,8 +65,8 @@ class NodeDaemon:
         self.store: Remote | None = None
         if settings.store or "store" in settings.sought:
             place = "" if "store" in settings.sought else settings.store
-            self.store = Remote("the store", place, timeout, limit)
-        self.peers = Peers(settings.node_id, settings.peer_timeout_s, limit)
+            self.store = Remote("the store", place, timeout, limit, credentials)
+        self.peers = Peers(settings.node_id, settings.peer_timeout_s, limit, credentials)
         self.uploads = UploadQueue(
             self.store,
             journal,
@@ -111,7 +113,7 @@ class NodeDaemon:
         self.link: CoordinatorLink | None = None
         if settings.coordinator or "coordinator" in settings.sought:
             place = "" if "coordinator" in settings.sought else settings.coordinator
-            self.link = self.coordination.link(place)
+            self.link = self.coordination.link(place, credentials)
 
     def hooks(self) -> HookServicer:
         """What hooks on this machine are served, beside blobs."""
@@ -172,6 +174,7 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
     """
     check_discovery(settings.discovery)
     async with AsyncExitStack() as undo:
+        credentials = await asyncio.to_thread(Credentials.of, settings)
         state = await asyncio.to_thread(NodeState, settings.data_dir)
         undo.callback(state.close)
         journal = await asyncio.to_thread(Journal, settings.data_dir / "uploads.sqlite")
@@ -180,7 +183,7 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
         if disk is not None:
             undo.push_async_callback(disk.aclose)
         facts = await asyncio.to_thread(_facts, settings, state)
-        node = NodeDaemon(settings, state, journal, disk, facts)
+        node = NodeDaemon(settings, state, journal, disk, facts, credentials)
         failures = FailureCounts()
         limit = settings.max_blob_bytes
         own = BlobStoreServicer(node.repository, max_blob_bytes=limit, on_failure=failures)
@@ -195,7 +198,9 @@ async def start_node(settings: NodeSettings, registry: CollectorRegistry) -> Run
         for_peers = await start_server(
             [blob_store_service(shown), link_service(failures), exchange.service(failures)],
             [settings.listen],
+            credentials=credentials,
             allow_remote_plaintext=settings.allow_remote_plaintext,
+            on_refused=failures,
         )
         undo.push_async_callback(for_peers.stop, 0.5)
         await node.pending.resume()

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from kvferry.cluster.client import BlobStoreClient
+from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.errors import StoreUnavailableError
 from kvferry.node.backoff import Breaker
 from kvferry.node.link_meter import FORGET_S, MEASURED_BYTES, LinkMeter, smooth
@@ -32,9 +33,17 @@ class Remote:
         incarnation: of the daemon there; 0: not known.
     """
 
-    def __init__(self, name: str, address: str, timeout_s: float, max_blob_bytes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        timeout_s: float,
+        max_blob_bytes: int,
+        credentials: Credentials = PLAINTEXT,
+    ) -> None:
         self.name, self.address = name, address
         self._timeout_s, self._max_blob_bytes = timeout_s, max_blob_bytes
+        self._credentials = credentials
         self.client = self._connect()
         self.breaker = Breaker(most_s=5.0)
         self.meter = LinkMeter(on_rate=self.measured)
@@ -45,7 +54,10 @@ class Remote:
 
     def _connect(self) -> BlobStoreClient:
         return BlobStoreClient(
-            self.address, timeout_s=self._timeout_s, max_blob_bytes=self._max_blob_bytes
+            self.address,
+            timeout_s=self._timeout_s,
+            max_blob_bytes=self._max_blob_bytes,
+            credentials=self._credentials,
         )
 
     async def point_at(self, address: str) -> None:
@@ -127,10 +139,11 @@ class Peers:
         own_id: str,
         timeout_s: float,
         max_blob_bytes: int,
+        credentials: Credentials = PLAINTEXT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._own_id, self._timeout_s, self._max = own_id, timeout_s, max_blob_bytes
-        self._clock = clock
+        self._credentials, self._clock = credentials, clock
         self._peers: dict[str, Remote] = {}
         self._left: dict[str, tuple[Remote, float]] = {}
 
@@ -166,7 +179,7 @@ class Peers:
                 await peer.aclose()
                 peer = None
             if peer is None:
-                peer = Remote(name, told.address, self._timeout_s, self._max)
+                peer = Remote(name, told.address, self._timeout_s, self._max, self._credentials)
             peer.incarnation = told.incarnation or peer.incarnation
             self._peers[name] = peer
         await self._forget(now)

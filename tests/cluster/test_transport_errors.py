@@ -25,6 +25,8 @@ SAMPLES: list[FerryError] = [
     errors.BlobNotFoundError("page/x"),
     errors.StoreUnavailableError("store:1", "down"),
     errors.StoreTimeoutError("store:1", "late"),
+    errors.TokenRefusedError("store:1", "not known there"),
+    errors.NotAllowedError("Put", "write", "read"),
     errors.StoreFullError("here", 10, 3),
     errors.QueueFullError("uploads", 7),
     errors.ModelError("no model"),

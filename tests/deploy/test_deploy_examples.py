@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from kvferry.cluster.policy import check_policy, layer_rules, load_policy
-from kvferry.settings import CoordinatorSettings, NodeSettings, ServiceSettings, StoreSettings
+from kvferry.settings import (
+    SECURITY,
+    CoordinatorSettings,
+    NodeSettings,
+    ServiceSettings,
+    StoreSettings,
+)
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SETTINGS = (StoreSettings, CoordinatorSettings, NodeSettings)
@@ -32,10 +38,11 @@ def test_the_example_names_every_setting_with_its_default(
     text = (DEPLOY / "kvferry.toml").read_text()
     tables = re.split(r"(?m)^\[(\w+)\]$", text)[1:]
     shown = dict(zip(tables[::2], tables[1::2], strict=True))
-    assert set(shown) == {kind.table for kind in SETTINGS}
+    assert set(shown) == {"security", *(kind.table for kind in SETTINGS)}
+    assert set(re.findall(r"(?m)^(?:# )?(\w+) = ", shown["security"])) == set(SECURITY)
     for kind in SETTINGS:
         named = set(re.findall(r"(?m)^(?:# )?(\w+) = ", shown[kind.table]))
-        assert named == set(kind.model_fields), kind.table
+        assert named == set(kind.model_fields) - set(SECURITY), kind.table
         # What stands there commented out is right too, once it is not commented out.
         lines = re.findall(r"(?m)^# (\w+ = .*)$", shown[kind.table])
         for line in lines:

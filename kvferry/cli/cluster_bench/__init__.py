@@ -1,1 +1,1 @@
-"""The figures of ``kvferry bench cluster``, one module each."""
+"""What `kvferry bench cluster` measures: one module a figure, each with `measure`."""

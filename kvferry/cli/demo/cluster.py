@@ -15,7 +15,6 @@ from kvferry.errors import FerryError
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 40.0
-ANY_PORT = "127.0.0.1:0"
 
 
 class Service:
@@ -61,6 +60,7 @@ class Cluster:
         fresh_nodes: empty their tiers first, as new machines would be.
         with_store: False: the daemons are told of a store that is not there.
         tiers: False: the daemons keep no blobs themselves, all come from the store.
+        host: address that all of them listen on.
     """
 
     def __init__(
@@ -70,9 +70,10 @@ class Cluster:
         fresh_nodes: bool = False,
         with_store: bool = True,
         tiers: bool = True,
+        host: str = "127.0.0.1",
     ) -> None:
         self.folder, self._nodes, self._tiers = folder, nodes, tiers
-        self._fresh, self._with_store = fresh_nodes, with_store
+        self._fresh, self._with_store, self._host = fresh_nodes, with_store, host
         self._services: list[Service] = []
         # Unix socket paths have at most 104 bytes on macOS: keep them short.
         self.sockets = [folder / f"n{i}.sock" for i in range(nodes)]
@@ -99,7 +100,7 @@ class Cluster:
         return service
 
     def _start(self) -> None:
-        quiet = ("--listen", ANY_PORT, "--metrics-listen", "")
+        quiet = ("--listen", f"{self._host}:0", "--metrics-listen", "")
         coordinator = self._launch(
             "coordinator", "coordinator", *quiet,
             "--policy-file", str(self.policy_file),

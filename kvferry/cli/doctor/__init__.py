@@ -47,7 +47,7 @@ def doctor(
 def _findings(
     model: str | None, socket: Path | None, store: str | None, coordinator: str | None
 ) -> "list[Finding]":
-    from kvferry.cli.doctor import machine, services, software
+    from kvferry.cli.doctor import machine, security, services, software
     from kvferry.cli.doctor.finding import Check, run_checks
     from kvferry.cli.doctor.model import model as check_model
     from kvferry.errors import ConfigError
@@ -77,7 +77,8 @@ def _findings(
         ("node", partial(services.node, node)),
         ("store", partial(services.store, node)),
         ("coordinator", partial(services.coordinator, node)),
-        ("exposure", partial(services.exposure, node, stores, coordinators)),
+        ("certificate", partial(security.certificate, node, stores, coordinators)),
+        ("exposure", partial(security.exposure, node, stores, coordinators)),
     ]
     if model is not None:
         more.append(("model", partial(check_model, model)))

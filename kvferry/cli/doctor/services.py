@@ -1,4 +1,4 @@
-"""Node, store and coordinator: do they answer, fit each other, and keep to themselves?"""
+"""Node, store and coordinator: do they answer, and fit each other?"""
 
 import asyncio
 import time
@@ -8,8 +8,9 @@ from typing import Any
 from kvferry import __version__
 from kvferry.cli.doctor.finding import FAIL, OK, WARN, Finding, size
 from kvferry.cli.doctor.software import has_mlx
+from kvferry.cluster.credentials import Credentials
 from kvferry.errors import FerryError, ProtocolError
-from kvferry.settings import CoordinatorSettings, NodeSettings, StoreSettings, is_loopback
+from kvferry.settings import NodeSettings
 
 TIMEOUT_S = 3.0
 _CLOCKS_S = 5.0
@@ -78,7 +79,9 @@ def store(settings: NodeSettings) -> Iterator[Finding]:
         return
     asked = time.time()
     try:
-        with SyncBlobStoreClient(settings.store, timeout_s=TIMEOUT_S) as client:
+        with SyncBlobStoreClient(
+            settings.store, timeout_s=TIMEOUT_S, credentials=Credentials.of(settings)
+        ) as client:
             stat = client.stat()
     except ProtocolError as exc:
         yield Finding("store", FAIL, f"it speaks another protocol: {exc}", _same_release())
@@ -108,7 +111,9 @@ def coordinator(settings: NodeSettings) -> Iterator[Finding]:
         return
 
     async def ask() -> tuple[Any, Any]:
-        async with CoordinatorClient(settings.coordinator, timeout_s=TIMEOUT_S) as client:
+        async with CoordinatorClient(
+            settings.coordinator, timeout_s=TIMEOUT_S, credentials=Credentials.of(settings)
+        ) as client:
             return await client.members(), await client.explain(0)
 
     asked = time.time()
@@ -132,34 +137,6 @@ def coordinator(settings: NodeSettings) -> Iterator[Finding]:
         yield Finding("policy", WARN, explained.problem, remedy)
     for member in members.members:
         yield from _release(member.node_id, member.version)
-
-
-def exposure(
-    node: NodeSettings, store: StoreSettings, coordinator: CoordinatorSettings
-) -> Iterator[Finding]:
-    """Who can reach what this machine serves. There is no TLS."""
-    exposed: list[str] = []
-    refused: list[str] = []
-    for settings in (node, store, coordinator):
-        for name in ("listen", "metrics_listen"):
-            address = str(getattr(settings, name))
-            if address and not is_loopback(address):
-                where = f"{settings.table}.{name} = {address}"
-                (exposed if settings.allow_remote_plaintext else refused).append(where)
-    if refused:
-        what = f"{', '.join(refused)}: beyond loopback without TLS, so it will not start"
-        remedy = "listen on 127.0.0.1 behind a VPN, or set allow_remote_plaintext"
-        yield Finding("exposure", FAIL, what, remedy)
-    if exposed:
-        what = f"{', '.join(exposed)}: anyone who reaches it can read and write caches, unencrypted"
-        remedy = "keep it within a network that you trust (a VPN, a Thunderbolt bridge)"
-        yield Finding("exposure", WARN, what, remedy)
-    if not exposed and not refused:
-        yield Finding("exposure", OK, "services listen on loopback only")
-    far = [a for a in (node.store, node.coordinator) if a and not is_loopback(a)]
-    if far:
-        what = f"prompts' caches go to {', '.join(far)} unencrypted"
-        yield Finding("exposure", WARN, what, "use a network that you trust")
 
 
 def _release(name: str, found: str) -> Iterator[Finding]:
