@@ -1,0 +1,33 @@
+"""Faults that happen every day, one after the other on one site: part of every test run."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults_harness import Hook, Site
+from faults_scenarios import DAILY, QUEUE_BYTES, Scenario, queue_full
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module", params=["exact", "default"])
+def site(request: pytest.FixtureRequest, hook: Hook) -> Iterator[Site]:
+    with (
+        tempfile.TemporaryDirectory(prefix="kvf-") as folder,
+        Site(Path(folder), hook, request.param) as made,
+    ):
+        yield made
+
+
+@pytest.mark.parametrize("scenario", DAILY, ids=lambda scenario: scenario.__name__)
+def test_nothing_is_wrong_everything_is_counted_and_it_recovers(
+    site: Site, scenario: Scenario
+) -> None:
+    scenario(site)
+
+
+def test_offers_are_dropped_and_counted_when_the_queue_is_full(folder: Path, hook: Hook) -> None:
+    options = {"n0": ("--upload-queue-bytes", str(QUEUE_BYTES))}
+    with Site(folder, hook, options=options) as site:
+        queue_full(site)
