@@ -44,7 +44,7 @@ def own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-@pytest.fixture(params=["loopback", "beyond"])
+@pytest.fixture
 def host(request: pytest.FixtureRequest) -> str:
     return "127.0.0.1" if request.param == "loopback" else own_address()
 
@@ -85,6 +85,7 @@ def joined(cluster: Cluster, node: int) -> None:
     pytest.fail("the node did not join")
 
 
+@pytest.mark.parametrize("host", ["loopback", "beyond"], indirect=True)
 def test_a_prompt_comes_back_bit_for_bit_on_another_machine(
     tiny: LoadedModel, cluster: Cluster, host: str, tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("host", ["beyond"], indirect=True)
 def test_commands_show_what_the_settings_name(
     cluster: Cluster, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
