@@ -32,6 +32,15 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         _run("umount", "--lazy", str(folder))
 
 
+def fill(disk: Path) -> Path:
+    """A file that takes all the room that is left."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return filler
+
+
 def without_overrides() -> list[str]:
     """A command in front of which even root obeys the modes of folders. Skips without it."""
     found = shutil.which("setpriv")

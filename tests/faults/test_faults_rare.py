@@ -40,14 +40,7 @@ def test_the_stores_disk_is_full(folder: Path, hook: Hook) -> None:
         Site(folder, hook) as site,
     ):
         site.offer("n0", 1)
-        filler = disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(64 * 1024))
-                    file.flush()
-            except OSError:
-                pass
+        filler = faults_machine.fill(disk)
         with _counted(site.nodes[0], "refused_full", "unavailable", "full"):
             for number in (2, 3):
                 site.request("n0", number, offer=True, flush=5.0)
@@ -62,14 +55,7 @@ def test_a_nodes_disk_is_full(folder: Path, hook: Hook) -> None:
         faults_machine.small_disk(folder / "n0", 6 * MIB) as disk,
         Site(folder, hook) as site,
     ):
-        filler = disk / "filler"
-        with filler.open("wb") as file:
-            try:
-                while True:
-                    file.write(bytes(16 * 1024))
-                    file.flush()
-            except OSError:
-                pass
+        filler = faults_machine.fill(disk)
         with _counted(site.nodes[0], "full", "unavailable"):
             reply = site.request("n0", 1, offer=True, flush=5.0)
         assert reply["offer_s"] < 2.0
