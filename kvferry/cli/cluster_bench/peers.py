@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from kvferry.cli.demo.cluster import ANY_PORT, Service
+from kvferry.cli.demo.cluster import Service
 from kvferry.cluster.repository import LookupQuery
 from kvferry.errors import FerryError, StoreTimeoutError
 from kvferry.node.client import NodeClient
@@ -67,7 +67,7 @@ def measure(
 
 def _nodes(folder: Path, stack: ExitStack, rate: float) -> list[NodeClient]:
     """Daemons that know each other; the last one holds nothing and is not throttled."""
-    quiet = ("--listen", ANY_PORT, "--metrics-listen", "")
+    quiet = ("--listen", "127.0.0.1:0", "--metrics-listen", "")
     place = ("--data-dir", str(folder / "coordinator"))
     coordinator = Service("coordinator", ["coordinator", *quiet, *place], folder)
     stack.callback(coordinator.stop)
