@@ -177,6 +177,7 @@ class Policy(google.protobuf.message.Message):
     IDLE_S_FIELD_NUMBER: builtins.int
     MEMORY_MARK_FIELD_NUMBER: builtins.int
     MIN_TOKENS_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     version: builtins.int
     name: builtins.str
     idle_s: builtins.int
@@ -185,6 +186,8 @@ class Policy(google.protobuf.message.Message):
     """share of memory in use that counts as pressure"""
     min_tokens: builtins.int
     """shorter sequences are not stored"""
+    term: builtins.int
+    """Of the leader that pushed it, see LeadershipReply. Not a part of what is decided."""
     @property
     def rules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LayerRule]: ...
     @property
@@ -207,9 +210,10 @@ class Policy(google.protobuf.message.Message):
         idle_s: builtins.int = ...,
         memory_mark: builtins.float = ...,
         min_tokens: builtins.int = ...,
+        term: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["tail", b"tail"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accept", b"accept", "idle_s", b"idle_s", "memory_mark", b"memory_mark", "min_tokens", b"min_tokens", "name", b"name", "rules", b"rules", "tail", b"tail", "version", b"version", "when", b"when"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accept", b"accept", "idle_s", b"idle_s", "memory_mark", b"memory_mark", "min_tokens", b"min_tokens", "name", b"name", "rules", b"rules", "tail", b"tail", "term", b"term", "version", b"version", "when", b"when"]) -> None: ...
 
 Global___Policy: typing_extensions.TypeAlias = Policy
 
@@ -246,6 +250,7 @@ class RegisterRequest(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     SHARDS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     NAMESPACE_SALT_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     node_id: builtins.str
@@ -257,6 +262,8 @@ class RegisterRequest(google.protobuf.message.Message):
     """Newest policy that the node has seen: the coordinator never gives out an older one,
     not even after it has lost its files.
     """
+    term: builtins.int
+    """Latest term that the node has seen, as with policy_version."""
     namespace_salt: builtins.bytes
     """What the node was issued before. A coordinator that has none takes it over: without
     it, nothing that was stored would be found again.
@@ -274,10 +281,11 @@ class RegisterRequest(google.protobuf.message.Message):
         version: builtins.str = ...,
         shards: collections.abc.Iterable[Global___ShardInfo] | None = ...,
         policy_version: builtins.int = ...,
+        term: builtins.int = ...,
         namespace_salt: builtins.bytes = ...,
         draining: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["address", b"address", "draining", b"draining", "incarnation", b"incarnation", "namespace_salt", b"namespace_salt", "node_id", b"node_id", "policy_version", b"policy_version", "shards", b"shards", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["address", b"address", "draining", b"draining", "incarnation", b"incarnation", "namespace_salt", b"namespace_salt", "node_id", b"node_id", "policy_version", b"policy_version", "shards", b"shards", "term", b"term", "version", b"version"]) -> None: ...
 
 Global___RegisterRequest: typing_extensions.TypeAlias = RegisterRequest
 
@@ -311,11 +319,13 @@ class RegisterReply(google.protobuf.message.Message):
     PEERS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     PARTIAL_PEERS_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     heartbeat_interval_ms: builtins.int
     namespace_salt: builtins.bytes
     policy_version: builtins.int
     partial_peers: builtins.bool
     """The coordinator is new itself: peers that it does not name may still be there."""
+    term: builtins.int
     @property
     def peers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeAddress]: ...
     def __init__(
@@ -326,8 +336,9 @@ class RegisterReply(google.protobuf.message.Message):
         peers: collections.abc.Iterable[Global___NodeAddress] | None = ...,
         policy_version: builtins.int = ...,
         partial_peers: builtins.bool = ...,
+        term: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "namespace_salt", b"namespace_salt", "partial_peers", b"partial_peers", "peers", b"peers", "policy_version", b"policy_version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["heartbeat_interval_ms", b"heartbeat_interval_ms", "namespace_salt", b"namespace_salt", "partial_peers", b"partial_peers", "peers", b"peers", "policy_version", b"policy_version", "term", b"term"]) -> None: ...
 
 Global___RegisterReply: typing_extensions.TypeAlias = RegisterReply
 
@@ -589,10 +600,12 @@ class HeartbeatReply(google.protobuf.message.Message):
 
     KNOWN_FIELD_NUMBER: builtins.int
     PEERS_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     PARTIAL_PEERS_FIELD_NUMBER: builtins.int
     known: builtins.bool
     """false: register again"""
+    term: builtins.int
     drain: builtins.bool
     """what the operator wants of this node"""
     partial_peers: builtins.bool
@@ -604,10 +617,11 @@ class HeartbeatReply(google.protobuf.message.Message):
         *,
         known: builtins.bool = ...,
         peers: collections.abc.Iterable[Global___NodeAddress] | None = ...,
+        term: builtins.int = ...,
         drain: builtins.bool = ...,
         partial_peers: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["drain", b"drain", "known", b"known", "partial_peers", b"partial_peers", "peers", b"peers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drain", b"drain", "known", b"known", "partial_peers", b"partial_peers", "peers", b"peers", "term", b"term"]) -> None: ...
 
 Global___HeartbeatReply: typing_extensions.TypeAlias = HeartbeatReply
 
@@ -829,13 +843,16 @@ class SetPolicyReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     version: builtins.int
+    term: builtins.int
     def __init__(
         self,
         *,
         version: builtins.int = ...,
+        term: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["term", b"term", "version", b"version"]) -> None: ...
 
 Global___SetPolicyReply: typing_extensions.TypeAlias = SetPolicyReply
 
@@ -896,11 +913,13 @@ class MembersReply(google.protobuf.message.Message):
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     UNIX_S_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
     policy_version: builtins.int
     version: builtins.str
     """of the coordinator"""
     unix_s: builtins.float
     """its clock"""
+    term: builtins.int
     @property
     def members(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Member]: ...
     def __init__(
@@ -910,7 +929,49 @@ class MembersReply(google.protobuf.message.Message):
         policy_version: builtins.int = ...,
         version: builtins.str = ...,
         unix_s: builtins.float = ...,
+        term: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["members", b"members", "policy_version", b"policy_version", "unix_s", b"unix_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["members", b"members", "policy_version", b"policy_version", "term", b"term", "unix_s", b"unix_s", "version", b"version"]) -> None: ...
 
 Global___MembersReply: typing_extensions.TypeAlias = MembersReply
+
+@typing.final
+class LeadershipRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___LeadershipRequest: typing_extensions.TypeAlias = LeadershipRequest
+
+@typing.final
+class LeadershipReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    TERM_FIELD_NUMBER: builtins.int
+    LEADER_FIELD_NUMBER: builtins.int
+    POLICY_VERSION_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    role: builtins.str
+    """"alone" (no etcd), "leader", "standby" """
+    term: builtins.int
+    """Grows with every change of leaders; nodes refuse an older one. 0: alone."""
+    leader: builtins.str
+    """host:port; empty: none known"""
+    policy_version: builtins.int
+    version: builtins.str
+    """of this coordinator"""
+    def __init__(
+        self,
+        *,
+        role: builtins.str = ...,
+        term: builtins.int = ...,
+        leader: builtins.str = ...,
+        policy_version: builtins.int = ...,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leader", b"leader", "policy_version", b"policy_version", "role", b"role", "term", b"term", "version", b"version"]) -> None: ...
+
+Global___LeadershipReply: typing_extensions.TypeAlias = LeadershipReply

@@ -69,6 +69,11 @@ class CoordinatorStub(object):
                 request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersReply.FromString,
                 _registered_method=True)
+        self.Leadership = channel.unary_unary(
+                '/kvferry.v1.Coordinator/Leadership',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.LeadershipRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.LeadershipReply.FromString,
+                _registered_method=True)
         self.Goodbye = channel.unary_unary(
                 '/kvferry.v1.Coordinator/Goodbye',
                 request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.GoodbyeRequest.SerializeToString,
@@ -127,6 +132,13 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leadership(self, request, context):
+        """The one call that a standby answers too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Goodbye(self, request, context):
         """A node goes, and says so before it is missed.
         """
@@ -178,6 +190,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Members,
                     request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersReply.SerializeToString,
+            ),
+            'Leadership': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leadership,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.LeadershipRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.LeadershipReply.SerializeToString,
             ),
             'Goodbye': grpc.unary_unary_rpc_method_handler(
                     servicer.Goodbye,
@@ -379,6 +396,33 @@ class Coordinator(object):
             '/kvferry.v1.Coordinator/Members',
             kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersRequest.SerializeToString,
             kvferry_dot_proto_dot_v1_dot_coordinator__pb2.MembersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leadership(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Coordinator/Leadership',
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.LeadershipRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.LeadershipReply.FromString,
             options,
             channel_credentials,
             insecure,

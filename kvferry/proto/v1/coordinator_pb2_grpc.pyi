@@ -137,6 +137,22 @@ _CoordinatorMembersType = typing_extensions.TypeVar(
     ],
 )
 
+_CoordinatorLeadershipType = typing_extensions.TypeVar(
+    '_CoordinatorLeadershipType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+        kvferry.proto.v1.coordinator_pb2.LeadershipReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+        kvferry.proto.v1.coordinator_pb2.LeadershipReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+        kvferry.proto.v1.coordinator_pb2.LeadershipReply,
+    ],
+)
+
 _CoordinatorGoodbyeType = typing_extensions.TypeVar(
     '_CoordinatorGoodbyeType',
     grpc.UnaryUnaryMultiCallable[
@@ -169,7 +185,7 @@ _CoordinatorDrainType = typing_extensions.TypeVar(
     ],
 )
 
-class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeartbeatType, _CoordinatorWatchPolicyType, _CoordinatorReportRestoreType, _CoordinatorExplainType, _CoordinatorSetPolicyType, _CoordinatorMembersType, _CoordinatorGoodbyeType, _CoordinatorDrainType]):
+class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeartbeatType, _CoordinatorWatchPolicyType, _CoordinatorReportRestoreType, _CoordinatorExplainType, _CoordinatorSetPolicyType, _CoordinatorMembersType, _CoordinatorLeadershipType, _CoordinatorGoodbyeType, _CoordinatorDrainType]):
     @typing.overload
     def __init__(self: CoordinatorStub[
         grpc.UnaryUnaryMultiCallable[
@@ -199,6 +215,10 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
         grpc.UnaryUnaryMultiCallable[
             kvferry.proto.v1.coordinator_pb2.MembersRequest,
             kvferry.proto.v1.coordinator_pb2.MembersReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+            kvferry.proto.v1.coordinator_pb2.LeadershipReply,
         ],
         grpc.UnaryUnaryMultiCallable[
             kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
@@ -241,6 +261,10 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
             kvferry.proto.v1.coordinator_pb2.MembersReply,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+            kvferry.proto.v1.coordinator_pb2.LeadershipReply,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
             kvferry.proto.v1.coordinator_pb2.GoodbyeReply,
         ],
@@ -264,6 +288,9 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
     SetPolicy: _CoordinatorSetPolicyType
 
     Members: _CoordinatorMembersType
+
+    Leadership: _CoordinatorLeadershipType
+    """The one call that a standby answers too."""
 
     Goodbye: _CoordinatorGoodbyeType
     """A node goes, and says so before it is missed."""
@@ -299,6 +326,10 @@ CoordinatorAsyncStub: typing_extensions.TypeAlias = CoordinatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kvferry.proto.v1.coordinator_pb2.MembersRequest,
         kvferry.proto.v1.coordinator_pb2.MembersReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+        kvferry.proto.v1.coordinator_pb2.LeadershipReply,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         kvferry.proto.v1.coordinator_pb2.GoodbyeRequest,
@@ -360,6 +391,14 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         request: kvferry.proto.v1.coordinator_pb2.MembersRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.MembersReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.MembersReply]]: ...
+
+    @abc.abstractmethod
+    def Leadership(
+        self,
+        request: kvferry.proto.v1.coordinator_pb2.LeadershipRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.LeadershipReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.LeadershipReply]]:
+        """The one call that a standby answers too."""
 
     @abc.abstractmethod
     def Goodbye(
