@@ -8,6 +8,7 @@ commands share stands in ``[security]`` (``KVFERRY_SECURITY_TLS_DIR``). Unknown 
 
 import ipaddress
 import os
+import re
 import sys
 import uuid
 from pathlib import Path
@@ -164,6 +165,28 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+class EtcdSettings(ServiceSettings):
+    """Base of the services that share etcd."""
+
+    etcd: str = Field(
+        default="", description="http://HOST:PORT[,...] of etcd's members, empty: none."
+    )
+    etcd_prefix: str = Field(default="/kvferry", description="Under which this cluster's keys are.")
+    etcd_ca_file: Path | None = Field(default=None, description="PEM; for https endpoints.")
+    etcd_cert_file: Path | None = Field(default=None, description="PEM; where etcd asks for one.")
+    etcd_key_file: Path | None = Field(default=None, description="PEM, of etcd_cert_file.")
+    etcd_user: str = Field(default="", description="Where etcd's authentication is enabled.")
+    etcd_password_file: Path | None = Field(default=None, description="The user's password.")
+    lease_ttl_s: float = Field(default=3.0, ge=2, le=600, description="Silent so long: replaced.")
+
+    @field_validator("etcd_prefix")
+    @classmethod
+    def _is_path(cls, value: str) -> str:
+        if not re.fullmatch(r"(/[A-Za-z0-9._-]{1,64}){1,8}", value):
+            raise ValueError("a path such as /kvferry")
+        return value
+
+
 class NodeSettings(ServiceSettings):
     """``kvferry node``."""
 
@@ -181,7 +204,8 @@ class NodeSettings(ServiceSettings):
     metrics_listen: str = Field(default="127.0.0.1:7811", description="HOST:PORT, empty: none.")
     store: str = Field(default="127.0.0.1:7800", description="HOST:PORT of the store, empty: none.")
     coordinator: str = Field(
-        default="127.0.0.1:7802", description="HOST:PORT of the coordinator, empty: none."
+        default="127.0.0.1:7802",
+        description="HOST:PORT[,HOST:PORT...] of the coordinators, empty: none.",
     )
     data_dir: Path = Field(default_factory=lambda: user_dir("state") / "node")
     memory_bytes: int = Field(default=256 * MIB, ge=0, description="Budget of the memory tier.")
@@ -260,7 +284,7 @@ class StoreSettings(ServiceSettings):
     shutdown_timeout_s: float = Field(default=20.0, gt=0)
 
 
-class CoordinatorSettings(ServiceSettings):
+class CoordinatorSettings(EtcdSettings):
     """``kvferry coordinator``."""
 
     table: ClassVar[str] = "coordinator"
@@ -274,3 +298,7 @@ class CoordinatorSettings(ServiceSettings):
     data_dir: Path = Field(default_factory=lambda: user_dir("state") / "coordinator")
     heartbeat_interval_s: float = Field(default=2.0, gt=0)
     away_after_s: float = Field(default=10.0, gt=0, description="No heartbeat: away.")
+    advertise: str = Field(
+        default="",
+        description="HOST:PORT that nodes find this one at, where `listen` does not say it.",
+    )
