@@ -1,0 +1,1 @@
+"""One holder of an office at a time, through leases in etcd: `Election`."""
