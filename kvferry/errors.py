@@ -15,8 +15,9 @@
     ├── StoreError
     │   ├── BlobNotFoundError
     │   ├── StoreUnavailableError  down, unreachable, or answering nonsense
-    │   ├── StoreTimeoutError
-    │   ├── TokenRefusedError      a server does not know this caller's token
+    │   │   ├── StoreTimeoutError
+    │   │   ├── TokenRefusedError  a server does not know this caller's token
+    │   │   └── NotLeaderError     a coordinator that stands by: ask the leader
     │   ├── NotAllowedError        a token without the right that a call needs
     │   ├── StoreFullError         the byte budget or the disk reserve is reached
     │   └── QueueFullError         bounded queue: the offer is dropped
@@ -239,6 +240,22 @@ class NotAllowedError(StoreError):
             f"{self.what} needs the right to {self.needed}, this caller's token has {self.held}: "
             "use another token (token_file), or issue one with `kvferry certs token`"
         )
+
+
+class NotLeaderError(StoreUnavailableError):
+    """A coordinator that stands by. Caller: ask ``leader``, or the others where it is empty."""
+
+    reason = "not_leader"
+
+    def __init__(self, where: str, leader: str = "") -> None:
+        super().__init__(where)
+        self.args = (where, leader)
+        self.leader = leader
+
+    def __str__(self) -> str:
+        if self.leader:
+            return f"{self.where} is not the leader: ask the one at {self.leader}"
+        return f"{self.where} is not the leader, and none is known: try again in some seconds"
 
 
 class StoreFullError(StoreError):

@@ -35,6 +35,16 @@ def coordinator(
     away_after_s: Annotated[
         float | None, typer.Option(help="A node not heard of for so long is away.")
     ] = None,
+    etcd: Annotated[
+        str | None, typer.Option(help="http://HOST:PORT[,...]: share intent, elect a leader.")
+    ] = None,
+    etcd_prefix: Annotated[str | None, typer.Option(help="Where this cluster's keys are.")] = None,
+    lease_ttl_s: Annotated[
+        float | None, typer.Option(help="A leader not heard of for so long is replaced.")
+    ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where nodes find this one.")
+    ] = None,
     discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
     tls_dir: TlsDirOption = None,
@@ -57,6 +67,10 @@ def coordinator(
         data_dir=data_dir,
         heartbeat_interval_s=heartbeat_interval_s,
         away_after_s=away_after_s,
+        etcd=etcd,
+        etcd_prefix=etcd_prefix,
+        lease_ttl_s=lease_ttl_s,
+        advertise=advertise,
         discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
         tls_dir=tls_dir,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 AddressOption = Annotated[
-    str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="As in [node] if left out.")
+    str | None,
+    typer.Option("--coordinator", metavar="HOST:PORT[,...]", help="As in [node] if left out."),
 ]
 
 

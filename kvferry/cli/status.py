@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvferry.cli import status_leaders
 from kvferry.cli.output import JsonOption, write_json
 from kvferry.cli.status_screen import print_status
 
@@ -26,7 +27,9 @@ def register(app: typer.Typer) -> None:
 def status(
     socket: Annotated[Path | None, typer.Option(help="Unix socket of this machine's node.")] = None,
     store: Annotated[str | None, typer.Option(help="HOST:PORT of the store.")] = None,
-    coordinator: Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="HOST:PORT[,...] of the coordinators.")
+    ] = None,
     timeout_s: Annotated[float, typer.Option(min=0.1, max=60, help="Wait so long.")] = 3.0,
     json: JsonOption = None,
 ) -> None:
@@ -101,8 +104,13 @@ def _coordinator(address: str, timeout_s: float, credentials: "Credentials") -> 
         async with CoordinatorClient(
             address, timeout_s=timeout_s, credentials=credentials
         ) as client:
+            coordinators = status_leaders.roles(await client.leadership())
+            if not status_leaders.somebody_leads(coordinators):
+                return status_leaders.leaderless(coordinators)
             members, explained = await client.members(), await client.explain(0)
         return {
+            "coordinators": coordinators,
+            "term": members.term,
             "policy_name": explained.policy.name,
             "policy_version": members.policy_version,
             "members": [

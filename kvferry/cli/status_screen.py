@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvferry.cli import status_leaders
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -136,7 +138,11 @@ def _coordinator_words(a: Answer) -> list[str]:
         f"{m['node_id']}: {_stands(m)}, heard of {_time(m['seconds_since_heartbeat'])} ago"
         for m in a["members"]
     ]
+    leaders = status_leaders.words(a["coordinators"])
+    if not status_leaders.somebody_leads(a["coordinators"]):
+        return leaders
     return [
+        *leaders,
         f"policy {a['policy_name']!r}, version {a['policy_version']}",
         *(members or ["no members"]),
     ]

@@ -16,11 +16,11 @@ from kvferry.cluster import state as states
 from kvferry.cluster.coordinator_metrics import CoordinatorMetrics
 from kvferry.cluster.durable import private_folder
 from kvferry.cluster.guard import callers_namespace
-from kvferry.cluster.intent import Intent, load_intent
 from kvferry.cluster.membership import Membership, tells
-from kvferry.cluster.namespaces import DEFAULT_NAMESPACE, kept_salt, namespace_salt
+from kvferry.cluster.namespaces import DEFAULT_NAMESPACE
 from kvferry.cluster.policy_keeper import PolicyKeeper
-from kvferry.errors import ConfigError
+from kvferry.cluster.seat import Seat
+from kvferry.errors import ConfigError, NotLeaderError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.settings import CoordinatorSettings
 
@@ -36,34 +36,46 @@ class Coordinator:
     Open with `open`, keep `run` going beside it, end with `aclose`.
 
     Attributes:
-        rounds: called one after the other, every `POLL_S`, for as long as `run` runs.
+        leadership: whether this one acts, or stands by for another.
+        rounds: called one after the other, every `POLL_S`, for as long as this one acts.
     """
 
-    def __init__(self, settings: CoordinatorSettings, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, settings: CoordinatorSettings, clock: Callable[[], float], seat: Seat
+    ) -> None:
         self._settings = settings
+        self._seat = seat
+        self.leadership = seat.leadership
         self._salts: dict[str, bytes] = {}
         self._salting = asyncio.Lock()
         self._lock_handle = -1
         settle_s = SETTLE_BEATS * settings.heartbeat_interval_s
         self.membership = Membership(settings.away_after_s, clock, settle_s)
         self.metrics = CoordinatorMetrics(self.membership.counts)
-        self.policies = PolicyKeeper(settings.data_dir, settings.policy_file, self.metrics)
+        self.leadership.add_metrics(self.metrics.registry)
+        self.policies = PolicyKeeper(seat.intents, settings.policy_file, self.metrics)
         self.rounds: list[Callable[[], Awaitable[None]]] = [self.policies.look_at_file]
 
     @classmethod
     async def open(
         cls, settings: CoordinatorSettings, clock: Callable[[], float] = time.monotonic
     ) -> "Coordinator":
-        """Take the data folder, read salt and policy, and look at the policy file.
+        """Take the data folder; where we are alone read salt and policy, and the policy file.
 
         Raises: ConfigError: a folder in use or not writable, a damaged salt, or a
             policy file that cannot be used where no policy was in force before.
         """
-        made = cls(settings, clock)
-        files = await asyncio.to_thread(_open_files, settings.data_dir)
-        made._lock_handle, made._salts[DEFAULT_NAMESPACE], kept = files
+        handle = await asyncio.to_thread(_lock, settings.data_dir)
         try:
-            await made.policies.begin(kept)
+            made = cls(settings, clock, await Seat.open(settings))
+        except BaseException:
+            os.close(handle)
+            raise
+        made._lock_handle = handle
+        try:
+            if made.leadership.acting:
+                await made._check_salt()
+                await made.policies.begin()
         except BaseException:
             await made.aclose()
             raise
@@ -82,6 +94,7 @@ class Coordinator:
             )
         self.metrics.registrations.inc()
         salt = await self._salt_for(request)
+        await self.leadership.outgrow(request.term)
         await self.policies.outgrow(request.policy_version)
         return pb.RegisterReply(
             heartbeat_interval_ms=max(1, round(self._settings.heartbeat_interval_s * 1000)),
@@ -98,12 +111,11 @@ class Coordinator:
         name = callers_namespace()
         async with self._salting:
             if not self._salts.get(name):
+                intents = self._seat.intents
                 brought = request.namespace_salt if name == DEFAULT_NAMESPACE else b""
-                salt = await asyncio.to_thread(
-                    namespace_salt, self._settings.data_dir, name, brought=brought
-                )
-                self._salts[name] = salt
-                if salt == brought:
+                kept = await intents.kept_salt(name)
+                salt = self._salts[name] = kept or await intents.salt(name, brought)
+                if not kept and salt == brought:
                     log.warning("no salt was kept here: that of node %r holds", request.node_id)
         if request.namespace_salt not in (b"", self._salts[name]):
             log.warning(
@@ -140,31 +152,59 @@ class Coordinator:
         """All known nodes by name: what they said, how present, seconds since then."""
         return self.membership.members()
 
+    def announce(self, address: str) -> None:
+        """Where we serve, for the others to send nodes to."""
+        if self.leadership.role != "alone" and not (tells(address) or self._settings.advertise):
+            log.warning("%s tells nodes nothing: set `advertise` to this one's address", address)
+        self.leadership.announce(address if tells(address) else "")
+
+    async def _check_salt(self) -> None:
+        """Raises: ConfigError for a damaged one, or not the others'; StoreUnavailableError."""
+        await self._seat.intents.kept_salt(DEFAULT_NAMESPACE)
+
     async def run(self) -> None:
-        """Do the `rounds` and forget members long gone; ends only when cancelled."""
+        """Lead or stand by, as elected; ends only when cancelled.
+
+        Raises: ConfigError: a salt that is not that of the other coordinators.
+        """
+        await self.leadership.prepare(self._check_salt)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._go_round())
+            tasks.create_task(self.policies.follow())
+            tasks.create_task(self.leadership.run(self._accede, self.policies.retire))
+
+    async def _accede(self) -> None:
+        """We were elected: go on from what the last leader decided; members will register."""
+        self.membership.begin()
+        await self.policies.begin(strict=False)
+
+    async def _go_round(self) -> None:
+        """While we lead do the `rounds`, and forget members long gone."""
         while True:
             await asyncio.sleep(POLL_S)
             self.membership.sweep()
             for do in self.rounds:
-                await do()
+                try:
+                    if self.leadership.acting:
+                        await do()
+                except NotLeaderError as exc:  # deposed in the middle of it
+                    log.info("%s", exc)
 
     async def aclose(self) -> None:
         """End all watches and give the data folder back."""
         self.policies.close()
+        await self._seat.aclose()
         if self._lock_handle >= 0:
             os.close(self._lock_handle)
             self._lock_handle = -1
 
 
-def _open_files(data_dir: Path) -> tuple[int, bytes, Intent | None]:
+def _lock(data_dir: Path) -> int:
     folder = private_folder(data_dir)
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise ConfigError("data_dir", str(folder), "used by no other coordinator") from exc
-        return handle, kept_salt(folder), load_intent(folder)
-    except BaseException:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
         os.close(handle)
-        raise
+        raise ConfigError("data_dir", str(folder), "used by no other coordinator") from exc
+    return handle

@@ -15,6 +15,7 @@ from kvferry.cluster.coordinator import Coordinator
 from kvferry.cluster.credentials import Credentials
 from kvferry.cluster.discovery import announced
 from kvferry.cluster.handlers import stream, unary
+from kvferry.cluster.leader_gate import LeaderGate
 from kvferry.cluster.member_messages import check_exo, told
 from kvferry.cluster.server import Service, start_server
 from kvferry.cluster.service import Running
@@ -123,22 +124,35 @@ class CoordinatorServicer:
         reply.members.extend(told(*found) for found in self._coordinator.members())
         return reply
 
+    async def leadership(self, request: pb.LeadershipRequest) -> pb.LeadershipReply:
+        """Leadership. Standbys answer it too."""
+        now = self._coordinator.leadership
+        return pb.LeadershipReply(
+            role=now.role,
+            term=now.term,
+            leader=now.leader,
+            policy_version=self._coordinator.policies.policy.version,
+            version=__version__,
+        )
+
     def service(self) -> Service:
         """To be given to `kvferry.cluster.server.start_server`."""
 
         def count(reason: str) -> None:
             self._coordinator.metrics.refused.labels(reason).inc()
 
+        led = LeaderGate(self._coordinator.leadership)
         handlers = {
-            "Register": unary(self.register, pb.RegisterRequest, count),
-            "Heartbeat": unary(self.heartbeat, pb.HeartbeatRequest, count),
-            "WatchPolicy": stream(self.watch_policy, pb.WatchPolicyRequest, count),
-            "ReportRestore": unary(self.report_restore, pb.RestoreReport, count),
-            "Explain": unary(self.explain, pb.ExplainRequest, count),
-            "SetPolicy": unary(self.set_policy, pb.SetPolicyRequest, count),
-            "Members": unary(self.members, pb.MembersRequest, count),
-            "Goodbye": unary(self.goodbye, pb.GoodbyeRequest, count),
-            "Drain": unary(self.drain, pb.DrainRequest, count),
+            "Register": unary(led.unary(self.register), pb.RegisterRequest, count),
+            "Heartbeat": unary(led.unary(self.heartbeat), pb.HeartbeatRequest, count),
+            "WatchPolicy": stream(led.stream(self.watch_policy), pb.WatchPolicyRequest, count),
+            "ReportRestore": unary(led.unary(self.report_restore), pb.RestoreReport, count),
+            "Explain": unary(led.unary(self.explain), pb.ExplainRequest, count),
+            "SetPolicy": unary(led.unary(self.set_policy), pb.SetPolicyRequest, count),
+            "Members": unary(led.unary(self.members), pb.MembersRequest, count),
+            "Leadership": unary(self.leadership, pb.LeadershipRequest, count),
+            "Goodbye": unary(led.unary(self.goodbye), pb.GoodbyeRequest, count),
+            "Drain": unary(led.unary(self.drain), pb.DrainRequest, count),
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))
@@ -194,6 +208,7 @@ async def start_coordinator(coordinator: Coordinator, settings: CoordinatorSetti
             announced(settings.discovery, "coordinator", server.addresses[0])
         )
         undo.pop_all()
+    coordinator.announce(server.addresses[0])
     background = asyncio.ensure_future(coordinator.run())
 
     async def stop() -> None:

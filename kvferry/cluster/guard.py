@@ -24,7 +24,7 @@ _OPEN: tuple[tuple[str, Right, tuple[str, ...]], ...] = (
     ("BlobStore", Right.READ, ("Has", "Get", "Lookup", "List", "Stat")),
     ("BlobStore", Right.WRITE, ("Put", "Commit", "Pin", "Unpin", "Delete")),
     ("Coordinator", Right.READ, ("Register", "Heartbeat", "WatchPolicy", "ReportRestore")),
-    ("Coordinator", Right.READ, ("Explain", "Members", "Goodbye")),
+    ("Coordinator", Right.READ, ("Explain", "Members", "Goodbye", "Leadership")),
     ("Link", Right.READ, ("Probe",)),
     ("Peer", Right.READ, ("Holdings",)),
     ("Peer", Right.WRITE, ("TakeOver",)),

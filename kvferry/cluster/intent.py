@@ -1,26 +1,26 @@
-"""What the operator decided, kept apart from all soft state: the policy in force.
+"""What the operator decided, kept apart from all soft state, and where it is kept.
 
-One JSON file, replaced as a whole and synced before the policy is given out, so that a
-version is never used twice, also over a crash.
+An intent store holds small documents by name, among them the policy in force, and the
+namespaces' salts. One coordinator alone has files of its own (`FileIntentStore`); several
+share etcd (`EtcdIntentStore`).
 """
 
 import json
-import logging
+import re
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
-from kvferry.cluster.durable import write_durably
 from kvferry.cluster.policy import dump_policy, parse_policy
 from kvferry.errors import ConfigError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-log = logging.getLogger(__name__)
-
-FILE_NAME = "policy.json"
+POLICY = "policy"
 MAX_VERSION = 1 << 53  # what JSON numbers hold exactly everywhere
+MAX_DOCUMENT_BYTES = 1 << 20  # etcd takes requests of up to 1.5 MiB
 
 Source = Literal["built-in", "file", "admin"]
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,38 +38,82 @@ class Intent:
     file_digest: str = ""
 
 
-def save_intent(data_dir: Path, intent: Intent) -> None:
-    """Durable when this returns. Raises: OSError."""
+class IntentStore(Protocol):
+    """Documents of the operator, by name ([a-z][a-z0-9_-]*, up to 1 MiB), and salts.
+
+    Raises in every call, beside what is named there: StoreUnavailableError where it
+    cannot be read or written now.
+    """
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+
+    async def read(self, name: str) -> bytes | None:
+        """The document as it stands, not as it stood; None: there is none."""
+
+    async def write(self, name: str, data: bytes) -> bool:
+        """Replace a document; durable when this returns True.
+
+        False: it has been changed since it was last read or written here; nothing was
+        done, read it again. After an error it may have been done or not.
+        Raises: NotLeaderError where another coordinator is the leader by now.
+        """
+
+    async def set_aside(self, name: str) -> None:
+        """Move a document that cannot be used out of the way, for a human to look at."""
+
+    def changes(self, name: str) -> AsyncGenerator[bytes, None]:
+        """The document each time that somebody else may have changed it. Never ends."""
+
+    async def kept_salt(self, namespace: str) -> bytes:
+        """The namespace's secret, 32 bytes; empty where none was settled yet.
+
+        Raises: ConfigError for a damaged one, or two that differ.
+        """
+
+    async def salt(self, namespace: str, brought: bytes = b"") -> bytes:
+        """As `kept_salt`; where there is none, one is settled for ever.
+
+        It is ``brought``, which a node was issued before, if that can be one, else random.
+        """
+
+
+def check_name(name: str) -> str:
+    """A document's or namespace's name, as it came. Raises: ConfigError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError("name", name, "lower-case letters, digits, - and _, at most 64")
+    return name
+
+
+def check_size(name: str, data: bytes) -> None:
+    """Raises: ConfigError for a document beyond `MAX_DOCUMENT_BYTES`."""
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ConfigError(name, f"{len(data):,} bytes", f"at most {MAX_DOCUMENT_BYTES:,} bytes")
+
+
+def dump_intent(intent: Intent) -> bytes:
+    """JSON that `parse_intent` reads."""
     value = {
         "version": intent.policy.version,
         "source": intent.source,
         "file_digest": intent.file_digest,
         "policy": dump_policy(intent.policy),
     }
-    write_durably(data_dir / FILE_NAME, (json.dumps(value, indent=1) + "\n").encode())
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
-def load_intent(data_dir: Path) -> Intent | None:
-    """What was saved; None where nothing was, or where it is damaged (then set aside)."""
-    path = data_dir / FILE_NAME
-    if not path.exists():
-        return None
+def parse_intent(raw: bytes, where: str) -> Intent:
+    """Raises: ConfigError for what `dump_intent` has not written."""
     try:
-        return _read(path)
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as exc:
-        aside = path.with_suffix(".damaged")
-        path.replace(aside)
-        log.error("%s is damaged (%s): set aside as %s", path, exc, aside.name)
-        return None
-
-
-def _read(path: Path) -> Intent:
-    value = json.loads(path.read_bytes())
-    policy = parse_policy(value["policy"].encode(), str(path))
-    version, source = value["version"], value["source"]
-    if not isinstance(version, int) or not 0 < version <= MAX_VERSION:
-        raise ValueError(f"version {version!r}")
-    if source not in get_args(Source):
-        raise ValueError(f"source {source!r}")
-    policy.version = version
-    return Intent(policy=policy, source=source, file_digest=str(value["file_digest"]))
+        value = json.loads(raw)
+        policy = parse_policy(value["policy"].encode(), where)
+        version, source = value["version"], value["source"]
+        if not isinstance(version, int) or not 0 < version <= MAX_VERSION:
+            raise ValueError(f"version {version!r}")
+        if source not in get_args(Source):
+            raise ValueError(f"source {source!r}")
+        policy.version = version
+        return Intent(policy=policy, source=source, file_digest=str(value["file_digest"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ConfigError("intent", where, f"what kvferry wrote ({exc!r})") from exc

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,25 +12,36 @@ from blake3 import blake3
 from kvferry.cluster import policy as policies
 from kvferry.cluster.coordinator_client import REPEAT_S
 from kvferry.cluster.coordinator_metrics import CoordinatorMetrics
-from kvferry.cluster.intent import MAX_VERSION, Intent, Source, save_intent
+from kvferry.cluster.intent import (
+    MAX_VERSION,
+    POLICY,
+    Intent,
+    IntentStore,
+    Source,
+    dump_intent,
+    parse_intent,
+)
 from kvferry.errors import ConfigError, QueueFullError, StoreUnavailableError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 MAX_WATCHERS = 4096
+MAX_ATTEMPTS = 8
 
 
 class PolicyKeeper:
     """Holds one policy, gives every new one the next version, tells all who watch.
 
-    Lives on one event loop. `begin` first; `look_at_file` from time to time; `close`.
+    Lives on one event loop. `begin` before it decides anything, and again where another
+    coordinator may have decided since; `look_at_file` from time to time; `close`. One that
+    stands by keeps `follow` going instead.
     """
 
     def __init__(
-        self, data_dir: Path, policy_file: Path | None, metrics: CoordinatorMetrics
+        self, store: IntentStore, policy_file: Path | None, metrics: CoordinatorMetrics
     ) -> None:
-        self._data_dir = data_dir
+        self._store = store
         self._file = policy_file
         self._metrics = metrics
         self._intent = Intent(policy=pb.Policy(), source="built-in")
@@ -41,21 +53,43 @@ class PolicyKeeper:
         self._refused = ""  # digest of the content that was refused
         self._problem = ""
 
-    async def begin(self, kept: Intent | None) -> None:
+    async def begin(self, *, strict: bool = True) -> None:
         """Go on from what was kept; the file wins where it changed since.
 
-        Raises: ConfigError where the file cannot be used and nothing was in force before.
+        Raises: StoreUnavailableError; ConfigError where ``strict``, the file cannot be
+            used and nothing was in force before.
         """
-        if kept is not None:
-            self._intent = kept
-        self._metrics.policy_version.set(self.policy.version)
+        async with self._deciding:
+            kept = await self._refresh()
         if self._file is not None:
             await self.look_at_file(stable=True)
-            if kept is None and self._problem:
+            if strict and not kept and self._problem:
                 await asyncio.to_thread(policies.load_policy, self._file)  # raises
         if self.source == "built-in":
             # A newer release may have another default than the one that was kept.
             await self.decide(policies.default_policy(), "built-in")
+
+    async def follow(self) -> None:
+        """Take over what another coordinator decides, for ever."""
+        async with aclosing(self._store.changes(POLICY)) as changes:
+            async for raw in changes:
+                try:
+                    self._take(parse_intent(raw, self._store.where))
+                except ConfigError as exc:
+                    log.error("a policy that cannot be used was put beside us: %s", exc)
+
+    async def _refresh(self) -> bool:
+        """Take over what is kept; False: nothing that can be used is."""
+        raw = await self._store.read(POLICY)
+        if raw is None:
+            return False
+        try:
+            self._take(parse_intent(raw, self._store.where))
+        except ConfigError as exc:
+            log.error("the policy that was kept is damaged (%s): set aside", exc)
+            await self._store.set_aside(POLICY)
+            return False
+        return True
 
     @property
     def policy(self) -> pb.Policy:
@@ -83,44 +117,64 @@ class PolicyKeeper:
             cannot be written down (the old one stays in force).
         """
         policies.check_policy(policy)
-        async with self._deciding:
-            kept = self._intent
+
+        def next_after(kept: Intent) -> Intent:
             new = pb.Policy()
             new.CopyFrom(policy)
+            new.term = 0  # of the leader that pushes it
             new.version = kept.policy.version
             if new != kept.policy or source != kept.source or not new.version:
                 new.version += 1
-            digest = file_digest or kept.file_digest
-            await self._put(Intent(policy=new, source=source, file_digest=digest))
-            return new
+            return Intent(policy=new, source=source, file_digest=file_digest or kept.file_digest)
+
+        async with self._deciding:
+            await self._put(next_after)
+            return self.policy
 
     async def outgrow(self, seen: int) -> None:
         """A node has seen version ``seen``; if it is later than ours, our files were lost.
 
         The policy in force gets a version beyond it. Raises: as `decide`.
         """
-        async with self._deciding:
-            if not self.policy.version < seen < MAX_VERSION:
-                return
-            new = pb.Policy()
-            new.CopyFrom(self.policy)
-            new.version = seen + 1
-            await self._put(replace(self._intent, policy=new))
 
-    async def _put(self, intent: Intent) -> None:
+        def beyond(kept: Intent) -> Intent:
+            if not kept.policy.version < seen < MAX_VERSION:
+                return kept
+            new = pb.Policy()
+            new.CopyFrom(kept.policy)
+            new.version = seen + 1
+            return replace(kept, policy=new)
+
+        if seen > self.policy.version:
+            async with self._deciding:
+                await self._put(beyond)
+
+    async def _put(self, change: Callable[[Intent], Intent]) -> None:
+        """Write down what ``change`` makes of the intent in force, then put it in force."""
+        for _ in range(MAX_ATTEMPTS):
+            intent = change(self._intent)
+            if intent == self._intent:
+                return
+            if await self._store.write(POLICY, dump_intent(intent)):
+                self._take(intent)
+                return
+            await self._refresh()  # an earlier attempt, thought to have failed, has not
+        raise StoreUnavailableError(self._store.where, "the policy was changed again and again")
+
+    def _take(self, intent: Intent) -> None:
+        """Put in force what is written down; never an older version than before."""
         kept, new = self._intent, intent.policy
-        if intent == kept:
+        if new.version < kept.policy.version:
             return
-        try:
-            await asyncio.to_thread(save_intent, self._data_dir, intent)
-        except OSError as exc:
-            problem = f"policy not written down ({exc.strerror})"
-            raise StoreUnavailableError(str(self._data_dir), problem) from exc
         self._intent = intent
         if new.version != kept.policy.version:
             self._metrics.policy_version.set(new.version)
             log.info("policy %r version %d in force (%s)", new.name, new.version, intent.source)
             self._wake()
+
+    def retire(self) -> None:
+        """We lead no more: all watches look whether they may go on."""
+        self._wake()
 
     def _wake(self) -> None:
         waiting, self._changed = self._changed, asyncio.Event()

@@ -37,6 +37,7 @@ _CODES: dict[type[FerryError], grpc.StatusCode] = {
     errors.StoreTimeoutError: _Code.DEADLINE_EXCEEDED,
     errors.TokenRefusedError: _Code.UNAUTHENTICATED,
     errors.NotAllowedError: _Code.PERMISSION_DENIED,
+    errors.NotLeaderError: _Code.FAILED_PRECONDITION,
     errors.StoreFullError: _Code.RESOURCE_EXHAUSTED,
     errors.QueueFullError: _Code.RESOURCE_EXHAUSTED,
     errors.ModelError: _Code.FAILED_PRECONDITION,
