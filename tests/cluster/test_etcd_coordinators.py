@@ -169,6 +169,27 @@ async def test_without_etcd_nobody_leads_and_it_comes_back_by_itself(
     assert await _push(client, node, "again") > version
 
 
+async def test_an_etcd_that_was_set_up_anew_is_filled_from_copies(
+    members: EtcdCluster, coordinators: Coordinators, client: CoordinatorClient, node: NodeClient
+) -> None:
+    joined = await client.register(pb.RegisterRequest(node_id="x", incarnation=1))
+    for place in range(5):
+        version = await _push(client, node, f"before {place}")
+    await asyncio.to_thread(members.forget)
+    await asyncio.to_thread(members.heal)
+    # Its revisions begin at 1 again, and yet no term and no version goes back. One that
+    # only commands is new each time; those that stay are nodes, and register.
+    async with CoordinatorClient(coordinators.addresses, timeout_s=30.0) as fresh:
+        assert await _push(fresh, node, "after") > version
+        again = await fresh.register(
+            pb.RegisterRequest(node_id="x", incarnation=2, policy_version=version)
+        )
+    assert again.namespace_salt == joined.namespace_salt
+    assert (
+        await client.register(pb.RegisterRequest(node_id="y", incarnation=1))
+    ).term > joined.term
+
+
 def _kvferry(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kvferry", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)

@@ -37,24 +37,26 @@ class EtcdMember:
     """One etcd process over a folder of its own."""
 
     def __init__(self, program: str, name: str, folder: Path) -> None:
-        self._program, self._name, self._folder = program, name, folder
+        self._program, self._name = program, name
+        self.data, self._log = folder / name, folder / f"{name}.log"
+        self._token = folder.name
         self.address = f"127.0.0.1:{free_port()}"
         self.peer = f"127.0.0.1:{free_port()}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, initial_cluster: str) -> None:
         """Start, or start again over the same data."""
-        with (self._folder / f"{self._name}.log").open("ab") as log:
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
                     self._program,
-                    "--name", self._name, "--data-dir", str(self._folder / self._name),
+                    "--name", self._name, "--data-dir", str(self.data),
                     "--listen-client-urls", f"http://{self.address}",
                     "--advertise-client-urls", f"http://{self.address}",
                     "--listen-peer-urls", f"http://{self.peer}",
                     "--initial-advertise-peer-urls", f"http://{self.peer}",
                     "--initial-cluster", initial_cluster,
-                    "--initial-cluster-token", self._folder.name,
+                    "--initial-cluster-token", self._token,
                 ],
                 stdout=log,
                 stderr=log,
@@ -115,6 +117,12 @@ class EtcdMembers:
             if time.monotonic() > end:
                 raise StoreUnavailableError(f"etcd at {self.endpoints}", "it did not come up")
             time.sleep(0.05)
+
+    def forget(self) -> None:
+        """End all members and delete what they hold: `heal` starts them as a new cluster."""
+        self.signal(signal.SIGKILL)
+        for member in self.members:
+            shutil.rmtree(member.data, ignore_errors=True)
 
     def leader(self) -> EtcdMember:
         """The member that leads. Raises: StoreUnavailableError: none does."""
