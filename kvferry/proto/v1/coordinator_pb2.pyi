@@ -101,6 +101,8 @@ class LayerRule(google.protobuf.message.Message):
     CODEC_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
+    DECIDED_FIELD_NUMBER: builtins.int
     layer_start: builtins.int
     layer_end: builtins.int
     """0: to the last"""
@@ -108,6 +110,10 @@ class LayerRule(google.protobuf.message.Message):
     """"ferry", "zstd", "raw", "affine"; "none": not stored"""
     model: builtins.str
     """hex prefix of a model_id; empty: every model"""
+    node: builtins.str
+    """on this node only; empty: on every node"""
+    decided: builtins.bool
+    """by the optimizer, which replaces such rules"""
     @property
     def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """"step", "target_kl", "bits", ..."""
@@ -120,10 +126,37 @@ class LayerRule(google.protobuf.message.Message):
         codec: builtins.str = ...,
         options: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         model: builtins.str = ...,
+        node: builtins.str = ...,
+        decided: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["codec", b"codec", "layer_end", b"layer_end", "layer_start", b"layer_start", "model", b"model", "options", b"options"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "decided", b"decided", "layer_end", b"layer_end", "layer_start", b"layer_start", "model", b"model", "node", b"node", "options", b"options"]) -> None: ...
 
 Global___LayerRule: typing_extensions.TypeAlias = LayerRule
+
+@typing.final
+class PressureSwitch(google.protobuf.message.Message):
+    """Marks at which the optimizer goes over to a larger budget, and back."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HIGH_COMPRESSION_FIELD_NUMBER: builtins.int
+    MEMORY_EMERGENCY_FIELD_NUMBER: builtins.int
+    HYSTERESIS_FIELD_NUMBER: builtins.int
+    high_compression: builtins.float
+    """Shares of memory in use on the fullest node from which on these tiers hold; 0: never."""
+    memory_emergency: builtins.float
+    hysteresis: builtins.float
+    """back once the share is so far below the mark"""
+    def __init__(
+        self,
+        *,
+        high_compression: builtins.float = ...,
+        memory_emergency: builtins.float = ...,
+        hysteresis: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["high_compression", b"high_compression", "hysteresis", b"hysteresis", "memory_emergency", b"memory_emergency"]) -> None: ...
+
+Global___PressureSwitch: typing_extensions.TypeAlias = PressureSwitch
 
 @typing.final
 class TailRule(google.protobuf.message.Message):
@@ -178,6 +211,9 @@ class Policy(google.protobuf.message.Message):
     MEMORY_MARK_FIELD_NUMBER: builtins.int
     MIN_TOKENS_FIELD_NUMBER: builtins.int
     TERM_FIELD_NUMBER: builtins.int
+    BUDGET_NATS_FIELD_NUMBER: builtins.int
+    SWITCH_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
     version: builtins.int
     name: builtins.str
     idle_s: builtins.int
@@ -188,6 +224,10 @@ class Policy(google.protobuf.message.Message):
     """shorter sequences are not stored"""
     term: builtins.int
     """Of the leader that pushed it, see LeadershipReply. Not a part of what is decided."""
+    budget_nats: builtins.float
+    """What the optimizer may spend, in nats of mean KL; 0: rules stand as they are."""
+    tier: builtins.str
+    """held for memory pressure now; empty: none"""
     @property
     def rules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LayerRule]: ...
     @property
@@ -198,6 +238,8 @@ class Policy(google.protobuf.message.Message):
     def accept(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Codecs that a restore accepts; empty: any that can be decoded."""
 
+    @property
+    def switch(self) -> Global___PressureSwitch: ...
     def __init__(
         self,
         *,
@@ -211,9 +253,12 @@ class Policy(google.protobuf.message.Message):
         memory_mark: builtins.float = ...,
         min_tokens: builtins.int = ...,
         term: builtins.int = ...,
+        budget_nats: builtins.float = ...,
+        switch: Global___PressureSwitch | None = ...,
+        tier: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["tail", b"tail"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accept", b"accept", "idle_s", b"idle_s", "memory_mark", b"memory_mark", "min_tokens", b"min_tokens", "name", b"name", "rules", b"rules", "tail", b"tail", "term", b"term", "version", b"version", "when", b"when"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["switch", b"switch", "tail", b"tail"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["accept", b"accept", "budget_nats", b"budget_nats", "idle_s", b"idle_s", "memory_mark", b"memory_mark", "min_tokens", b"min_tokens", "name", b"name", "rules", b"rules", "switch", b"switch", "tail", b"tail", "term", b"term", "tier", b"tier", "version", b"version", "when", b"when"]) -> None: ...
 
 Global___Policy: typing_extensions.TypeAlias = Policy
 
@@ -296,19 +341,109 @@ class ShardInfo(google.protobuf.message.Message):
     MODEL_ID_FIELD_NUMBER: builtins.int
     LAYER_START_FIELD_NUMBER: builtins.int
     LAYER_END_FIELD_NUMBER: builtins.int
+    HEAD_START_FIELD_NUMBER: builtins.int
+    HEAD_END_FIELD_NUMBER: builtins.int
+    CURVE_ID_FIELD_NUMBER: builtins.int
     model_id: builtins.bytes
     layer_start: builtins.int
     layer_end: builtins.int
+    head_start: builtins.int
+    """KV heads that a tensor-parallel rank holds; 0-0: all."""
+    head_end: builtins.int
+    curve_id: builtins.bytes
+    """of the model's ModelCurve; empty: there is none"""
     def __init__(
         self,
         *,
         model_id: builtins.bytes = ...,
         layer_start: builtins.int = ...,
         layer_end: builtins.int = ...,
+        head_start: builtins.int = ...,
+        head_end: builtins.int = ...,
+        curve_id: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["layer_end", b"layer_end", "layer_start", b"layer_start", "model_id", b"model_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curve_id", b"curve_id", "head_end", b"head_end", "head_start", b"head_start", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_id", b"model_id"]) -> None: ...
 
 Global___ShardInfo: typing_extensions.TypeAlias = ShardInfo
+
+@typing.final
+class GroupCurve(google.protobuf.message.Message):
+    """What coding one layer group costs, at each step of its ModelCurve."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LAYER_START_FIELD_NUMBER: builtins.int
+    LAYER_END_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    BITS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    KL_FIELD_NUMBER: builtins.int
+    layer_start: builtins.int
+    layer_end: builtins.int
+    width: builtins.int
+    """values of one token, over all heads and streams"""
+    @property
+    def bits_per_token(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """stored, headers included"""
+
+    @property
+    def kl(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """predicted share of the mean KL, in nats"""
+
+    def __init__(
+        self,
+        *,
+        layer_start: builtins.int = ...,
+        layer_end: builtins.int = ...,
+        width: builtins.int = ...,
+        bits_per_token: collections.abc.Iterable[builtins.float] | None = ...,
+        kl: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bits_per_token", b"bits_per_token", "kl", b"kl", "layer_end", b"layer_end", "layer_start", b"layer_start", "width", b"width"]) -> None: ...
+
+Global___GroupCurve: typing_extensions.TypeAlias = GroupCurve
+
+@typing.final
+class ModelCurve(google.protobuf.message.Message):
+    """A model's rate-distortion curve, as its calibration measured it. Known by its content:
+    see kvferry/cluster/curves.py.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    MODEL_LAYERS_FIELD_NUMBER: builtins.int
+    MODEL_HEADS_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    MEASURED_KL_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    model_id: builtins.bytes
+    model_layers: builtins.int
+    model_heads: builtins.int
+    @property
+    def steps(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """falling"""
+
+    @property
+    def measured_kl(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """What the whole model was measured to lose at each step, in nats, on most texts."""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___GroupCurve]:
+        """in layer order, covering the model"""
+
+    def __init__(
+        self,
+        *,
+        model_id: builtins.bytes = ...,
+        model_layers: builtins.int = ...,
+        model_heads: builtins.int = ...,
+        steps: collections.abc.Iterable[builtins.float] | None = ...,
+        measured_kl: collections.abc.Iterable[builtins.float] | None = ...,
+        groups: collections.abc.Iterable[Global___GroupCurve] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["groups", b"groups", "measured_kl", b"measured_kl", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "steps", b"steps"]) -> None: ...
+
+Global___ModelCurve: typing_extensions.TypeAlias = ModelCurve
 
 @typing.final
 class RegisterReply(google.protobuf.message.Message):
@@ -372,6 +507,7 @@ class HeartbeatRequest(google.protobuf.message.Message):
     SHARDS_FIELD_NUMBER: builtins.int
     POLICY_VERSION_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
+    CURVES_FIELD_NUMBER: builtins.int
     PHASE_FIELD_NUMBER: builtins.int
     DRAINED_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
@@ -397,6 +533,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
     @property
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
+    def curves(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelCurve]:
+        """those that the last reply asked for"""
+
+    @property
     def exo(self) -> Global___ExoState:
         """left out: as before"""
 
@@ -413,13 +553,14 @@ class HeartbeatRequest(google.protobuf.message.Message):
         shards: collections.abc.Iterable[Global___ShardInfo] | None = ...,
         policy_version: builtins.int = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        curves: collections.abc.Iterable[Global___ModelCurve] | None = ...,
         phase: Global___NodePhase.ValueType = ...,
         drained: builtins.bool = ...,
         sequence: builtins.int = ...,
         exo: Global___ExoState | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["exo", b"exo"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["counters", b"counters", "decode_tokens_per_s", b"decode_tokens_per_s", "drained", b"drained", "exo", b"exo", "free_disk_bytes", b"free_disk_bytes", "incarnation", b"incarnation", "links", b"links", "memory_used_share", b"memory_used_share", "node_id", b"node_id", "phase", b"phase", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "sequence", b"sequence", "shards", b"shards"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counters", b"counters", "curves", b"curves", "decode_tokens_per_s", b"decode_tokens_per_s", "drained", b"drained", "exo", b"exo", "free_disk_bytes", b"free_disk_bytes", "incarnation", b"incarnation", "links", b"links", "memory_used_share", b"memory_used_share", "node_id", b"node_id", "phase", b"phase", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "sequence", b"sequence", "shards", b"shards"]) -> None: ...
 
 Global___HeartbeatRequest: typing_extensions.TypeAlias = HeartbeatRequest
 
@@ -601,6 +742,7 @@ class HeartbeatReply(google.protobuf.message.Message):
     KNOWN_FIELD_NUMBER: builtins.int
     PEERS_FIELD_NUMBER: builtins.int
     TERM_FIELD_NUMBER: builtins.int
+    WANTED_CURVES_FIELD_NUMBER: builtins.int
     DRAIN_FIELD_NUMBER: builtins.int
     PARTIAL_PEERS_FIELD_NUMBER: builtins.int
     known: builtins.bool
@@ -612,16 +754,21 @@ class HeartbeatReply(google.protobuf.message.Message):
     """as in RegisterReply"""
     @property
     def peers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeAddress]: ...
+    @property
+    def wanted_curves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """ids that shards name and nobody has told yet"""
+
     def __init__(
         self,
         *,
         known: builtins.bool = ...,
         peers: collections.abc.Iterable[Global___NodeAddress] | None = ...,
         term: builtins.int = ...,
+        wanted_curves: collections.abc.Iterable[builtins.bytes] | None = ...,
         drain: builtins.bool = ...,
         partial_peers: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["drain", b"drain", "known", b"known", "partial_peers", b"partial_peers", "peers", b"peers", "term", b"term"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drain", b"drain", "known", b"known", "partial_peers", b"partial_peers", "peers", b"peers", "term", b"term", "wanted_curves", b"wanted_curves"]) -> None: ...
 
 Global___HeartbeatReply: typing_extensions.TypeAlias = HeartbeatReply
 
@@ -758,16 +905,20 @@ class ExplainRequest(google.protobuf.message.Message):
 
     LAYERS_FIELD_NUMBER: builtins.int
     MODEL_FIELD_NUMBER: builtins.int
+    NODE_FIELD_NUMBER: builtins.int
     layers: builtins.int
     model: builtins.str
     """hex of a model_id; empty: rules for every model"""
+    node: builtins.str
+    """as this node codes them; empty: rules for every node"""
     def __init__(
         self,
         *,
         layers: builtins.int = ...,
         model: builtins.str = ...,
+        node: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["layers", b"layers", "model", b"model"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["layers", b"layers", "model", b"model", "node", b"node"]) -> None: ...
 
 Global___ExplainRequest: typing_extensions.TypeAlias = ExplainRequest
 
@@ -779,14 +930,19 @@ class ExplainReply(google.protobuf.message.Message):
     LAYERS_FIELD_NUMBER: builtins.int
     SOURCE_FIELD_NUMBER: builtins.int
     PROBLEM_FIELD_NUMBER: builtins.int
+    DECISIONS_FIELD_NUMBER: builtins.int
     source: builtins.str
-    """who decided: "built-in", "file", "admin" """
+    """"built-in", "file", "admin", "optimizer" """
     problem: builtins.str
     """why the policy file is not what is in force"""
     @property
     def policy(self) -> Global___Policy: ...
     @property
     def layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LayerExplanation]: ...
+    @property
+    def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """one a model and set of nodes that hold it"""
+
     def __init__(
         self,
         *,
@@ -794,11 +950,192 @@ class ExplainReply(google.protobuf.message.Message):
         layers: collections.abc.Iterable[Global___LayerExplanation] | None = ...,
         source: builtins.str = ...,
         problem: builtins.str = ...,
+        decisions: collections.abc.Iterable[Global___Decision] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["policy", b"policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["layers", b"layers", "policy", b"policy", "problem", b"problem", "source", b"source"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decisions", b"decisions", "layers", b"layers", "policy", b"policy", "problem", b"problem", "source", b"source"]) -> None: ...
 
 Global___ExplainReply: typing_extensions.TypeAlias = ExplainReply
+
+@typing.final
+class Decision(google.protobuf.message.Message):
+    """What the optimizer decided for the nodes that together hold a model, and why."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    BUDGET_NATS_FIELD_NUMBER: builtins.int
+    KL_NATS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    SLOWEST_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
+    PARTS_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
+    model_id: builtins.bytes
+    budget_nats: builtins.float
+    kl_nats: builtins.float
+    tokens: builtins.int
+    """restored in what follows"""
+    seconds: builtins.float
+    """until the slowest node has its part"""
+    slowest: builtins.str
+    why: builtins.str
+    """in one sentence, what holds"""
+    tier: builtins.str
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeShare]: ...
+    @property
+    def parts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PartChoice]: ...
+    def __init__(
+        self,
+        *,
+        model_id: builtins.bytes = ...,
+        budget_nats: builtins.float = ...,
+        kl_nats: builtins.float = ...,
+        tokens: builtins.int = ...,
+        seconds: builtins.float = ...,
+        slowest: builtins.str = ...,
+        why: builtins.str = ...,
+        nodes: collections.abc.Iterable[Global___NodeShare] | None = ...,
+        parts: collections.abc.Iterable[Global___PartChoice] | None = ...,
+        tier: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget_nats", b"budget_nats", "kl_nats", b"kl_nats", "model_id", b"model_id", "nodes", b"nodes", "parts", b"parts", "seconds", b"seconds", "slowest", b"slowest", "tier", b"tier", "tokens", b"tokens", "why", b"why"]) -> None: ...
+
+Global___Decision: typing_extensions.TypeAlias = Decision
+
+@typing.final
+class NodeShare(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    LATENCY_S_FIELD_NUMBER: builtins.int
+    DECODE_S_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    MEASURED_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    bytes_per_s: builtins.float
+    """as decided with, from and to the store"""
+    latency_s: builtins.float
+    decode_s: builtins.float
+    bytes: builtins.int
+    seconds: builtins.float
+    measured: builtins.bool
+    """false: its link is taken to be as the others'"""
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        bytes_per_s: builtins.float = ...,
+        latency_s: builtins.float = ...,
+        decode_s: builtins.float = ...,
+        bytes: builtins.int = ...,
+        seconds: builtins.float = ...,
+        measured: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "bytes_per_s", b"bytes_per_s", "decode_s", b"decode_s", "latency_s", b"latency_s", "measured", b"measured", "node_id", b"node_id", "seconds", b"seconds"]) -> None: ...
+
+Global___NodeShare: typing_extensions.TypeAlias = NodeShare
+
+@typing.final
+class PartChoice(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class OptionsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NODE_ID_FIELD_NUMBER: builtins.int
+    LAYER_START_FIELD_NUMBER: builtins.int
+    LAYER_END_FIELD_NUMBER: builtins.int
+    HEAD_START_FIELD_NUMBER: builtins.int
+    HEAD_END_FIELD_NUMBER: builtins.int
+    CODEC_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    KL_NATS_FIELD_NUMBER: builtins.int
+    FINER_FIELD_NUMBER: builtins.int
+    COARSER_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    node_id: builtins.str
+    layer_start: builtins.int
+    layer_end: builtins.int
+    head_start: builtins.int
+    head_end: builtins.int
+    codec: builtins.str
+    bytes: builtins.int
+    kl_nats: builtins.float
+    why: builtins.str
+    @property
+    def options(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
+    @property
+    def finer(self) -> Global___NextChoice:
+        """left out where there is none"""
+
+    @property
+    def coarser(self) -> Global___NextChoice: ...
+    def __init__(
+        self,
+        *,
+        node_id: builtins.str = ...,
+        layer_start: builtins.int = ...,
+        layer_end: builtins.int = ...,
+        head_start: builtins.int = ...,
+        head_end: builtins.int = ...,
+        codec: builtins.str = ...,
+        options: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        bytes: builtins.int = ...,
+        kl_nats: builtins.float = ...,
+        finer: Global___NextChoice | None = ...,
+        coarser: Global___NextChoice | None = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["coarser", b"coarser", "finer", b"finer"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "coarser", b"coarser", "codec", b"codec", "finer", b"finer", "head_end", b"head_end", "head_start", b"head_start", "kl_nats", b"kl_nats", "layer_end", b"layer_end", "layer_start", b"layer_start", "node_id", b"node_id", "options", b"options", "why", b"why"]) -> None: ...
+
+Global___PartChoice: typing_extensions.TypeAlias = PartChoice
+
+@typing.final
+class NextChoice(google.protobuf.message.Message):
+    """What the next choice would change, of the part and of its node."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    KL_NATS_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    bytes: builtins.int
+    kl_nats: builtins.float
+    seconds: builtins.float
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        bytes: builtins.int = ...,
+        kl_nats: builtins.float = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "kl_nats", b"kl_nats", "name", b"name", "seconds", b"seconds"]) -> None: ...
+
+Global___NextChoice: typing_extensions.TypeAlias = NextChoice
 
 @typing.final
 class LayerExplanation(google.protobuf.message.Message):

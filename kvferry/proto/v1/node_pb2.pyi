@@ -274,6 +274,7 @@ class HookReport(google.protobuf.message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     DECODE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     SHARD_FIELD_NUMBER: builtins.int
+    CURVE_FIELD_NUMBER: builtins.int
     client: builtins.str
     prefill_tokens_per_s: builtins.float
     decode_tokens_per_s: builtins.float
@@ -287,6 +288,10 @@ class HookReport(google.protobuf.message.Message):
     def drops(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
     @property
     def shard(self) -> kvferry.proto.v1.coordinator_pb2.ShardInfo: ...
+    @property
+    def curve(self) -> kvferry.proto.v1.coordinator_pb2.ModelCurve:
+        """the one that the shard names"""
+
     def __init__(
         self,
         *,
@@ -297,9 +302,10 @@ class HookReport(google.protobuf.message.Message):
         prefill_tokens_per_s: builtins.float = ...,
         decode_tokens_per_s: builtins.float = ...,
         shard: kvferry.proto.v1.coordinator_pb2.ShardInfo | None = ...,
+        curve: kvferry.proto.v1.coordinator_pb2.ModelCurve | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["restore", b"restore", "shard", b"shard"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "decode_tokens_per_s", b"decode_tokens_per_s", "drops", b"drops", "misses", b"misses", "prefill_tokens_per_s", b"prefill_tokens_per_s", "restore", b"restore", "shard", b"shard"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["curve", b"curve", "restore", b"restore", "shard", b"shard"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "curve", b"curve", "decode_tokens_per_s", b"decode_tokens_per_s", "drops", b"drops", "misses", b"misses", "prefill_tokens_per_s", b"prefill_tokens_per_s", "restore", b"restore", "shard", b"shard"]) -> None: ...
 
 Global___HookReport: typing_extensions.TypeAlias = HookReport
 
@@ -307,9 +313,15 @@ Global___HookReport: typing_extensions.TypeAlias = HookReport
 class HookReportReply(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    CURVE_WANTED_FIELD_NUMBER: builtins.int
+    curve_wanted: builtins.bool
+    """the shard's curve is not known here"""
     def __init__(
         self,
+        *,
+        curve_wanted: builtins.bool = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["curve_wanted", b"curve_wanted"]) -> None: ...
 
 Global___HookReportReply: typing_extensions.TypeAlias = HookReportReply
 
