@@ -2,7 +2,10 @@
 
 name = "laptop"
 when = ["after_prefill", "turn_end"]
-[[rules]]                 # the first rule that fits a layer holds
+budget_nats = 0.005       # the optimizer decides under rules with a target_kl; 0: it does not
+[switch]                  # marks of memory in use at which its budget is a larger one
+high_compression = 0.9
+[[rules]]                 # the first rule that fits layer, model and node holds
 layers = "0-14"           # half-open: 0 to 13; "20-": to the last; ["0-4", "26-30"]
 codec = "affine"
 options = { bits = 8 }
@@ -35,9 +38,14 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 MAX_FILE_BYTES = 1 << 20
 DEFAULT_TTL_S = 86_400
-_POLICY_KEYS = ("name", "rules", "when", "tail", "accept", "idle_s", "memory_mark", "min_tokens")
-_RULE_KEYS = ("layers", "model", "codec", "options")
+DEFAULT_HYSTERESIS = 0.05
+_POLICY_KEYS = (
+    "name", "rules", "when", "tail", "accept", "idle_s", "memory_mark", "min_tokens",
+    "budget_nats", "switch", "tier",
+)  # fmt: skip
+_RULE_KEYS = ("layers", "model", "node", "codec", "options", "decided")
 _TAIL_KEYS = ("codec", "options", "ttl_s")
+_SWITCH_KEYS = ("high_compression", "memory_emergency", "hysteresis")
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,15})(\.[0-9]{1,16})?")
 _SPAN = re.compile(r"([0-9]{1,6})(-([0-9]{1,6})?)?")
 
@@ -85,9 +93,7 @@ def _policy(table: Mapping[str, Any], name: str) -> pb.Policy:
     for index, trigger in enumerate(when):
         if trigger not in TRIGGERS:
             raise ConfigError(f"when[{index}]", trigger, f"one of {', '.join(TRIGGERS)}")
-    mark = table.get("memory_mark", 0.85)
-    if isinstance(mark, bool) or not isinstance(mark, int | float):
-        raise ConfigError("memory_mark", mark, "a share above 0, at most 1")
+    mark = _number(table.get("memory_mark", 0.85), "memory_mark", "a share above 0, at most 1")
     rules = table.get("rules", [])
     if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
         raise ConfigError("rules", rules, "tables, each under [[rules]]")
@@ -100,7 +106,21 @@ def _policy(table: Mapping[str, Any], name: str) -> pb.Policy:
         idle_s=_whole(table.get("idle_s", 60), "idle_s", 1, 86_400),
         memory_mark=mark,
         min_tokens=_whole(table.get("min_tokens", 256), "min_tokens", 0, 1 << 31),
+        budget_nats=_number(table.get("budget_nats", 0), "budget_nats", "a number of nats"),
+        switch=_switch(table["switch"]) if "switch" in table else None,
+        tier=_text(table.get("tier", ""), "tier"),
     )
+
+
+def _switch(table: object) -> pb.PressureSwitch:
+    if not isinstance(table, dict):
+        raise ConfigError("switch", table, "a table, under [switch]")
+    _known(table, _SWITCH_KEYS, "switch.")
+    given = {"hysteresis": DEFAULT_HYSTERESIS, **table}
+    shares = {
+        name: _number(value, f"switch.{name}", "a share of memory") for name, value in given.items()
+    }
+    return pb.PressureSwitch(**shares)
 
 
 def _rules(table: Mapping[str, Any], where: str) -> list[pb.LayerRule]:
@@ -111,12 +131,22 @@ def _rules(table: Mapping[str, Any], where: str) -> list[pb.LayerRule]:
     codec = _text(table["codec"], f"{where}.codec")
     options = _options(table.get("options", {}), f"{where}.options")
     model = _text(table.get("model", ""), f"{where}.model").lower()
+    node = _text(table.get("node", ""), f"{where}.node")
+    decided = table.get("decided", False)
+    if not isinstance(decided, bool):
+        raise ConfigError(f"{where}.decided", decided, "true or false")
     spans = table.get("layers", "all")
     rules = []
     for span in spans if isinstance(spans, list) else [spans]:
         start, end = _span(span, f"{where}.layers")
         rule = pb.LayerRule(
-            layer_start=start, layer_end=end, codec=codec, options=options, model=model
+            layer_start=start,
+            layer_end=end,
+            codec=codec,
+            options=options,
+            model=model,
+            node=node,
+            decided=decided,
         )
         check_rule(rule, where)
         rules.append(rule)
@@ -174,6 +204,15 @@ def _whole(value: object, where: str, low: int, high: int) -> int:
     return value
 
 
+def _number(value: object, where: str, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(where, value, allowed)
+    try:
+        return float(value)
+    except OverflowError as exc:
+        raise ConfigError(where, "a number of many digits", allowed) from exc
+
+
 def _options(value: object, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ConfigError(where, value, "a table, as { target_kl = 0.005 }")
@@ -195,11 +234,21 @@ def dump_policy(policy: pb.Policy) -> str:
         f"idle_s = {policy.idle_s}",
         f"memory_mark = {policy.memory_mark!r}",
         f"min_tokens = {policy.min_tokens}",
+        f"budget_nats = {policy.budget_nats!r}",
     ]
+    if policy.tier:
+        lines.append(f"tier = {json.dumps(policy.tier, ensure_ascii=False)}")
+    if policy.HasField("switch"):
+        lines += ["", "[switch]"]
+        lines += [f"{name} = {getattr(policy.switch, name)!r}" for name in _SWITCH_KEYS]
     for rule in policy.rules:
         lines += ["", "[[rules]]", f"layers = {json.dumps(span_text(rule))}"]
         if rule.model:
             lines.append(f"model = {json.dumps(rule.model)}")
+        if rule.node:
+            lines.append(f"node = {json.dumps(rule.node, ensure_ascii=False)}")
+        if rule.decided:
+            lines.append("decided = true")
         lines += [f"codec = {json.dumps(rule.codec)}", f"options = {_inline(rule.options)}"]
     tail = policy.tail
     lines += ["", "[tail]", f"codec = {json.dumps(tail.codec)}"]

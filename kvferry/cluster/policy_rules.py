@@ -16,11 +16,14 @@ TRIGGERS: Mapping[str, "pb.Trigger.ValueType"] = {
 }
 NOT_STORED = "none"
 RECOMPUTE = "recompute"
-MAX_RULES = 4096
+MAX_RULES = 8192
 MAX_TTL_S = 10 * 365 * 86_400
+MAX_BUDGET_NATS = 10.0
+MAX_NODE_CHARS = 128
 
 _NAME = re.compile(r"[\w .+-]{1,64}")
 _MODEL = re.compile(r"[0-9a-fA-F]{0,64}")
+_NODE = re.compile(r"[^\s\x00-\x1f\x7f]{0,128}")
 
 
 def _positive(text: str) -> bool:
@@ -96,6 +99,12 @@ def check_policy(policy: pb.Policy) -> None:
         raise ConfigError("memory_mark", policy.memory_mark, "a share above 0, at most 1")
     if not 1 <= policy.idle_s <= 86_400:
         raise ConfigError("idle_s", policy.idle_s, "1 to 86400 seconds")
+    if not 0 <= policy.budget_nats <= MAX_BUDGET_NATS:
+        allowed = f"nats from 0 (rules stand as they are) to {MAX_BUDGET_NATS:g}"
+        raise ConfigError("budget_nats", policy.budget_nats, allowed)
+    _check_switch(policy.switch)
+    if policy.tier and not _NAME.fullmatch(policy.tier):
+        raise ConfigError("tier", policy.tier[:80], "left out: memory pressure decides it")
 
 
 def check_rule(rule: pb.LayerRule, where: str) -> None:
@@ -109,7 +118,25 @@ def check_rule(rule: pb.LayerRule, where: str) -> None:
         raise ConfigError(f"{where}.layers", span_text(rule), f"at most {MAX_LAYERS}")
     if not _MODEL.fullmatch(rule.model):
         raise ConfigError(f"{where}.model", rule.model[:80], "the first hex digits of a model id")
+    if not _NODE.fullmatch(rule.node):
+        allowed = f"a node id: at most {MAX_NODE_CHARS} characters without spaces"
+        raise ConfigError(f"{where}.node", rule.node[:80], allowed)
+    if rule.node and rule.codec == NOT_STORED:
+        # The others would store pages that never become complete.
+        raise ConfigError(f"{where}.node", rule.node, f"left out with codec {NOT_STORED!r}")
     _check_options(rule.codec, rule.options, f"{where}.options")
+
+
+def _check_switch(switch: pb.PressureSwitch) -> None:
+    marks = [switch.high_compression, switch.memory_emergency]
+    for name, mark in zip(("high_compression", "memory_emergency"), marks, strict=True):
+        if not 0 <= mark <= 1:
+            raise ConfigError(f"switch.{name}", mark, "a share of memory in use, 0 for never")
+    if all(marks) and marks[0] >= marks[1]:
+        allowed = "above that of high_compression"
+        raise ConfigError("switch.memory_emergency", marks[1], allowed)
+    if not 0 <= switch.hysteresis <= 0.5:
+        raise ConfigError("switch.hysteresis", switch.hysteresis, "a share from 0 to 0.5")
 
 
 def _check_tail(tail: pb.TailRule) -> None:

@@ -63,6 +63,7 @@ def page_coding(
     shard: Shard,
     calibration: CalibrationSet | None,
     cut_group: CutGroup,
+    node: str = "",
 ) -> list[CodedRange]:
     """How each page of ``shard`` is to be coded; empty: the policy stores nothing.
 
@@ -73,10 +74,11 @@ def page_coding(
     Args:
         calibration: of this model; None: ``ferry`` gives way to 8-bit ``affine``.
         cut_group: (group id, layers, heads) -> calibration of just that part.
+        node: id of the node that codes them.
     Raises:
         ConfigError: a rule names options that its codec does not have.
     """
-    whole = layer_rules(policy, shard.model_id, (0, shard.model_layers))
+    whole = layer_rules(policy, shard.model_id, (0, shard.model_layers), node)
     if any(rule.codec == NOT_STORED for _, rule in whole):
         return []  # a page that lacks layers is never complete, so none is worth writing
     coded: list[CodedRange] = []

@@ -19,6 +19,10 @@ accept = ["ferry", "affine"]
 idle_s = 30
 memory_mark = 0.7
 min_tokens = 512
+budget_nats = 0.01
+
+[switch]
+high_compression = 0.9
 
 [[rules]]
 layers = ["0-4", "10-14"]
@@ -33,6 +37,7 @@ codec = "none"
 [[rules]]
 layers = "7"
 codec = "raw"
+node = "laptop.local"
 
 [[rules]]
 codec = "ferry"
@@ -67,6 +72,9 @@ def test_every_field_is_read(tmp_path: Path) -> None:
         (7, 8, "", "raw"),
         (0, 0, "", "ferry"),
     ]
+    assert [r.node for r in policy.rules] == ["", "", "", "laptop.local", ""]
+    assert policy.budget_nats == 0.01
+    assert policy.switch == pb.PressureSwitch(high_compression=0.9, hysteresis=0.05)
     assert dict(policy.rules[0].options) == {"bits": "4"}
     assert dict(policy.rules[4].options) == {"target_kl": "0.02"}
     assert (policy.tail.codec, policy.tail.ttl_s) == ("recompute", 60)
@@ -74,6 +82,8 @@ def test_every_field_is_read(tmp_path: Path) -> None:
 
 def test_what_a_file_leaves_out_is_as_in_the_default_policy() -> None:
     policy = _text('name = "default"\n[[rules]]\ncodec = "ferry"\noptions = {target_kl = 0.005}')
+    assert not policy.budget_nats  # the optimizer decides nothing that it is not told to
+    policy.budget_nats = 0.005
     assert policy == policies.default_policy()
     assert _text("").name == "p"  # the file's name
 
@@ -91,6 +101,23 @@ def test_what_a_file_leaves_out_is_as_in_the_default_policy() -> None:
         ("memory_mark = 'much'", "memory_mark", "share"),
         ("min_tokens = -1", "min_tokens", "whole number"),
         ("accept = ['gzip']", "accept", "ferry"),
+        ("budget_nats = -1", "budget_nats", "nats from 0"),
+        ("budget_nats = nan", "budget_nats", "nats from 0"),
+        ("budget_nats = '1'", "budget_nats", "number of nats"),
+        ("budget_nats = 1" + "0" * 400, "budget_nats", "number of nats"),
+        ("switch = 3", "switch", "[switch]"),
+        ("[switch]\nlow = 1", "switch.low", "high_compression"),
+        ("[switch]\nhigh_compression = 2", "switch.high_compression", "share of memory"),
+        ("[switch]\nhysteresis = 0.9", "switch.hysteresis", "0 to 0.5"),
+        (
+            "[switch]\nhigh_compression = 0.9\nmemory_emergency = 0.8",
+            "switch.memory_emergency",
+            "above",
+        ),
+        ("tier = 3", "tier", "text"),
+        ("[[rules]]\ncodec = 'raw'\nnode = 'a b'", "rules[0].node", "without spaces"),
+        ("[[rules]]\ncodec = 'none'\nnode = 'a'", "rules[0].node", "none"),
+        ("[[rules]]\ncodec = 'raw'\ndecided = 1", "rules[0].decided", "true or false"),
         ("rules = 3", "rules", "[[rules]]"),
         ("tail = 3", "tail", "[tail]"),
         ("[tail]\nttl = 3", "tail.ttl", "ttl_s"),
@@ -160,7 +187,15 @@ _rule = st.sampled_from([*CODEC_OPTIONS, "none"]).flatmap(
         codec=st.just(codec),
         options=_options(codec),
         model=st.sampled_from(["", "ab", "00ff" * 16]),
+        node=st.just("") if codec == "none" else st.text('aé"\\😀', max_size=5),
+        decided=st.booleans(),
     )
+)
+_switches = st.builds(
+    pb.PressureSwitch,
+    high_compression=st.floats(0, 0.5),
+    memory_emergency=st.floats(0.51, 1) | st.just(0.0),
+    hysteresis=st.floats(0, 0.5),
 )
 _policies = st.builds(
     pb.Policy,
@@ -171,6 +206,9 @@ _policies = st.builds(
     idle_s=st.integers(1, 86_400),
     memory_mark=st.floats(0.01, 1.0),
     min_tokens=st.integers(0, 1 << 31),
+    budget_nats=st.floats(0, 10),
+    switch=st.none() | _switches,
+    tier=st.sampled_from(["", "high_compression"]),
     tail=st.builds(
         pb.TailRule,
         codec=st.sampled_from(["raw", "recompute"]),

@@ -47,6 +47,23 @@ def test_a_rule_for_one_model_leaves_others_alone() -> None:
     assert policies.rule_for(policy, b"", 0).codec == "affine"
 
 
+def test_a_rule_for_one_node_leaves_others_alone() -> None:
+    policy = _policy(
+        pb.LayerRule(node="a", layer_end=2, codec="raw"),
+        pb.LayerRule(node="b", model=OTHER.hex(), codec="zstd"),
+        pb.LayerRule(codec="affine"),
+    )
+    assert [policies.rule_for(policy, MODEL, 0, n).codec for n in ("a", "b", "")] == [
+        "raw", "affine", "affine",
+    ]  # fmt: skip
+    assert policies.rule_for(policy, OTHER, 5, "b").codec == "zstd"
+    assert [s for s, _ in policies.layer_rules(policy, MODEL, (0, 4), "a")] == [(0, 2), (2, 4)]
+    assert [s for s, _ in policies.layer_rules(policy, MODEL, (0, 4))] == [(0, 4)]
+    told = policies.explain(policy, MODEL, 3, "a")
+    assert "on a" in told[0][1]
+    assert [codec for codec, _ in told] == ["raw", "raw", "affine"]
+
+
 def test_neighbours_that_are_coded_alike_are_one_run() -> None:
     policy = _policy(
         pb.LayerRule(layer_end=3, codec="affine", options={"bits": "4"}),
@@ -90,6 +107,8 @@ def test_built_in_policies_hold_and_differ_as_the_design_says() -> None:
         for name in policies.policy_names()[1:]
     ]
     assert budgets == ["0.005", "0.02", "0.1"]
+    tiers = [policies.named_policy(name).budget_nats for name in policies.policy_names()]
+    assert tiers == [0, 0.005, 0.02, 0.1]
     exact = policies.named_policy("exact")
     assert (exact.rules[0].codec, exact.tail.codec) == ("zstd", "raw")
     assert set(exact.accept) == {"raw", "zstd"}
@@ -156,6 +175,10 @@ def test_the_policy_knows_the_registrys_codecs_and_their_options() -> None:
         (lambda p: setattr(p, "memory_mark", 1.5), "memory_mark"),
         (lambda p: setattr(p, "memory_mark", float("nan")), "memory_mark"),
         (lambda p: setattr(p, "idle_s", 0), "idle_s"),
+        (lambda p: setattr(p, "budget_nats", float("inf")), "budget_nats"),
+        (lambda p: setattr(p.switch, "high_compression", -1), "switch.high_compression"),
+        (lambda p: setattr(p, "tier", "\n"), "tier"),
+        (lambda p: setattr(p.rules[0], "node", "n" * 200), "rules[0].node"),
         (lambda p: setattr(p, "name", 'a"\n'), "name"),
     ],
 )
