@@ -1,0 +1,136 @@
+"""Why parts are coded as they are: shares of the budget, the slowest node, the next choices."""
+
+import numpy as np
+
+from kvferry.cluster.optimizer.decide import GAIN, Judged, Outlook
+from kvferry.cluster.optimizer.ladder import AFFINE, EXACT, Ladder
+from kvferry.cluster.optimizer.rules import Decided, digits
+from kvferry.cluster.optimizer.solve import Plan
+from kvferry.proto.v1 import coordinator_pb2 as pb
+
+
+def explain_rings(outlook: Outlook) -> list[pb.Decision]:
+    """One decision for each set of nodes that together hold a model."""
+    decided = Decided.of(outlook.facts.policy)
+    return [_decision(outlook, decided, judged) for judged in outlook.rings]
+
+
+def _decision(outlook: Outlook, decided: Decided, judged: Judged) -> pb.Decision:
+    plan = judged.now
+    problem, seconds = plan.problem, plan.seconds
+    slowest = int(seconds.argmax())
+    model = digits(judged.ring.model_id)
+    chosen = any((h.node_id, model) in decided.runs for h in judged.ring.holders)
+    made = pb.Decision(
+        model_id=judged.ring.model_id,
+        budget_nats=problem.budget,
+        kl_nats=plan.kl,
+        tokens=problem.tokens,
+        seconds=plan.deadline,
+        slowest=judged.ring.holders[slowest].node_id,
+        why=_why(judged, chosen) + _against_prefill(judged),
+        tier=outlook.tier,
+    )
+    carried = problem.tokens * (plan.bits + problem.fixed_bits) / 8
+    for node, holder in enumerate(judged.ring.holders):
+        made.nodes.add(
+            node_id=holder.node_id,
+            bytes_per_s=problem.bandwidth[node] / 8,
+            latency_s=holder.latency_s,
+            decode_s=problem.waits[node] - holder.latency_s,
+            bytes=round(carried[node]),
+            seconds=seconds[node],
+            measured=holder.bytes_per_s > 0,
+        )
+        for group in np.flatnonzero(problem.share[node] > 0):
+            made.parts.append(_part(judged, node, int(group), slowest))
+    return made
+
+
+def _why(judged: Judged, chosen: bool) -> str:
+    now, best = judged.now.deadline, judged.best.deadline
+    if judged.gain or judged.urgent:
+        return f"about to change: {best:.3g} s instead of {now:.3g} s"
+    if chosen:
+        return f"decided by the optimizer: the best of today would be {best:.3g} s"
+    if not any(holder.bytes_per_s > 0 for holder in judged.ring.holders):
+        return "one step for all: no link to the store is measured yet"
+    return f"one step for all: choosing would gain less than {GAIN:.0%} ({best:.3g} s)"
+
+
+def _against_prefill(judged: Judged) -> str:
+    """Nodes fetch nothing that they compute sooner; so that is worth a word."""
+    rates = [h.prefill_tokens_per_s for h in judged.ring.holders if h.prefill_tokens_per_s > 0]
+    if not rates:
+        return ""
+    prefill = judged.now.problem.tokens / min(rates)
+    if judged.now.deadline < prefill:
+        return f"; prefill takes {prefill:.3g} s"
+    return f"; prefill takes no more than {prefill:.3g} s, so that restores do not pay"
+
+
+def _part(judged: Judged, node: int, group: int, slowest: int) -> pb.PartChoice:
+    plan, holder = judged.now, judged.ring.holders[node]
+    ladder, share = plan.problem.ladder, plan.problem.share[node, group]
+    start, end = ladder.layers[group]
+    column = int(plan.choice[node, group])
+    choice = ladder.choices[column]
+    held = [(max(a, start), min(b, end)) for (a, b), _ in holder.parts if a < end and start < b]
+    heads = [heads for (a, b), heads in holder.parts if a < end and start < b]
+    made = pb.PartChoice(
+        node_id=holder.node_id,
+        layer_start=min(a for a, _ in held),
+        layer_end=max(b for _, b in held),
+        head_start=min(a for a, _ in heads),
+        head_end=max(b for _, b in heads),
+        codec=choice.codec,
+        options=dict(choice.options),
+        bytes=round(plan.problem.tokens * share * ladder.bits[group, column] / 8),
+        kl_nats=share * ladder.kl[group, column],
+        why=_part_why(plan, node, group, slowest, holder.node_id),
+    )
+    finer, coarser = neighbours(ladder, group, column)
+    if finer is not None:
+        made.finer.CopyFrom(_next(plan, node, group, finer))
+    if coarser is not None:
+        made.coarser.CopyFrom(_next(plan, node, group, coarser))
+    return made
+
+
+def neighbours(ladder: Ladder, group: int, column: int) -> tuple[int | None, int | None]:
+    """The next finer and the next coarser choice of a group that no other is better than."""
+    bits, kl = ladder.bits[group, : ladder.count], ladder.kl[group, : ladder.count]
+    taken, lost = ladder.bits[group, column], ladder.kl[group, column]
+    finer = np.flatnonzero(kl < lost)
+    coarser = np.flatnonzero(bits < taken)
+    up = int(finer[np.lexsort((kl[finer], bits[finer]))[0]]) if finer.size else None
+    down = int(coarser[np.lexsort((bits[coarser], kl[coarser]))[0]]) if coarser.size else None
+    return up, down
+
+
+def _next(plan: Plan, node: int, group: int, column: int) -> pb.NextChoice:
+    ladder, share = plan.problem.ladder, plan.problem.share[node, group]
+    old = plan.choice[node, group]
+    bits = share * (ladder.bits[group, column] - ladder.bits[group, old])
+    carried = plan.problem.tokens * bits
+    return pb.NextChoice(
+        name=str(ladder.choices[column]),
+        bytes=round(carried / 8),
+        kl_nats=share * (ladder.kl[group, column] - ladder.kl[group, old]),
+        seconds=carried / plan.problem.bandwidth[node],
+    )
+
+
+def _part_why(plan: Plan, node: int, group: int, slowest: int, name: str) -> str:
+    ladder = plan.problem.ladder
+    choice = ladder.choices[int(plan.choice[node, group])]
+    if choice == EXACT:
+        return "nothing coarser keeps the budget"
+    if choice == AFFINE:
+        return "its curve says that finer steps cost more than 8 bits do"
+    spare = plan.deadline - plan.seconds[node]
+    if node == slowest:
+        return f"{name} is the slowest: as coarse as the budget allows"
+    if spare > 0.1 * plan.deadline:
+        return f"{name} has {spare:.3g} s to spare, and finer here would be bytes for nothing"
+    return f"{name} is done at the same time, {spare:.3g} s before the slowest"
