@@ -18,6 +18,7 @@ from kvferry.cluster.durable import private_folder
 from kvferry.cluster.guard import callers_namespace
 from kvferry.cluster.membership import Membership, tells
 from kvferry.cluster.namespaces import DEFAULT_NAMESPACE
+from kvferry.cluster.policy_decider import PolicyDecider
 from kvferry.cluster.policy_keeper import PolicyKeeper
 from kvferry.cluster.seat import Seat
 from kvferry.errors import ConfigError, NotLeaderError
@@ -54,7 +55,11 @@ class Coordinator:
         self.metrics = CoordinatorMetrics(self.membership.counts)
         self.leadership.add_metrics(self.metrics.registry)
         self.policies = PolicyKeeper(seat.intents, settings.policy_file, self.metrics)
-        self.rounds: list[Callable[[], Awaitable[None]]] = [self.policies.look_at_file]
+        self.decider = PolicyDecider(self.policies, self.membership.members)
+        self.rounds: list[Callable[[], Awaitable[None]]] = [
+            self.policies.look_at_file,
+            self.decider.look,
+        ]
 
     @classmethod
     async def open(
@@ -133,7 +138,11 @@ class Coordinator:
         await self.policies.outgrow(request.policy_version)
         peers = self.membership.peers_of(request.node_id)
         return pb.HeartbeatReply(
-            known=True, peers=peers, drain=member.drain, partial_peers=self.membership.partial
+            known=True,
+            peers=peers,
+            drain=member.drain,
+            partial_peers=self.membership.partial,
+            wanted_curves=self.decider.told(request),
         )
 
     async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:

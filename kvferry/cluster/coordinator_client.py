@@ -152,9 +152,13 @@ class CoordinatorClient:
         """Tell how a restore went; for metrics, and later for decisions."""
         await self._call(lambda stub, s: stub.ReportRestore(report, timeout=s))
 
-    async def explain(self, layers: int, model_id: bytes = b"") -> pb.ExplainReply:
-        """The policy in force, and for each of ``layers`` why it is coded as it is."""
-        request = pb.ExplainRequest(layers=layers, model=model_id.hex())
+    async def explain(self, layers: int, model_id: bytes = b"", node: str = "") -> pb.ExplainReply:
+        """The policy in force, and for each of ``layers`` why it is coded as it is.
+
+        Args:
+            node: as this one codes them; empty: as nodes do that no rule names.
+        """
+        request = pb.ExplainRequest(layers=layers, model=model_id.hex(), node=node)
         return await self._call(lambda stub, s: stub.Explain(request, timeout=s))
 
     async def set_policy(self, policy: pb.Policy) -> int:

@@ -13,6 +13,7 @@ from kvferry import __version__
 from kvferry.cluster import policy as policies
 from kvferry.cluster.coordinator import Coordinator
 from kvferry.cluster.credentials import Credentials
+from kvferry.cluster.curves import check_curve
 from kvferry.cluster.discovery import announced
 from kvferry.cluster.handlers import stream, unary
 from kvferry.cluster.leader_gate import LeaderGate
@@ -20,7 +21,7 @@ from kvferry.cluster.member_messages import check_exo, told
 from kvferry.cluster.server import Service, start_server
 from kvferry.cluster.service import Running
 from kvferry.errors import ConfigError, ProtocolError
-from kvferry.proto.keys import DIGEST_BYTES, MAX_LAYERS
+from kvferry.proto.keys import DIGEST_BYTES, MAX_HEADS, MAX_LAYERS
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.settings import CoordinatorSettings
 
@@ -29,6 +30,7 @@ MAX_SHARDS = 1024
 MAX_LINKS = 4096
 MAX_COUNTERS = 1024
 MAX_EXPLAINED = 4096
+MAX_CURVES_TOLD = 4
 MAX_SALT_BYTES = 64
 
 _NODE_ID = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
@@ -62,6 +64,10 @@ class CoordinatorServicer:
         rates = [request.prefill_tokens_per_s, request.decode_tokens_per_s]
         rates += [n for link in request.links for n in _figures(link)]
         _check_numbers(request.memory_used_share, *rates)
+        if len(request.curves) > MAX_CURVES_TOLD:
+            raise ProtocolError(f"at most {MAX_CURVES_TOLD} curves in a heartbeat wanted")
+        for curve in request.curves:
+            check_curve(curve)
         if len(request.links) > MAX_LINKS or len(request.counters) > MAX_COUNTERS:
             raise ProtocolError(f"at most {MAX_LINKS} links and {MAX_COUNTERS} counters wanted")
         if any(len(name) > 128 for name in (*request.counters, *_names(request))):
@@ -102,9 +108,15 @@ class CoordinatorServicer:
             raise ProtocolError("model: an id of up to 64 hex digits wanted")
         now = self._coordinator.policies
         reply = pb.ExplainReply(policy=now.policy, source=now.source, problem=now.problem)
-        told = policies.explain(now.policy, bytes.fromhex(request.model), request.layers)
+        if request.node:
+            _check_node(request.node)
+        model = bytes.fromhex(request.model)
+        told = policies.explain(now.policy, model, request.layers, request.node)
         for layer, (codec, why) in enumerate(told):
             reply.layers.add(layer=layer, codec=codec, why=why)
+        if request.layers:
+            found = await self._coordinator.decider.decisions()
+            reply.decisions.extend(d for d in found if d.model_id.startswith(model))
         return reply
 
     async def set_policy(self, request: pb.SetPolicyRequest) -> pb.SetPolicyReply:
@@ -171,6 +183,11 @@ def _check_shards(shards: Iterable[pb.ShardInfo]) -> None:
             raise ProtocolError(f"shard: model id of {len(shard.model_id)} bytes, 32 wanted")
         if not 0 <= shard.layer_start < shard.layer_end <= MAX_LAYERS:
             raise ProtocolError(f"shard: layers {shard.layer_start}-{shard.layer_end} are no range")
+        heads = shard.head_start, shard.head_end
+        if heads != (0, 0) and not 0 <= heads[0] < heads[1] <= MAX_HEADS:
+            raise ProtocolError(f"shard: heads {heads[0]}-{heads[1]} are no range")
+        if len(shard.curve_id) not in (0, DIGEST_BYTES):
+            raise ProtocolError(f"shard: curve id of {len(shard.curve_id)} bytes, 32 wanted")
 
 
 def _check_numbers(*values: float) -> None:

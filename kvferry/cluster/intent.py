@@ -19,7 +19,7 @@ POLICY = "policy"
 MAX_VERSION = 1 << 53  # what JSON numbers hold exactly everywhere
 MAX_DOCUMENT_BYTES = 1 << 20  # etcd takes requests of up to 1.5 MiB
 
-Source = Literal["built-in", "file", "admin"]
+Source = Literal["built-in", "file", "admin", "optimizer"]
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 
 

@@ -46,7 +46,12 @@ def _last(member: states.MemberState, age_s: float) -> pb.HeartbeatRequest:
         ],
         shards=[
             pb.ShardInfo(
-                model_id=shard.model_id, layer_start=shard.layers[0], layer_end=shard.layers[1]
+                model_id=shard.model_id,
+                layer_start=shard.layers[0],
+                layer_end=shard.layers[1],
+                head_start=shard.heads[0],
+                head_end=shard.heads[1],
+                curve_id=shard.curve_id,
             )
             for shard in member.shards
         ],

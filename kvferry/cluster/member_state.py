@@ -12,10 +12,12 @@ PRESENCES: tuple[Presence, ...] = ("joining", "ready", "away", "draining", "gone
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Layers (absolute, half-open) of a model that a node holds."""
+    """Layers (absolute, half-open) of a model that a node holds, of heads (0, 0): all."""
 
     model_id: bytes
     layers: tuple[int, int]
+    heads: tuple[int, int] = (0, 0)
+    curve_id: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,11 +107,17 @@ class PolicyKeeper:
         return self._problem
 
     async def decide(
-        self, policy: pb.Policy, source: Source, *, file_digest: str = ""
+        self,
+        policy: pb.Policy,
+        source: Source,
+        *,
+        file_digest: str = "",
+        based_on: int | None = None,
     ) -> pb.Policy:
         """Put a policy in force under the next version; durable before it is given out.
 
-        An equal one of the same source stays under its version.
+        An equal one of the same source stays under its version. ``based_on``: the version
+        that it was made from; where another is in force by now, that one stays.
 
         Raises: ConfigError for one that cannot hold; StoreUnavailableError where it
             cannot be written down (the old one stays in force).
@@ -119,6 +125,8 @@ class PolicyKeeper:
         policies.check_policy(policy)
 
         def next_after(kept: Intent) -> Intent:
+            if based_on is not None and based_on != kept.policy.version:
+                return kept
             new = pb.Policy()
             new.CopyFrom(policy)
             new.term = 0  # of the leader that pushes it

@@ -147,7 +147,10 @@ def _heard(
 
 
 def _shards(shards: Iterable[pb.ShardInfo]) -> tuple[Shard, ...]:
-    return tuple(Shard(s.model_id, (s.layer_start, s.layer_end)) for s in shards)
+    return tuple(
+        Shard(s.model_id, (s.layer_start, s.layer_end), (s.head_start, s.head_end), s.curve_id)
+        for s in shards
+    )
 
 
 def _with(state: ClusterState, member: MemberState) -> ClusterState:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -73,10 +74,12 @@ class NodeClient:
         max_bytes_per_s: float = 0.0,
     ) -> None:
         self.address = f"unix:{socket_path}" if "/" in str(socket_path) else str(socket_path)
-        self.name = name or f"pid-{os.getpid()}"
+        self.name = name or f"pid-{os.getpid()}-{secrets.token_hex(2)}"
         self._timeout_s = timeout_s
         self._closed = False
         self._reports: set[asyncio.Task[None]] = set()
+        self._shard: coordinator_pb2.ShardInfo | None = None
+        self._curve: coordinator_pb2.ModelCurve | None = None
         self._thread = LoopThread("kvferry-node-client")
         self.throttle = Throttle(max_bytes_per_s)
         self._blobs = SyncBlobStoreClient(
@@ -270,9 +273,22 @@ class NodeClient:
             drops=dict(drops or {}),
             prefill_tokens_per_s=prefill_tokens_per_s,
             decode_tokens_per_s=decode_tokens_per_s,
-            shard=shard,
+            shard=shard or self._shard,
         )
         self._thread.run(self._report_later(report))
+
+    def tell(
+        self,
+        shard: coordinator_pb2.ShardInfo,
+        curve: coordinator_pb2.ModelCurve | None,
+    ) -> None:
+        """Say which part of a model is here, now and whenever the daemon starts anew.
+
+        Args:
+            curve: the one that the shard names; sent only where the daemon lacks it.
+        """
+        self._shard, self._curve = shard, curve
+        self.report()
 
     def watch(self, on_event: Callable[[node_pb2.NodeEvent], None]) -> None:
         """Call ``on_event`` for each policy, salt and trigger until `close`.
@@ -312,7 +328,12 @@ class NodeClient:
     async def _send(self, report: node_pb2.HookReport) -> None:
         try:
             with rpc_errors(self.address):
-                await self._stub.Report(report, timeout=self._timeout_s)
+                reply = await self._stub.Report(report, timeout=self._timeout_s)
+                if reply.curve_wanted and self._curve is not None:
+                    told = node_pb2.HookReport(
+                        client=self.name, shard=self._shard, curve=self._curve
+                    )
+                    await self._stub.Report(told, timeout=self._timeout_s)
         except FerryError as exc:
             log.debug("report lost: %s", exc)
 
@@ -329,8 +350,13 @@ class NodeClient:
         while True:
             with contextlib.suppress(FerryError), rpc_errors(self.address):
                 request = node_pb2.WatchEventsRequest(client=self.name)
+                told = self._shard is None
                 async for event in self._stub.WatchEvents(request):
                     backoff.reset()
+                    if not told:  # a daemon that started anew knows nothing of this hook
+                        told = True
+                        shard = node_pb2.HookReport(client=self.name, shard=self._shard)
+                        await self._report_later(shard)
                     await asyncio.to_thread(_deliver, on_event, event)
             await asyncio.sleep(backoff.next_s())
 

@@ -88,12 +88,14 @@ class Coordination:
             phase=self._departure.phase if facts.salt else pb.NODE_PHASE_JOINING,
             drained=self._departure.drained,
             exo=self._exo.state,
+            curves=[c for i, c in facts.curves.items() if i in facts.curves_wanted],
         )
 
     async def _on_reply(self, reply: Reply) -> None:
         await self._peers.update(reply.peers, reply.partial_peers)
         if isinstance(reply, pb.HeartbeatReply):
             self._departure.wanted(reply.drain)
+            self._facts.curves_wanted = tuple(reply.wanted_curves)
         elif reply.namespace_salt != self._facts.salt:
             self._facts.salt = reply.namespace_salt
             await asyncio.to_thread(self._state.save_salt, reply.namespace_salt)

@@ -1,6 +1,7 @@
 """The gRPC service Node, for hooks on this machine, over the Unix socket only."""
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import psutil
 
 from kvferry import __version__
 from kvferry.cluster.convert import keys_from_proto
+from kvferry.cluster.curves import check_curve, curve_id
 from kvferry.cluster.handlers import stream, unary
 from kvferry.cluster.server import Service
 from kvferry.errors import FerryError
@@ -26,6 +28,7 @@ SERVICE = "kvferry.v1.Node"
 MAX_FLUSH_S = 600.0
 MAX_REASONS = 64
 MAX_REASON_CHARS = 64
+MAX_CURVES = 8
 
 
 @dataclass(slots=True)
@@ -38,6 +41,8 @@ class NodeFacts:
     salt: bytes = b""
     policy: pb.Policy = field(default_factory=pb.Policy)
     shards: dict[str, pb.ShardInfo] = field(default_factory=dict)
+    curves: dict[bytes, pb.ModelCurve] = field(default_factory=dict)
+    curves_wanted: tuple[bytes, ...] = ()  # by the coordinator, with the next heartbeat
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
 
@@ -59,6 +64,7 @@ class HookServicer:
         self._facts, self._repository, self._hub = facts, repository, hub
         self._idle, self._on_restore = idle, on_restore
         self._links, self._departure, self._exo = links, departure, exo
+        self._watching: Counter[str] = Counter()
 
     async def hello(self, request: node_pb2.HelloRequest) -> node_pb2.HelloReply:
         """Hello."""
@@ -79,8 +85,15 @@ class HookServicer:
         first = [node_pb2.NodeEvent(policy=self._facts.policy)]
         if self._facts.salt:
             first.append(node_pb2.NodeEvent(namespace_salt=self._facts.salt))
-        async for event in self._hub.watch(*first):
-            yield event
+        self._watching[request.client] += 1
+        try:
+            async for event in self._hub.watch(*first):
+                yield event
+        finally:
+            self._watching[request.client] -= 1
+            if not self._watching[request.client]:  # its process has let go of the model
+                del self._watching[request.client]
+                self._facts.shards.pop(request.client[:MAX_REASON_CHARS], None)
 
     async def report(self, request: node_pb2.HookReport) -> node_pb2.HookReportReply:
         """Report."""
@@ -98,7 +111,7 @@ class HookServicer:
             counters["hook_restores" if request.restore.tokens else "hook_misses"] += 1
             counters["hook_restored_tokens"] += request.restore.tokens
             await self._on_restore(request.restore)
-        return node_pb2.HookReportReply()
+        return node_pb2.HookReportReply(curve_wanted=self._take_curve(request))
 
     async def flush(self, request: node_pb2.FlushRequest) -> node_pb2.FlushReply:
         """Flush."""
@@ -175,6 +188,16 @@ class HookServicer:
             self._facts.shards[client[:MAX_REASON_CHARS]] = shard
             while len(self._facts.shards) > MAX_REASONS:
                 del self._facts.shards[next(iter(self._facts.shards))]
+
+    def _take_curve(self, request: node_pb2.HookReport) -> bool:
+        """Whether the curve that the hook's shard names is to be told."""
+        curves, wanted = self._facts.curves, request.shard.curve_id
+        if request.HasField("curve"):
+            check_curve(request.curve)
+            curves[curve_id(request.curve)] = request.curve
+            while len(curves) > MAX_CURVES:
+                del curves[next(iter(curves))]
+        return bool(wanted) and wanted not in curves
 
     def service(self, on_failure: Callable[[str], None]) -> Service:
         """To be given to `kvferry.cluster.server.start_server`."""

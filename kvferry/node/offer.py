@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvferry.cluster.repository import LookupQuery, LookupResult
 from kvferry.codec.base import Codec, PageTensors
 from kvferry.node.coding import CodedRange, Shard
 from kvferry.proto.keys import BlobKey, Medium, media_within
@@ -29,6 +30,9 @@ class OfferClient(Protocol):
         self, keys: Sequence[BlobKey], *, again: bool = False
     ) -> "Sequence[node_pb2.Admission.ValueType]":
         """Which are to be encoded and put; ``again``: the same request offered before."""
+
+    def lookup(self, query: LookupQuery) -> LookupResult:
+        """What the store has of a chain of pages. Raises: FerryError."""
 
     def put_later(
         self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None
@@ -72,6 +76,7 @@ class Coding:
         pages: how pages of this shard are coded.
         tail: codec of tails; None: they are computed again.
         enabled: False: the policy stores nothing.
+        accept: codecs that restores take; empty: any.
     """
 
     shard: Shard
@@ -80,3 +85,4 @@ class Coding:
     tail: Codec | None
     tail_ttl_s: int
     enabled: bool = True
+    accept: frozenset[str] = frozenset()

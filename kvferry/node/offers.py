@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kvferry.cluster.repository import BlobInfo
 from kvferry.codec.base import Codec, PageTensors
 from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
+from kvferry.node.already import complete_pages, is_stored
 from kvferry.node.background import Background, OneThread, lower_priority
 from kvferry.node.coding import CodedRange, Shard, state_codec
 from kvferry.node.offer import Coding, Offer, OfferClient, TensorSource
@@ -167,10 +169,17 @@ class Offers:
                 jobs.append((key, coded, index, meta))
         asked = [job[0] for job in jobs]
         answers = self._client.admit(asked, again=offer.again) if jobs else []
+        known: Sequence[Sequence[BlobInfo]] = []
+        if node_pb2.ADMISSION_WANTED in answers:
+            known = complete_pages(self._client, coding.root, keys, shard, coding.accept)
         for (_, coded, index, meta), answer in zip(jobs, answers, strict=True):
             if answer == node_pb2.ADMISSION_DECLINED:
                 self._counters["declined"] += 1
-            elif answer == node_pb2.ADMISSION_WANTED:
+            elif answer != node_pb2.ADMISSION_WANTED:
+                continue
+            elif index < len(known) and is_stored(known[index], coded, shard):
+                self._counters["blobs_stored_finer"] += 1
+            else:
                 span = index * shard.page_tokens, (index + 1) * shard.page_tokens
                 key, data, raw = self._background.run(
                     partial(_encode, offer.source, coded, span, meta)

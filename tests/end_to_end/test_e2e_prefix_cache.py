@@ -1,5 +1,7 @@
 """The two calls, with the real model, a real store, coordinator and node daemon."""
 
+import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 
 from kvferry.cli.demo.cluster import Cluster
+from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.codec.mlx.load import LoadedModel, load_model
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.prefix_cache import PrefixCache
+from kvferry.proto.v1 import coordinator_pb2 as pb
 
 pytestmark = [pytest.mark.model, pytest.mark.processes]
 
@@ -39,8 +43,6 @@ def connect(model: LoadedModel, cluster: Cluster, cache_dir: Path, policy: str) 
 
 
 def wait_policy(prefix: PrefixCache, name: str) -> None:
-    import time
-
     end = time.monotonic() + 20
     while prefix.policy.name != name:
         assert time.monotonic() < end, f"policy {name} did not arrive: {prefix.policy.name}"
@@ -176,3 +178,27 @@ def test_turn_end_only_policy_stores_nothing_after_prefill(
         assert prefix.offer(PROMPT, cache, "turn_end")
         assert prefix.flush()
         assert prefix.counters["blobs_put"] > 0
+
+
+def test_what_coding_costs_reaches_the_coordinator(
+    smollm2: LoadedModel, cluster: Cluster, calibrated: Path
+) -> None:
+    cluster.set_policy("default")
+    address = cluster.service("coordinator").wait_ready()["address"]
+
+    async def ask() -> pb.ExplainReply:
+        async with CoordinatorClient(address) as client:
+            return await client.explain(30)
+
+    with connect(smollm2, cluster, calibrated, "default") as prefix:
+        end = time.monotonic() + 30
+        while not (found := asyncio.run(ask()).decisions):
+            assert time.monotonic() < end, "no curve arrived"
+            time.sleep(0.1)
+        assert prefix.model_id == found[0].model_id
+    (decision,) = found
+    assert [node.node_id for node in decision.nodes] == ["machine-0"]
+    assert [(p.layer_start, p.layer_end) for p in decision.parts] == [(0, 15), (15, 30)]
+    # One machine: one step for all is the best there is, and needs no rules of its own.
+    assert 0 < decision.kl_nats <= decision.budget_nats == 0.005
+    assert {part.options["target_kl"] for part in decision.parts} == {"0.005"}

@@ -178,6 +178,13 @@ class Machines:
             "--shutdown-timeout-s", "5", *options,
         )  # fmt: skip
 
+    def run(self, *command: str) -> str:
+        """A command that ends; what it printed."""
+        full = [sys.executable, "-m", "kvferry", *command]
+        done = subprocess.run(full, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def socket(self, name: str = "n0") -> Path:
         """Unix socket of a node."""
         return self.folder / f"{name}.sock"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from node_samples import wait_for
 
+from kvferry.cluster.repository import LookupQuery, LookupResult
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.raw import RawCodec
 from kvferry.errors import FerryError, StoreFullError, StoreUnavailableError
@@ -66,6 +67,9 @@ class Daemon:
         self, keys: Sequence[BlobKey], *, again: bool = False
     ) -> "list[node_pb2.Admission.ValueType]":
         return admit(keys, [key in self.held for key in keys], self.seen, Counter(), again)
+
+    def lookup(self, query: LookupQuery) -> LookupResult:
+        return LookupResult(pages=[])
 
     def put_later(
         self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None

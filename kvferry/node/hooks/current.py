@@ -3,12 +3,14 @@
 import logging
 import threading
 from pathlib import Path
-from typing import Any
 
+from kvferry.cluster.curves import curve_id
+from kvferry.codec.calibration import CalibrationSet
 from kvferry.errors import FerryError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
 from kvferry.node.coding import Shard, page_coding, stores, tail_codec
+from kvferry.node.curve import model_curve
 from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.offer import Coding
@@ -58,7 +60,8 @@ class CurrentCoding:
             return None
         calibration = self.calibrations.find(model_id)
         policy = standing.policy
-        basis = (policy.version, policy.name, standing.salt, calibration and calibration.id)
+        known = calibration and calibration.id
+        basis = (policy.version, policy.name, standing.node_id, standing.salt, known)
         with self._lock:
             if basis != self._made_for:
                 self._made = self._make(model_id, policy, calibration)
@@ -109,9 +112,13 @@ class CurrentCoding:
         except Exception:
             log.exception("no warm start")
 
-    def _make(self, model_id: bytes, policy: pb.Policy, calibration: Any) -> Coding:
+    def _make(
+        self, model_id: bytes, policy: pb.Policy, calibration: CalibrationSet | None
+    ) -> Coding:
         shard = self.shard(model_id)
-        pages = page_coding(policy, shard, calibration, self.calibrations.cut)
+        self._tell(shard, calibration)
+        node = self._standing.node_id
+        pages = page_coding(policy, shard, calibration, self.calibrations.cut, node)
         used = [coded.codec.calibration_id for coded in pages]
         if calibration is not None and any(used):
             self.calibrations.publish([*used, *(g.id for g in calibration.groups), calibration.id])
@@ -123,4 +130,21 @@ class CurrentCoding:
             tail=tail,
             tail_ttl_s=policy.tail.ttl_s or DAY_S,
             enabled=stores(policy, shard),
+            accept=frozenset(policy.accept),
         )
+
+    def _tell(self, shard: Shard, calibration: CalibrationSet | None) -> None:
+        """Let the coordinator know which part of the model is here, and what coding it costs."""
+        if shard.writes_rows and shard.layers[0] < shard.layers[1]:
+            curve = None if calibration is None else model_curve(calibration)
+            self._client.tell(
+                pb.ShardInfo(
+                    model_id=shard.model_id,
+                    layer_start=shard.layers[0],
+                    layer_end=shard.layers[1],
+                    head_start=shard.heads[0],
+                    head_end=shard.heads[1],
+                    curve_id=b"" if curve is None else curve_id(curve),
+                ),
+                curve,
+            )

@@ -36,6 +36,7 @@ class Standing:
     Attributes:
         policy: in force on this node.
         salt: of the namespace; empty until the daemon has said it.
+        node_id: of this machine's daemon; empty likewise.
         model_id: None until all ranks' digests are known.
     """
 
@@ -53,6 +54,7 @@ class Standing:
     ) -> None:
         self.policy: pb.Policy = default_policy()
         self.salt = b""
+        self.node_id = ""
         self.model_id: bytes | None = None
         self._client, self._group, self._layer_count = client, group, layer_count
         self._identified, self._triggered = identified, triggered
@@ -115,7 +117,7 @@ class Standing:
         except FerryError as exc:
             log.info("node daemon: %s", exc)
             return
-        self.salt = hello.namespace_salt
+        self.salt, self.node_id = hello.namespace_salt, hello.node_id
         if hello.policy.version:
             self.policy = hello.policy
 
