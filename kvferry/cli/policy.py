@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from kvferry.cli.output import JsonOption, write_json
+from kvferry.cli.policy_simulate import simulate
 
 if TYPE_CHECKING:
     from kvferry.cluster.coordinator_client import CoordinatorClient
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     group.command()(show)
     group.command(name="set")(put)
     group.command()(explain)
+    group.command()(simulate)
     app.add_typer(group, name="policy")
 
 
@@ -98,21 +100,30 @@ def explain(
     coordinator: AddressOption = None,
     layers: Annotated[int, typer.Option(min=1, max=4096, help="Layers of the model.")] = 30,
     model: Annotated[str, typer.Option(help="Model id (64 hex digits).")] = "",
+    node: Annotated[str, typer.Option(help="As this node codes them.")] = "",
     json: JsonOption = None,
 ) -> None:
-    """Say for each layer how it is coded, and why."""
+    """Say for each layer how it is coded, and why.
+
+    Where the optimizer decides, also for each node and layer group: its share of the
+    budget, its bytes, which node is the slowest, and what the next finer and coarser
+    choices would cost.
+    """
+    from kvferry.cli.policy_decisions import as_json, print_decisions
     from kvferry.errors import ConfigError
 
     try:
         model_id = bytes.fromhex(model)
     except ValueError as exc:
         raise ConfigError("model", model, "hex digits, two for each byte") from exc
-    reply = _call(coordinator, lambda client: client.explain(layers, model_id))
+    reply = _call(coordinator, lambda client: client.explain(layers, model_id, node))
     if json:
         told = [{"layer": x.layer, "codec": x.codec, "why": x.why} for x in reply.layers]
-        write_json({"policy": _as_json(reply.policy), "layers": told}, json)
+        decisions = [as_json(decision) for decision in reply.decisions]
+        write_json({"policy": _as_json(reply.policy), "layers": told, "decisions": decisions}, json)
         return
     _print_runs(reply)
+    print_decisions(reply.decisions, node)
 
 
 def _print_runs(reply: "pb.ExplainReply") -> None:
