@@ -117,6 +117,10 @@ def explain(
     except ValueError as exc:
         raise ConfigError("model", model, "hex digits, two for each byte") from exc
     reply = _call(coordinator, lambda client: client.explain(layers, model_id, node))
+    models = {decision.model_id for decision in reply.decisions}
+    if node and not model and len(models) == 1:  # rules of the optimizer's are for one model
+        (model_id,) = models
+        reply = _call(coordinator, lambda client: client.explain(layers, model_id, node))
     if json:
         told = [{"layer": x.layer, "codec": x.codec, "why": x.why} for x in reply.layers]
         decisions = [as_json(decision) for decision in reply.decisions]

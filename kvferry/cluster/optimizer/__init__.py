@@ -2,7 +2,7 @@
 
 The problem. Nodes n together hold a model; x[n,g] in [0, 1] is the share of layer group g
 (layers times heads) that n holds. For each part a choice r out of a ladder: ``ferry`` at one
-of the steps 2^(k/4), 8-bit ``affine``, or exact. Group g under r takes b[g,r] bits a token
+of the steps 2^(k/8), 8-bit ``affine``, or exact. Group g under r takes b[g,r] bits a token
 and costs k[g,r] nats of mean KL: its calibration's curve, scaled at every step so that the
 groups' sum is what the whole model was measured to lose there. A restore of t tokens has n
 wait for

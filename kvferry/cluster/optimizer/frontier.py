@@ -29,7 +29,15 @@ class Frontier:
 
     def within(self, allowed: Floats) -> Ints:
         """(nodes,) the finest point within (nodes,) bits; -1: not even the coarsest fits."""
-        return np.asarray((self.bits <= allowed[:, None] * (1 + 1e-12)).sum(axis=1) - 1)
+        limits, rows = allowed * (1 + 1e-12), np.arange(len(allowed))
+        low = np.zeros(len(allowed), dtype=np.int64)
+        high = np.full(len(allowed), self.bits.shape[1])
+        for _ in range(self.bits.shape[1].bit_length()):  # `searchsorted`, in all rows at once
+            middle = np.minimum((low + high) // 2, self.bits.shape[1] - 1)
+            fits = (self.bits[rows, middle] <= limits) & (low < high)
+            low = np.where(fits, middle + 1, low)
+            high = np.where(fits, high, np.minimum(high, np.maximum(middle, low)))
+        return low - 1
 
     def kl_at(self, points: Ints) -> float:
         """The sum over all nodes."""

@@ -13,8 +13,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 # Steps are those of one ladder for all models, nodes and times, so that codec ids, and with
-# them copies of a page, stay few. One rung is 1.4 times the KL.
-RUNGS_PER_OCTAVE = 4
+# them copies of a page, stay few. One rung is 1.2 times the KL.
+RUNGS_PER_OCTAVE = 8
 FINER_OCTAVES = 2  # than what was measured: KL falls with the square of the step there
 MAX_RUNGS = 512
 AFFINE_BITS = 8.5  # per value, with scale and bias of each group of 64
