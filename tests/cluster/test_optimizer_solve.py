@@ -186,8 +186,12 @@ def test_latency_and_decoding_count_as_much_as_bytes() -> None:
     late = [holder("a", (0, 4), 10 * MB, latency_s=0.4), holder("b", (4, 8), 10 * MB)]
     plan = solve(make_problem(ladder, late, 0.01))
     assert plan.bits[0] < plan.bits[1]
-    slow = [holder("a", (0, 4), 10 * MB, decode=8000), holder("b", (4, 8), 10 * MB)]
+    slow = [holder("a", (0, 4), 10 * MB, decode=8000), holder("b", (4, 8), 10 * MB, decode=1e6)]
     assert solve(make_problem(ladder, slow, 0.01)).bits[0] < plan.bits[1]
+    # Nobody has measured how fast the second decodes: as the first, for what it holds.
+    unknown = [slow[0], holder("b", (4, 6), 10 * MB)]
+    waits = make_problem(ladder, unknown, 0.01).waits
+    assert waits.tolist() == pytest.approx([4096 / 8000, 4096 / 16000])
 
 
 def test_a_link_that_nobody_measured_is_taken_to_be_as_the_others() -> None:
@@ -213,6 +217,10 @@ def test_steps_lie_on_one_ladder_within_what_was_measured() -> None:
     assert set(steps) <= {ferry_step(rung) for rung in range(-120, 0)}
     finest, coarsest = ladder.kl[0, len(steps) - 1], ladder.kl[0, 0]
     assert finest < 0.0015 < coarsest <= 0.02
+    # Beyond what was measured: a bit for each halving of the step, and a quarter of the KL.
+    assert finest == pytest.approx(0.0015 * (min(steps) / 0.001) ** 2)
+    more = 1000 * np.log2(0.001 / min(steps))
+    assert ladder.bits[0, len(steps) - 1] == pytest.approx(900 + more)
     assert ladder.index[Choice("zstd")] == len(ladder.choices) - 1
 
 

@@ -26,7 +26,9 @@ from kvferry.cluster.optimizer.rules import (
 from kvferry.cluster.optimizer.solve import Plan, plan_of, solve
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-GAIN = 0.1  # a restore that is quicker by less is worth no new blobs
+# A restore that is quicker by less, or by less than anybody notices, is worth no new blobs.
+GAIN = 0.1
+LEAST_GAIN_S = 0.02
 _TOLERANCE = 1e-3
 _SHRINKINGS = 6
 
@@ -177,8 +179,8 @@ def _alike(problem: Problem) -> Ints:
 
 
 def _gain(now: Plan, best: Plan) -> float:
-    gain = 1 - best.deadline / now.deadline if now.deadline > 0 else 0.0
-    return gain if gain >= GAIN else 0.0
+    saved = now.deadline - best.deadline
+    return saved / now.deadline if saved >= max(LEAST_GAIN_S, GAIN * now.deadline) else 0.0
 
 
 def decide(outlook: Outlook, changing: Sequence[Judged]) -> pb.Policy:

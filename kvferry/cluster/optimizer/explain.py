@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvferry.cluster.optimizer.decide import GAIN, Judged, Outlook
+from kvferry.cluster.optimizer.decide import GAIN, LEAST_GAIN_S, Judged, Outlook
 from kvferry.cluster.optimizer.ladder import AFFINE, EXACT, Ladder
 from kvferry.cluster.optimizer.rules import Decided, digits
 from kvferry.cluster.optimizer.solve import Plan
@@ -55,7 +55,8 @@ def _why(judged: Judged, chosen: bool) -> str:
         return f"decided by the optimizer: the best of today would be {best:.3g} s"
     if not any(holder.bytes_per_s > 0 for holder in judged.ring.holders):
         return "one step for all: no link to the store is measured yet"
-    return f"one step for all: choosing would gain less than {GAIN:.0%} ({best:.3g} s)"
+    least = f"{GAIN:.0%} or {1e3 * LEAST_GAIN_S:.0f} ms"
+    return f"one step for all: choosing would gain less than {least} ({best:.3g} s)"
 
 
 def _against_prefill(judged: Judged) -> str:

@@ -86,6 +86,25 @@ def links_of(holders: Sequence[Holder]) -> Floats:
     return np.array([holder.bytes_per_s or guess for holder in holders])
 
 
+def _decoding(holders: Sequence[Holder], widths: Floats, tokens: int) -> Floats:
+    """(nodes,) seconds; a node that was not measured decodes as the others' median does."""
+    known = [
+        width * holder.decode_tokens_per_s
+        for holder, width in zip(holders, widths, strict=True)
+        if holder.decode_tokens_per_s > 0 and width > 0
+    ]
+    if not known:
+        return np.zeros(len(holders))
+    values_per_s = float(np.median(known))
+    rates = [holder.decode_tokens_per_s for holder in holders]
+    return np.array(
+        [
+            tokens / rate if rate > 0 else tokens * width / values_per_s
+            for rate, width in zip(rates, widths, strict=True)
+        ]
+    )
+
+
 def shares_of(ladder: Ladder, holders: Sequence[Holder], free: Sequence[Range]) -> Floats:
     """(nodes, groups): the part of each group that a node holds of the layers in ``free``."""
     share = np.zeros((len(holders), len(ladder.layers)))
@@ -126,8 +145,7 @@ def make_problem(
     fits = np.flatnonzero(ladder.kl[:, : ladder.count].sum(axis=0) <= budget)
     alike = ladder.kl[:, fits[0]]  # the exact one costs nothing
     part = float(covered @ alike / alike.sum()) if alike.sum() > 0 else 1.0
-    decode = [h.decode_tokens_per_s for h in holders]
-    decoding = np.array([tokens / rate if rate > 0 else 0.0 for rate in decode])
+    decoding = _decoding(holders, share @ ladder.widths, tokens)
     return Problem(
         ladder=ladder,
         share=share,
