@@ -205,6 +205,7 @@ class BlobHeader(google.protobuf.message.Message):
     SECTIONS_FIELD_NUMBER: builtins.int
     PRODUCER_FIELD_NUMBER: builtins.int
     CREATED_UNIX_S_FIELD_NUMBER: builtins.int
+    NAMESPACE_TAG_FIELD_NUMBER: builtins.int
     format_version: builtins.int
     kind: Global___BlobKind.ValueType
     model_id: builtins.bytes
@@ -227,6 +228,10 @@ class BlobHeader(google.protobuf.message.Message):
     """"kvferry 0.1.0" """
     created_unix_s: builtins.int
     """0: not recorded, so that equal input gives equal bytes"""
+    namespace_tag: builtins.int
+    """Whose it is, without telling the salt: see `namespace_tag` in kvferry/proto/keys.py.
+    0: nobody's (calibrations), or written before there were tags.
+    """
     @property
     def codec(self) -> Global___CodecSpec: ...
     @property
@@ -255,8 +260,9 @@ class BlobHeader(google.protobuf.message.Message):
         sections: collections.abc.Iterable[Global___Section] | None = ...,
         producer: builtins.str = ...,
         created_unix_s: builtins.int = ...,
+        namespace_tag: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["codec", b"codec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["codec", b"codec", "created_unix_s", b"created_unix_s", "format_version", b"format_version", "head_end", b"head_end", "head_start", b"head_start", "kind", b"kind", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "page_key", b"page_key", "previous_key", b"previous_key", "producer", b"producer", "rope_fingerprint", b"rope_fingerprint", "sections", b"sections", "streams", b"streams", "token_end", b"token_end", "token_start", b"token_start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "created_unix_s", b"created_unix_s", "format_version", b"format_version", "head_end", b"head_end", "head_start", b"head_start", "kind", b"kind", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "namespace_tag", b"namespace_tag", "page_key", b"page_key", "previous_key", b"previous_key", "producer", b"producer", "rope_fingerprint", b"rope_fingerprint", "sections", b"sections", "streams", b"streams", "token_end", b"token_end", "token_start", b"token_start"]) -> None: ...
 
 Global___BlobHeader: typing_extensions.TypeAlias = BlobHeader

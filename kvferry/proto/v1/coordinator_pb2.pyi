@@ -1312,3 +1312,47 @@ class LeadershipReply(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["leader", b"leader", "policy_version", b"policy_version", "role", b"role", "term", b"term", "version", b"version"]) -> None: ...
 
 Global___LeadershipReply: typing_extensions.TypeAlias = LeadershipReply
+
+@typing.final
+class NamespacesRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___NamespacesRequest: typing_extensions.TypeAlias = NamespacesRequest
+
+@typing.final
+class NamespaceName(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    TAG_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    tag: builtins.int
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        tag: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "tag", b"tag"]) -> None: ...
+
+Global___NamespaceName: typing_extensions.TypeAlias = NamespaceName
+
+@typing.final
+class NamespacesReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAMESPACES_FIELD_NUMBER: builtins.int
+    @property
+    def namespaces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NamespaceName]: ...
+    def __init__(
+        self,
+        *,
+        namespaces: collections.abc.Iterable[Global___NamespaceName] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["namespaces", b"namespaces"]) -> None: ...
+
+Global___NamespacesReply: typing_extensions.TypeAlias = NamespacesReply

@@ -84,6 +84,11 @@ class CoordinatorStub(object):
                 request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Namespaces = channel.unary_unary(
+                '/kvferry.v1.Coordinator/Namespaces',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.NamespacesRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.NamespacesReply.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer(object):
@@ -153,6 +158,13 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Namespaces(self, request, context):
+        """Names of namespaces and the tags that blobs carry for them. No secrets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -205,6 +217,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainReply.SerializeToString,
+            ),
+            'Namespaces': grpc.unary_unary_rpc_method_handler(
+                    servicer.Namespaces,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.NamespacesRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_coordinator__pb2.NamespacesReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -477,6 +494,33 @@ class Coordinator(object):
             '/kvferry.v1.Coordinator/Drain',
             kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainRequest.SerializeToString,
             kvferry_dot_proto_dot_v1_dot_coordinator__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Namespaces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.Coordinator/Namespaces',
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.NamespacesRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_coordinator__pb2.NamespacesReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -185,7 +185,23 @@ _CoordinatorDrainType = typing_extensions.TypeVar(
     ],
 )
 
-class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeartbeatType, _CoordinatorWatchPolicyType, _CoordinatorReportRestoreType, _CoordinatorExplainType, _CoordinatorSetPolicyType, _CoordinatorMembersType, _CoordinatorLeadershipType, _CoordinatorGoodbyeType, _CoordinatorDrainType]):
+_CoordinatorNamespacesType = typing_extensions.TypeVar(
+    '_CoordinatorNamespacesType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+        kvferry.proto.v1.coordinator_pb2.NamespacesReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+        kvferry.proto.v1.coordinator_pb2.NamespacesReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+        kvferry.proto.v1.coordinator_pb2.NamespacesReply,
+    ],
+)
+
+class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeartbeatType, _CoordinatorWatchPolicyType, _CoordinatorReportRestoreType, _CoordinatorExplainType, _CoordinatorSetPolicyType, _CoordinatorMembersType, _CoordinatorLeadershipType, _CoordinatorGoodbyeType, _CoordinatorDrainType, _CoordinatorNamespacesType]):
     @typing.overload
     def __init__(self: CoordinatorStub[
         grpc.UnaryUnaryMultiCallable[
@@ -227,6 +243,10 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
         grpc.UnaryUnaryMultiCallable[
             kvferry.proto.v1.coordinator_pb2.DrainRequest,
             kvferry.proto.v1.coordinator_pb2.DrainReply,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+            kvferry.proto.v1.coordinator_pb2.NamespacesReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -272,6 +292,10 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
             kvferry.proto.v1.coordinator_pb2.DrainRequest,
             kvferry.proto.v1.coordinator_pb2.DrainReply,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+            kvferry.proto.v1.coordinator_pb2.NamespacesReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Register: _CoordinatorRegisterType
@@ -297,6 +321,9 @@ class CoordinatorStub(typing.Generic[_CoordinatorRegisterType, _CoordinatorHeart
 
     Drain: _CoordinatorDrainType
     """Admin: a node shall take nothing new and hand over what only it has."""
+
+    Namespaces: _CoordinatorNamespacesType
+    """Names of namespaces and the tags that blobs carry for them. No secrets."""
 
 CoordinatorAsyncStub: typing_extensions.TypeAlias = CoordinatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -338,6 +365,10 @@ CoordinatorAsyncStub: typing_extensions.TypeAlias = CoordinatorStub[
     grpc.aio.UnaryUnaryMultiCallable[
         kvferry.proto.v1.coordinator_pb2.DrainRequest,
         kvferry.proto.v1.coordinator_pb2.DrainReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+        kvferry.proto.v1.coordinator_pb2.NamespacesReply,
     ],
 ]
 
@@ -415,5 +446,13 @@ class CoordinatorServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.DrainReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.DrainReply]]:
         """Admin: a node shall take nothing new and hand over what only it has."""
+
+    @abc.abstractmethod
+    def Namespaces(
+        self,
+        request: kvferry.proto.v1.coordinator_pb2.NamespacesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.coordinator_pb2.NamespacesReply, collections.abc.Awaitable[kvferry.proto.v1.coordinator_pb2.NamespacesReply]]:
+        """Names of namespaces and the tags that blobs carry for them. No secrets."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -161,7 +161,7 @@ class GetHeader(google.protobuf.message.Message):
     size: builtins.int
     """of the whole blob"""
     source: builtins.str
-    """"memory", "disk", "peer:NAME", "store" """
+    """"memory", "disk", "peer:NAME", "store", "hot" """
     def __init__(
         self,
         *,
@@ -495,6 +495,7 @@ class ListRequest(google.protobuf.message.Message):
     LIMIT_FIELD_NUMBER: builtins.int
     MODEL_ID_FIELD_NUMBER: builtins.int
     KIND_FIELD_NUMBER: builtins.int
+    PREVIOUS_KEY_FIELD_NUMBER: builtins.int
     page_key: builtins.bytes
     """empty: all"""
     limit: builtins.int
@@ -503,6 +504,8 @@ class ListRequest(google.protobuf.message.Message):
     """empty: all"""
     kind: kvferry.proto.v1.blob_pb2.BlobKind.ValueType
     """unspecified: all"""
+    previous_key: builtins.bytes
+    """empty: all; else what hangs on this page or root"""
     def __init__(
         self,
         *,
@@ -510,8 +513,9 @@ class ListRequest(google.protobuf.message.Message):
         limit: builtins.int = ...,
         model_id: builtins.bytes = ...,
         kind: kvferry.proto.v1.blob_pb2.BlobKind.ValueType = ...,
+        previous_key: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "limit", b"limit", "model_id", b"model_id", "page_key", b"page_key"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kind", b"kind", "limit", b"limit", "model_id", b"model_id", "page_key", b"page_key", "previous_key", b"previous_key"]) -> None: ...
 
 Global___ListRequest: typing_extensions.TypeAlias = ListRequest
 
@@ -535,6 +539,8 @@ class BlobEntry(google.protobuf.message.Message):
     MODEL_HEADS_FIELD_NUMBER: builtins.int
     PREVIOUS_KEY_FIELD_NUMBER: builtins.int
     NEAR_FIELD_NUMBER: builtins.int
+    EXPIRES_UNIX_S_FIELD_NUMBER: builtins.int
+    NAMESPACE_TAG_FIELD_NUMBER: builtins.int
     size: builtins.int
     stored_unix_s: builtins.int
     used_unix_s: builtins.int
@@ -551,6 +557,10 @@ class BlobEntry(google.protobuf.message.Message):
     previous_key: builtins.bytes
     near: builtins.bool
     """In a node daemon's lookup: it holds the blob itself, no link has to be crossed."""
+    expires_unix_s: builtins.int
+    """0: no end"""
+    namespace_tag: builtins.int
+    """as its header says"""
     @property
     def key(self) -> kvferry.proto.v1.blob_pb2.BlobKey: ...
     @property
@@ -574,9 +584,11 @@ class BlobEntry(google.protobuf.message.Message):
         model_heads: builtins.int = ...,
         previous_key: builtins.bytes = ...,
         near: builtins.bool = ...,
+        expires_unix_s: builtins.int = ...,
+        namespace_tag: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["codec", b"codec", "key", b"key"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["codec", b"codec", "head_end", b"head_end", "head_start", b"head_start", "key", b"key", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "near", b"near", "previous_key", b"previous_key", "size", b"size", "stored_unix_s", b"stored_unix_s", "token_end", b"token_end", "token_start", b"token_start", "used_unix_s", b"used_unix_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["codec", b"codec", "expires_unix_s", b"expires_unix_s", "head_end", b"head_end", "head_start", b"head_start", "key", b"key", "layer_end", b"layer_end", "layer_start", b"layer_start", "model_heads", b"model_heads", "model_id", b"model_id", "model_layers", b"model_layers", "namespace_tag", b"namespace_tag", "near", b"near", "previous_key", b"previous_key", "size", b"size", "stored_unix_s", b"stored_unix_s", "token_end", b"token_end", "token_start", b"token_start", "used_unix_s", b"used_unix_s"]) -> None: ...
 
 Global___BlobEntry: typing_extensions.TypeAlias = BlobEntry
 
@@ -638,6 +650,9 @@ class StatReply(google.protobuf.message.Message):
     VERSION_FIELD_NUMBER: builtins.int
     COUNTERS_FIELD_NUMBER: builtins.int
     UNIX_S_FIELD_NUMBER: builtins.int
+    TIERS_FIELD_NUMBER: builtins.int
+    NAMESPACES_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
     blobs: builtins.int
     bytes: builtins.int
     budget_bytes: builtins.int
@@ -654,6 +669,14 @@ class StatReply(google.protobuf.message.Message):
     def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
         """refusals and failures by reason"""
 
+    @property
+    def tiers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___StoreTier]: ...
+    @property
+    def namespaces(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NamespaceUse]: ...
+    @property
+    def leases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Lease]:
+        """those that end first, some of them"""
+
     def __init__(
         self,
         *,
@@ -669,10 +692,148 @@ class StatReply(google.protobuf.message.Message):
         version: builtins.str = ...,
         counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
         unix_s: builtins.float = ...,
+        tiers: collections.abc.Iterable[Global___StoreTier] | None = ...,
+        namespaces: collections.abc.Iterable[Global___NamespaceUse] | None = ...,
+        leases: collections.abc.Iterable[Global___Lease] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "blobs", b"blobs", "budget_bytes", b"budget_bytes", "bytes", b"bytes", "counters", b"counters", "free_disk_bytes", b"free_disk_bytes", "in_flight_bytes", b"in_flight_bytes", "pages_complete", b"pages_complete", "pinned", b"pinned", "quarantined", b"quarantined", "unix_s", b"unix_s", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "blobs", b"blobs", "budget_bytes", b"budget_bytes", "bytes", b"bytes", "counters", b"counters", "free_disk_bytes", b"free_disk_bytes", "in_flight_bytes", b"in_flight_bytes", "leases", b"leases", "namespaces", b"namespaces", "pages_complete", b"pages_complete", "pinned", b"pinned", "quarantined", b"quarantined", "tiers", b"tiers", "unix_s", b"unix_s", "version", b"version"]) -> None: ...
 
 Global___StatReply: typing_extensions.TypeAlias = StatReply
+
+@typing.final
+class StoreTier(google.protobuf.message.Message):
+    """Where blobs lie: the store's own medium, and what stands before it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class CountersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    BLOBS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    HEALTHY_FIELD_NUMBER: builtins.int
+    COUNTERS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """"file", "redis", ..."""
+    blobs: builtins.int
+    bytes: builtins.int
+    budget_bytes: builtins.int
+    """0: its own affair"""
+    healthy: builtins.bool
+    """false: it has not answered lately"""
+    @property
+    def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """hits, misses, evictions, failures by reason"""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        blobs: builtins.int = ...,
+        bytes: builtins.int = ...,
+        budget_bytes: builtins.int = ...,
+        healthy: builtins.bool = ...,
+        counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs", "budget_bytes", b"budget_bytes", "bytes", b"bytes", "counters", b"counters", "healthy", b"healthy", "name", b"name"]) -> None: ...
+
+Global___StoreTier: typing_extensions.TypeAlias = StoreTier
+
+@typing.final
+class NamespaceUse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class CountersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    TAG_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    BLOBS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: builtins.int
+    COUNTERS_FIELD_NUMBER: builtins.int
+    tag: builtins.int
+    name: builtins.str
+    """as the quota was set; empty: it has none"""
+    blobs: builtins.int
+    bytes: builtins.int
+    quota_bytes: builtins.int
+    """0: none"""
+    @property
+    def counters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        tag: builtins.int = ...,
+        name: builtins.str = ...,
+        blobs: builtins.int = ...,
+        bytes: builtins.int = ...,
+        quota_bytes: builtins.int = ...,
+        counters: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs", "bytes", b"bytes", "counters", b"counters", "name", b"name", "quota_bytes", b"quota_bytes", "tag", b"tag"]) -> None: ...
+
+Global___NamespaceUse: typing_extensions.TypeAlias = NamespaceUse
+
+@typing.final
+class Lease(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: builtins.int
+    EXPIRES_UNIX_S_FIELD_NUMBER: builtins.int
+    BLOBS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    MODEL_ID_FIELD_NUMBER: builtins.int
+    TOKEN_END_FIELD_NUMBER: builtins.int
+    lease_id: builtins.str
+    expires_unix_s: builtins.int
+    blobs: builtins.int
+    bytes: builtins.int
+    model_id: builtins.bytes
+    """of one of them"""
+    token_end: builtins.int
+    """the furthest"""
+    def __init__(
+        self,
+        *,
+        lease_id: builtins.str = ...,
+        expires_unix_s: builtins.int = ...,
+        blobs: builtins.int = ...,
+        bytes: builtins.int = ...,
+        model_id: builtins.bytes = ...,
+        token_end: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blobs", b"blobs", "bytes", b"bytes", "expires_unix_s", b"expires_unix_s", "lease_id", b"lease_id", "model_id", b"model_id", "token_end", b"token_end"]) -> None: ...
+
+Global___Lease: typing_extensions.TypeAlias = Lease
 
 @typing.final
 class ScrubRequest(google.protobuf.message.Message):
@@ -697,8 +858,11 @@ class ScrubProgress(google.protobuf.message.Message):
     CHECKED_FIELD_NUMBER: builtins.int
     TOTAL_FIELD_NUMBER: builtins.int
     FINDINGS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
     checked: builtins.int
     total: builtins.int
+    bytes: builtins.int
+    """read since the last message"""
     @property
     def findings(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ScrubFinding]: ...
     def __init__(
@@ -707,8 +871,9 @@ class ScrubProgress(google.protobuf.message.Message):
         checked: builtins.int = ...,
         total: builtins.int = ...,
         findings: collections.abc.Iterable[Global___ScrubFinding] | None = ...,
+        bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checked", b"checked", "findings", b"findings", "total", b"total"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "checked", b"checked", "findings", b"findings", "total", b"total"]) -> None: ...
 
 Global___ScrubProgress: typing_extensions.TypeAlias = ScrubProgress
 
@@ -718,14 +883,61 @@ class ScrubFinding(google.protobuf.message.Message):
 
     KEY_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    EXPIRES_UNIX_S_FIELD_NUMBER: builtins.int
+    MENDED_FROM_FIELD_NUMBER: builtins.int
     key: builtins.str
     reason: builtins.str
+    expires_unix_s: builtins.int
+    """of the damaged blob; 0: it had no end"""
+    mended_from: builtins.str
+    """who gave a whole copy that is in its place now"""
     def __init__(
         self,
         *,
         key: builtins.str = ...,
         reason: builtins.str = ...,
+        expires_unix_s: builtins.int = ...,
+        mended_from: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["key", b"key", "reason", b"reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["expires_unix_s", b"expires_unix_s", "key", b"key", "mended_from", b"mended_from", "reason", b"reason"]) -> None: ...
 
 Global___ScrubFinding: typing_extensions.TypeAlias = ScrubFinding
+
+@typing.final
+class SetQuotaRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: builtins.int
+    NAME_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    tag: builtins.int
+    name: builtins.str
+    """for people"""
+    bytes: builtins.int
+    """0: no quota any more"""
+    def __init__(
+        self,
+        *,
+        tag: builtins.int = ...,
+        name: builtins.str = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "name", b"name", "tag", b"tag"]) -> None: ...
+
+Global___SetQuotaRequest: typing_extensions.TypeAlias = SetQuotaRequest
+
+@typing.final
+class SetQuotaReply(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EVICTED_FIELD_NUMBER: builtins.int
+    evicted: builtins.int
+    """blobs that went for it at once"""
+    def __init__(
+        self,
+        *,
+        evicted: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["evicted", b"evicted"]) -> None: ...
+
+Global___SetQuotaReply: typing_extensions.TypeAlias = SetQuotaReply

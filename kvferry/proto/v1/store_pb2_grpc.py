@@ -89,6 +89,11 @@ class BlobStoreStub(object):
                 request_serializer=kvferry_dot_proto_dot_v1_dot_store__pb2.ScrubRequest.SerializeToString,
                 response_deserializer=kvferry_dot_proto_dot_v1_dot_store__pb2.ScrubProgress.FromString,
                 _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/kvferry.v1.BlobStore/SetQuota',
+                request_serializer=kvferry_dot_proto_dot_v1_dot_store__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=kvferry_dot_proto_dot_v1_dot_store__pb2.SetQuotaReply.FromString,
+                _registered_method=True)
 
 
 class BlobStoreServicer(object):
@@ -167,6 +172,13 @@ class BlobStoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetQuota(self, request, context):
+        """How much a namespace may hold; kept by the store over restarts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlobStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -224,6 +236,11 @@ def add_BlobStoreServicer_to_server(servicer, server):
                     servicer.Scrub,
                     request_deserializer=kvferry_dot_proto_dot_v1_dot_store__pb2.ScrubRequest.FromString,
                     response_serializer=kvferry_dot_proto_dot_v1_dot_store__pb2.ScrubProgress.SerializeToString,
+            ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=kvferry_dot_proto_dot_v1_dot_store__pb2.SetQuotaRequest.FromString,
+                    response_serializer=kvferry_dot_proto_dot_v1_dot_store__pb2.SetQuotaReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -523,6 +540,33 @@ class BlobStore(object):
             '/kvferry.v1.BlobStore/Scrub',
             kvferry_dot_proto_dot_v1_dot_store__pb2.ScrubRequest.SerializeToString,
             kvferry_dot_proto_dot_v1_dot_store__pb2.ScrubProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.v1.BlobStore/SetQuota',
+            kvferry_dot_proto_dot_v1_dot_store__pb2.SetQuotaRequest.SerializeToString,
+            kvferry_dot_proto_dot_v1_dot_store__pb2.SetQuotaReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -201,7 +201,23 @@ _BlobStoreScrubType = typing_extensions.TypeVar(
     ],
 )
 
-class BlobStoreStub(typing.Generic[_BlobStoreHasType, _BlobStorePutType, _BlobStoreGetType, _BlobStoreCommitType, _BlobStoreLookupType, _BlobStorePinType, _BlobStoreUnpinType, _BlobStoreDeleteType, _BlobStoreListType, _BlobStoreStatType, _BlobStoreScrubType]):
+_BlobStoreSetQuotaType = typing_extensions.TypeVar(
+    '_BlobStoreSetQuotaType',
+    grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.store_pb2.SetQuotaRequest,
+        kvferry.proto.v1.store_pb2.SetQuotaReply,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.store_pb2.SetQuotaRequest,
+        kvferry.proto.v1.store_pb2.SetQuotaReply,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.store_pb2.SetQuotaRequest,
+        kvferry.proto.v1.store_pb2.SetQuotaReply,
+    ],
+)
+
+class BlobStoreStub(typing.Generic[_BlobStoreHasType, _BlobStorePutType, _BlobStoreGetType, _BlobStoreCommitType, _BlobStoreLookupType, _BlobStorePinType, _BlobStoreUnpinType, _BlobStoreDeleteType, _BlobStoreListType, _BlobStoreStatType, _BlobStoreScrubType, _BlobStoreSetQuotaType]):
     @typing.overload
     def __init__(self: BlobStoreStub[
         grpc.UnaryUnaryMultiCallable[
@@ -247,6 +263,10 @@ class BlobStoreStub(typing.Generic[_BlobStoreHasType, _BlobStorePutType, _BlobSt
         grpc.UnaryStreamMultiCallable[
             kvferry.proto.v1.store_pb2.ScrubRequest,
             kvferry.proto.v1.store_pb2.ScrubProgress,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.store_pb2.SetQuotaRequest,
+            kvferry.proto.v1.store_pb2.SetQuotaReply,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -296,6 +316,10 @@ class BlobStoreStub(typing.Generic[_BlobStoreHasType, _BlobStorePutType, _BlobSt
             kvferry.proto.v1.store_pb2.ScrubRequest,
             kvferry.proto.v1.store_pb2.ScrubProgress,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            kvferry.proto.v1.store_pb2.SetQuotaRequest,
+            kvferry.proto.v1.store_pb2.SetQuotaReply,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Has: _BlobStoreHasType
@@ -326,6 +350,9 @@ class BlobStoreStub(typing.Generic[_BlobStoreHasType, _BlobStorePutType, _BlobSt
 
     Scrub: _BlobStoreScrubType
     """Re-reads and verifies what is stored; damaged blobs are set aside."""
+
+    SetQuota: _BlobStoreSetQuotaType
+    """How much a namespace may hold; kept by the store over restarts."""
 
 BlobStoreAsyncStub: typing_extensions.TypeAlias = BlobStoreStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -371,6 +398,10 @@ BlobStoreAsyncStub: typing_extensions.TypeAlias = BlobStoreStub[
     grpc.aio.UnaryStreamMultiCallable[
         kvferry.proto.v1.store_pb2.ScrubRequest,
         kvferry.proto.v1.store_pb2.ScrubProgress,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        kvferry.proto.v1.store_pb2.SetQuotaRequest,
+        kvferry.proto.v1.store_pb2.SetQuotaReply,
     ],
 ]
 
@@ -458,5 +489,13 @@ class BlobStoreServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvferry.proto.v1.store_pb2.ScrubProgress], collections.abc.AsyncIterator[kvferry.proto.v1.store_pb2.ScrubProgress]]:
         """Re-reads and verifies what is stored; damaged blobs are set aside."""
+
+    @abc.abstractmethod
+    def SetQuota(
+        self,
+        request: kvferry.proto.v1.store_pb2.SetQuotaRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.proto.v1.store_pb2.SetQuotaReply, collections.abc.Awaitable[kvferry.proto.v1.store_pb2.SetQuotaReply]]:
+        """How much a namespace may hold; kept by the store over restarts."""
 
 def add_BlobStoreServicer_to_server(servicer: BlobStoreServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
