@@ -1,15 +1,17 @@
 """A `BlobRepository` as the gRPC service BlobStore. The store and every node use this one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
 
 from kvferry import __version__
-from kvferry.cluster import convert, wire
+from kvferry.cluster import convert, convert_stat, wire
 from kvferry.cluster.guard import caller
 from kvferry.cluster.handlers import stream, unary, upload
+from kvferry.cluster.mend import Replica, scrub_and_mend
+from kvferry.cluster.quotas import MAX_NAME_CHARS, MAX_QUOTA_BYTES, KeepsQuotas
 from kvferry.cluster.repository import BlobRepository, GetSession, ListQuery, PutSession
 from kvferry.cluster.server import Service
 from kvferry.cluster.tokens import Right
@@ -32,8 +34,13 @@ class BlobStoreServicer:
         *,
         max_blob_bytes: int = DEFAULT_LIMITS.max_blob,
         on_failure: Callable[[str], None] | None = None,
+        replicas: Sequence[Replica] = (),
     ) -> None:
-        """``on_failure`` gets the reason of every refused or failed call, to be counted."""
+        """``on_failure`` gets the reason of every refused or failed call, to be counted.
+
+        ``replicas``: who may have whole copies of what a scrub finds damaged.
+        """
+        self._replicas = replicas
         self._repository = repository
         self._max_blob_bytes = max_blob_bytes
         self._on_failure = on_failure or (lambda reason: None)
@@ -79,7 +86,7 @@ class BlobStoreServicer:
 
     async def stat(self, request: store_pb2.StatRequest) -> store_pb2.StatReply:
         """Stat."""
-        return convert.stat_to_proto(await self._repository.stat(), __version__)
+        return convert_stat.stat_to_proto(await self._repository.stat(), __version__)
 
     async def list(
         self, request: store_pb2.ListRequest
@@ -96,11 +103,19 @@ class BlobStoreServicer:
         self, request: store_pb2.ScrubRequest
     ) -> AsyncGenerator[store_pb2.ScrubProgress, None]:
         """Scrub."""
-        async for report in self._repository.scrub(request.repair):
-            progress = store_pb2.ScrubProgress(checked=report.checked, total=report.total)
-            for key, reason in report.findings:
-                progress.findings.add(key=key, reason=reason)
-            yield progress
+        async for report in scrub_and_mend(self._repository, request.repair, self._replicas):
+            yield convert_stat.report_to_proto(report)
+
+    async def set_quota(self, request: store_pb2.SetQuotaRequest) -> store_pb2.SetQuotaReply:
+        """SetQuota."""
+        if not isinstance(self._repository, KeepsQuotas):
+            raise ProtocolError("quotas are kept by the shared store, and this is none")
+        if not request.tag or len(request.name) > MAX_NAME_CHARS:
+            raise ProtocolError(f"quota: a tag, and at most {MAX_NAME_CHARS} characters of name")
+        if request.bytes > MAX_QUOTA_BYTES:
+            raise ProtocolError(f"quota of {request.bytes:,} bytes, at most {MAX_QUOTA_BYTES:,}")
+        evicted = await self._repository.set_quota(request.tag, request.name, request.bytes)
+        return store_pb2.SetQuotaReply(evicted=evicted)
 
     async def put(self, items: AsyncIterator[wire.PutItem]) -> store_pb2.PutReply:
         """Put: a header, then exactly the bytes it announced."""
@@ -149,6 +164,7 @@ class BlobStoreServicer:
             "List": stream(self.list, store_pb2.ListRequest, count),
             "Stat": unary(self.stat, store_pb2.StatRequest, count),
             "Scrub": stream(self.scrub, store_pb2.ScrubRequest, count),
+            "SetQuota": unary(self.set_quota, store_pb2.SetQuotaRequest, count),
         }
         generic = grpc.method_handlers_generic_handler(wire.SERVICE, handlers)
         return Service(wire.SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))

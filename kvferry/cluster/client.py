@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 import grpc
 import grpc.aio
 
-from kvferry.cluster import convert, wire
+from kvferry.cluster import convert, convert_stat, wire
 from kvferry.cluster.channel import open_channel
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.repository import (
@@ -283,7 +283,7 @@ class BlobStoreClient:
         with rpc_errors(self.address):
             request = store_pb2.StatRequest()
             reply = await self._stub.Stat(request, timeout=self._deadline(timeout_s))
-        return convert.stat_from_proto(reply)
+        return convert_stat.stat_from_proto(reply)
 
     async def list(
         self, query: ListQuery | None = None, *, timeout_s: float | None = None
@@ -301,5 +301,16 @@ class BlobStoreClient:
         request = store_pb2.ScrubRequest(repair=repair)
         with rpc_errors(self.address):
             async for report in self._stub.Scrub(request, timeout=timeout_s):
-                findings = [(finding.key, finding.reason) for finding in report.findings]
-                yield ScrubReport(report.checked, report.total, findings)
+                yield convert_stat.report_from_proto(report)
+
+    async def set_quota(
+        self, tag: int, name: str, quota_bytes: int, *, timeout_s: float | None = None
+    ) -> int:
+        """How much a namespace may hold, 0: as much as there is room; how many blobs went.
+
+        Raises: ProtocolError: what answers keeps no quotas (a node daemon, say).
+        """
+        request = store_pb2.SetQuotaRequest(tag=tag, name=name, bytes=quota_bytes)
+        with rpc_errors(self.address):
+            reply = await self._stub.SetQuota(request, timeout=self._deadline(timeout_s))
+        return reply.evicted

@@ -1,6 +1,5 @@
 """Messages of store.proto to our dataclasses and back; what comes in is checked here."""
 
-import time
 from collections.abc import Iterable, Sequence
 
 from kvferry.cluster.repository import (
@@ -10,7 +9,6 @@ from kvferry.cluster.repository import (
     LookupQuery,
     LookupResult,
     PutSpec,
-    RepositoryStat,
     StateFound,
     TailFound,
 )
@@ -31,7 +29,7 @@ MAX_CODECS = 256
 MAX_LISTING_BYTES = 48 << 20
 _ENTRY_BYTES = 400
 MAX_TTL_S = 10 * 365 * 86_400
-MAX_LEASE_S = 86_400
+MAX_LEASE_S = 30 * 86_400
 
 
 def keys_from_proto(messages: Sequence[blob_pb2.BlobKey]) -> list[BlobKey]:
@@ -110,6 +108,8 @@ def info_to_proto(info: BlobInfo) -> store_pb2.BlobEntry:
         model_heads=info.model_heads,
         previous_key=info.previous_key,
         near=info.near,
+        expires_unix_s=info.expires_unix_s,
+        namespace_tag=info.namespace_tag,
     )
 
 
@@ -135,6 +135,8 @@ def info_from_proto(entry: store_pb2.BlobEntry) -> BlobInfo:
         stored_unix_s=entry.stored_unix_s,
         used_unix_s=entry.used_unix_s,
         near=entry.near,
+        expires_unix_s=entry.expires_unix_s,
+        namespace_tag=entry.namespace_tag,
     )
 
 
@@ -157,6 +159,7 @@ def info_from_header(header: blob_pb2.BlobHeader, key: BlobKey, size: int) -> Bl
         heads=(header.head_start, header.head_end),
         model_layers=header.model_layers,
         model_heads=header.model_heads,
+        namespace_tag=header.namespace_tag,
     )
 
 
@@ -266,6 +269,7 @@ def list_to_proto(query: ListQuery) -> store_pb2.ListRequest:
         limit=query.limit,
         model_id=query.model_id,
         kind=kind_number(query.kind) if query.kind else blob_pb2.BLOB_KIND_UNSPECIFIED,
+        previous_key=query.previous_key,
     )
 
 
@@ -279,40 +283,5 @@ def list_from_proto(request: store_pb2.ListRequest) -> ListQuery:
         model_id=_digest("model id", request.model_id, optional=True),
         kind=kind,
         limit=request.limit,
-    )
-
-
-def stat_to_proto(stat: RepositoryStat, version: str) -> store_pb2.StatReply:
-    """Counts and bytes."""
-    return store_pb2.StatReply(
-        blobs=stat.blobs,
-        bytes=stat.bytes,
-        budget_bytes=stat.budget_bytes,
-        in_flight_bytes=stat.in_flight_bytes,
-        pages_complete=stat.pages_complete,
-        quarantined=stat.quarantined,
-        free_disk_bytes=stat.free_disk_bytes,
-        pinned=stat.pinned,
-        backend=stat.backend,
-        version=version,
-        counters=dict(stat.counters),
-        unix_s=time.time(),
-    )
-
-
-def stat_from_proto(reply: store_pb2.StatReply) -> RepositoryStat:
-    """Counts and bytes."""
-    return RepositoryStat(
-        blobs=reply.blobs,
-        bytes=reply.bytes,
-        budget_bytes=reply.budget_bytes,
-        in_flight_bytes=reply.in_flight_bytes,
-        pages_complete=reply.pages_complete,
-        quarantined=reply.quarantined,
-        free_disk_bytes=reply.free_disk_bytes,
-        pinned=reply.pinned,
-        backend=reply.backend,
-        counters=dict(reply.counters),
-        version=reply.version,
-        unix_s=reply.unix_s,
+        previous_key=_digest("previous key", request.previous_key, optional=True),
     )

@@ -22,6 +22,7 @@ from kvferry.cluster.policy_decider import PolicyDecider
 from kvferry.cluster.policy_keeper import PolicyKeeper
 from kvferry.cluster.seat import Seat
 from kvferry.errors import ConfigError, NotLeaderError
+from kvferry.proto.keys import namespace_tag
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.settings import CoordinatorSettings
 
@@ -156,6 +157,14 @@ class Coordinator:
         member = self.membership.drain(request.node_id, request.undo)
         log.info("node %r %s", request.node_id, "is wanted back" if request.undo else "is to drain")
         return pb.DrainReply(state=self.membership.presence(member), drained=member.drained)
+
+    async def namespaces(self, name: str = "") -> dict[str, int]:
+        """Names, and the tags that blobs carry for them: the default one, those of nodes that
+        registered here, and ``name``, if there is one of that name."""
+        salts = {}
+        for each in {DEFAULT_NAMESPACE, *self._salts, *([name] if name else [])}:
+            salts[each] = self._salts.get(each) or await self._seat.intents.kept_salt(each)
+        return {each: namespace_tag(salt) for each, salt in salts.items() if salt}
 
     def members(self) -> list[tuple[states.MemberState, states.Presence, float]]:
         """All known nodes by name: what they said, how present, seconds since then."""

@@ -237,6 +237,15 @@ class CoordinatorClient:
             replaced, self._replaced = self._replaced, asyncio.Event()
             replaced.set()
 
+    async def namespaces(self, name: str = "") -> dict[str, int]:
+        """Names of namespaces, and the tags that blobs carry for them.
+
+        ``name``: this one too, if there is one of the name. Raises: ConfigError: no name.
+        """
+        request = pb.NamespacesRequest(name=name)
+        reply = await self._call(lambda stub, s: stub.Namespaces(request, timeout=s))
+        return {entry.name: entry.tag for entry in reply.namespaces}
+
     async def _next(
         self, call: _Watch, address: str, silence_s: float, term: int | None = None
     ) -> pb.Policy:

@@ -20,6 +20,7 @@ from kvferry.cluster.leader_gate import LeaderGate
 from kvferry.cluster.member_messages import check_exo, told
 from kvferry.cluster.server import Service, start_server
 from kvferry.cluster.service import Running
+from kvferry.cluster.tokens import check_namespace
 from kvferry.errors import ConfigError, ProtocolError
 from kvferry.proto.keys import DIGEST_BYTES, MAX_HEADS, MAX_LAYERS
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -147,6 +148,15 @@ class CoordinatorServicer:
             version=__version__,
         )
 
+    async def namespaces(self, request: pb.NamespacesRequest) -> pb.NamespacesReply:
+        """Namespaces."""
+        if request.name:
+            check_namespace(request.name)
+        reply = pb.NamespacesReply()
+        for name, tag in sorted((await self._coordinator.namespaces(request.name)).items()):
+            reply.namespaces.add(name=name, tag=tag)
+        return reply
+
     def service(self) -> Service:
         """To be given to `kvferry.cluster.server.start_server`."""
 
@@ -165,6 +175,7 @@ class CoordinatorServicer:
             "Leadership": unary(self.leadership, pb.LeadershipRequest, count),
             "Goodbye": unary(led.unary(self.goodbye), pb.GoodbyeRequest, count),
             "Drain": unary(led.unary(self.drain), pb.DrainRequest, count),
+            "Namespaces": unary(led.unary(self.namespaces), pb.NamespacesRequest, count),
         }
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         return Service(SERVICE, lambda server: server.add_generic_rpc_handlers((generic,)))

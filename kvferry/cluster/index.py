@@ -8,11 +8,12 @@ and leases, and can be deleted at any time.
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
-from kvferry.cluster import index_lookup
+from kvferry.cluster import index_checks, index_lookup
 from kvferry.cluster import index_rows as rows
 from kvferry.cluster.coverage import covers
 from kvferry.cluster.index_rows import CodecTable, Held, Unit
@@ -31,6 +32,7 @@ from kvferry.errors import QueueFullError
 from kvferry.proto.keys import BlobKey
 
 MAX_LEASES = 10_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Index:
         else:
             self._reader, self._read_lock = connect(path), threading.RLock()
         self._codecs = CodecTable(self._db)
+        self._scrub = index_checks.last_scrub(self._db)
 
     def close(self) -> None:
         """May be called twice."""
@@ -121,7 +124,8 @@ class Index:
             db.execute("DELETE FROM blobs WHERE id = ?", (old.blob_id,))
         db.execute(
             "INSERT INTO blobs (unit_id, layer_start, layer_end, head_start, head_end, codec_ref, "
-            "size, charged, stored_s, expires_s) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "size, charged, stored_s, expires_s, namespace, checked) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 unit_id,
                 *info.layers,
@@ -131,6 +135,8 @@ class Index:
                 record.charged,
                 info.stored_unix_s or int(now_s),
                 record.expires_s,
+                rows.tag_to_row(info.namespace_tag),
+                self._scrub,  # what comes in is verified
             ),
         )
         return unit_id
@@ -222,14 +228,17 @@ class Index:
             self._remove(db, over, now_s)
             return over
 
-    def take_victims(self, need: int, chain: Chain | None, now_s: float) -> list[Held]:
+    def take_victims(
+        self, need: int, chain: Chain | None, now_s: float, namespace: int | None = None
+    ) -> list[Held]:
         """Remove least recently used units of ``need`` charged bytes in all.
 
-        Never leased ones, nor those of ``chain``. Calibrations last.
+        Never leased ones, nor those of ``chain``. Calibrations last. ``namespace``: tag of
+        the only one whose blobs may go.
         Empty where so much is not to be had: nothing is removed then.
         """
         with self._write() as db:
-            chosen = victims(db, need, chain, now_s)
+            chosen = victims(db, need, chain, now_s, namespace)
             return self._drop(db, rows.units_in(db, "id", chosen))
 
     def set_expiry(self, blob_id: int, expires_s: int) -> None:
@@ -282,6 +291,27 @@ class Index:
                 "WHERE expires_s > ?"
             )
             return pages.fetchone()[0], db.execute(leased, (now_s,)).fetchone()[0]
+
+    def begin_scrub(self) -> int:
+        """Number of a new scrub."""
+        with self._lock:
+            self._scrub += 1
+            return self._scrub
+
+    def unchecked(self, scrub: int) -> list[Held]:
+        """See `index_checks.unchecked`."""
+        with self._read() as db:
+            return index_checks.unchecked(db, self._codecs, scrub)
+
+    def note_checked(self, held: Sequence[Held], scrub: int) -> None:
+        """These were read by a scrub."""
+        with self._write() as db:
+            index_checks.note_checked(db, held, scrub)
+
+    def sums(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        """Ask one of the questions of `index_sums`."""
+        with self._read() as db:
+            return question(db)
 
     def names_under(self, first_byte: int) -> dict[str, Held]:
         """Name -> blob, of all whose page key begins with this byte."""

@@ -17,7 +17,7 @@ LIST_UNITS = 256
 
 _BLOB_COLUMNS = (
     "b.unit_id, b.layer_start, b.layer_end, b.head_start, b.head_end, b.codec_ref, b.size, "
-    "b.stored_s, b.expires_s, b.id, b.charged"
+    "b.stored_s, b.expires_s, b.id, b.charged, b.namespace"
 )
 _UNIT_COLUMNS = (
     "id, kind, page_key, model_id, previous_key, token_start, token_end, "
@@ -98,6 +98,19 @@ class CodecTable:
         return self._by_id[ref]
 
 
+_SIGNED, _WIDTH = 1 << 63, 1 << 64
+
+
+def tag_to_row(tag: int) -> int:
+    """A namespace's tag as SQLite's signed 64 bits."""
+    return tag - _WIDTH if tag >= _SIGNED else tag
+
+
+def tag_of_row(value: int) -> int:
+    """And back."""
+    return value % _WIDTH
+
+
 def marks(values: Sequence[object]) -> str:
     """As many question marks as there are values, for an IN clause."""
     return ",".join("?" * len(values))
@@ -158,6 +171,8 @@ def _held(unit: Unit, row: Sequence[int], codecs: CodecTable) -> Held:
         model_heads=unit.model_heads,
         stored_unix_s=row[7],
         used_unix_s=unit.used_ns // 1_000_000_000,
+        expires_unix_s=row[8],
+        namespace_tag=tag_of_row(row[11]),
     )
     return Held(info, row[9], unit.id, row[10], row[8])
 
@@ -171,6 +186,7 @@ def list_units(
         ("page_key", query.page_key),
         ("model_id", query.model_id),
         ("kind", query.kind),
+        ("previous_key", query.previous_key),
     ):
         if value:
             clauses.append(f"{column} = ?")

@@ -3,7 +3,7 @@
 import sqlite3
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE units (
@@ -44,9 +44,12 @@ CREATE TABLE blobs (
     size INTEGER NOT NULL,
     charged INTEGER NOT NULL,
     stored_s INTEGER NOT NULL,
-    expires_s INTEGER NOT NULL
+    expires_s INTEGER NOT NULL,
+    namespace INTEGER NOT NULL DEFAULT 0,
+    checked INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX blobs_of_unit ON blobs (unit_id);
+CREATE INDEX blobs_by_check ON blobs (checked);
 CREATE INDEX blobs_expiring ON blobs (expires_s) WHERE expires_s > 0;
 CREATE TABLE leases (id TEXT PRIMARY KEY, expires_s INTEGER NOT NULL);
 CREATE TABLE lease_blobs (
@@ -55,6 +58,21 @@ CREATE TABLE lease_blobs (
     PRIMARY KEY (lease_id, blob_id)
 ) WITHOUT ROWID;
 CREATE INDEX lease_of_blob ON lease_blobs (blob_id);
+-- Sums that every put asks for. Tags are 64 bits without a sign, kept as SQLite has them.
+CREATE TABLE namespaces (
+    tag INTEGER PRIMARY KEY,
+    blobs INTEGER NOT NULL DEFAULT 0,
+    charged INTEGER NOT NULL DEFAULT 0
+);
+CREATE TRIGGER blob_comes AFTER INSERT ON blobs BEGIN
+    INSERT INTO namespaces (tag, blobs, charged) VALUES (NEW.namespace, 1, NEW.charged)
+        ON CONFLICT (tag) DO UPDATE SET blobs = blobs + 1, charged = charged + NEW.charged;
+END;
+CREATE TRIGGER blob_goes AFTER DELETE ON blobs BEGIN
+    UPDATE namespaces SET blobs = blobs - 1, charged = charged - OLD.charged
+        WHERE tag = OLD.namespace;
+    DELETE FROM namespaces WHERE tag = OLD.namespace AND blobs = 0;
+END;
 """
 
 

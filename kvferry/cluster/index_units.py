@@ -116,11 +116,18 @@ class Chain:
     whole: bool
 
 
-def victims(db: sqlite3.Connection, need: int, chain: Chain | None, now_s: float) -> list[int]:
+def victims(
+    db: sqlite3.Connection,
+    need: int,
+    chain: Chain | None,
+    now_s: float,
+    namespace: int | None = None,
+) -> list[int]:
     """Least recently used units that charge ``need`` bytes in all; none if not to be had.
 
     Pages of ``chain`` are spared. Where its last page is not here, the blob to be written
-    could not be found, and nothing goes for it.
+    could not be found, and nothing goes for it. ``namespace``: tag of the only one whose
+    blobs may go, and count.
     """
     kept: set[bytes] = set()
     if chain is not None:
@@ -130,16 +137,21 @@ def victims(db: sqlite3.Connection, need: int, chain: Chain | None, now_s: float
         if not here:
             return []
         kept = {*chain.writing, *rows.ancestors(db, chain.before)}
+    whose: str = ""
+    values: list[float] = [now_s]
+    if namespace is not None:
+        whose, values = " AND namespace = ?", [rows.tag_to_row(namespace), now_s]
     query = (
-        "SELECT id, page_key, (SELECT SUM(charged) FROM blobs WHERE unit_id = units.id) "  # noqa: S608
+        "SELECT id, page_key, "  # noqa: S608
+        f"(SELECT SUM(charged) FROM blobs WHERE unit_id = units.id{whose}) "
         f"FROM units WHERE {_NOT_PINNED} ORDER BY evict_last, used_ns, id"
     )
     chosen: list[int] = []
     freed = 0
-    for unit_id, page_key, charged in db.execute(query, (now_s,)):
+    for unit_id, page_key, charged in db.execute(query, values):
         if freed >= need:
             break
-        if page_key not in kept:
+        if page_key not in kept and (charged or namespace is None):
             chosen.append(unit_id)
             freed += charged or 0
     return chosen if freed >= need else []

@@ -2,14 +2,17 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvferry.cluster.repository import RepositoryStat
+from kvferry.cluster.repository import NamespaceStat, RepositoryStat, TierStat
 from kvferry.errors import FerryError
+
+# Namespaces that have time series of their own.
+MAX_LABELLED = 100
 
 
 class FailureCounts:
@@ -68,6 +71,59 @@ class RepositoryCollector(Collector):
         for event, count in sorted(stat.counters.items()):
             events.add_metric([event], count)
         yield events
+        yield from self._tiers(stat.tiers)
+        yield from self._namespaces(stat.namespaces)
+
+    def _tiers(self, tiers: Sequence[TierStat]) -> Iterator[Metric]:
+        if not tiers:
+            return
+        names = ["tier"]
+        blobs, size, up = (
+            GaugeMetricFamily(f"{self._prefix}_tier_{name}", text, labels=names)
+            for name, text in (
+                ("blobs", "Blobs in a tier"),
+                ("bytes", "Bytes in a tier"),
+                ("up", "1: it answers"),
+            )
+        )
+        events = CounterMetricFamily(
+            f"{self._prefix}_tier_events",
+            "Hits, misses, evictions, failures by reason",
+            labels=["tier", "event"],
+        )
+        for tier in tiers:
+            blobs.add_metric([tier.name], tier.blobs)
+            size.add_metric([tier.name], tier.bytes)
+            up.add_metric([tier.name], tier.healthy)
+            for event, count in sorted(tier.counters.items()):
+                events.add_metric([tier.name, event], count)
+        yield from (blobs, size, up, events)
+
+    def _namespaces(self, namespaces: Sequence[NamespaceStat]) -> Iterator[Metric]:
+        if not namespaces:
+            return
+        names = ["namespace"]
+        blobs, size, quota = (
+            GaugeMetricFamily(f"{self._prefix}_namespace_{name}", text, labels=names)
+            for name, text in (
+                ("blobs", "Blobs of a namespace"),
+                ("bytes", "Bytes of a namespace"),
+                ("quota_bytes", "What it may hold, 0: no quota"),
+            )
+        )
+        events = CounterMetricFamily(
+            f"{self._prefix}_namespace_events",
+            "Hits, puts, evictions, refusals",
+            labels=["namespace", "event"],
+        )
+        for use in namespaces[:MAX_LABELLED]:
+            label = [f"{use.tag:016x}"]
+            blobs.add_metric(label, use.blobs)
+            size.add_metric(label, use.bytes)
+            quota.add_metric(label, use.quota_bytes)
+            for event, count in sorted(use.counters.items()):
+                events.add_metric([*label, event], count)
+        yield from (blobs, size, quota, events)
 
 
 def repository_registry(

@@ -4,6 +4,7 @@
 `kvferry.cluster.client` has the same verbs on the other side.
 """
 
+import builtins
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,7 +37,8 @@ class CodecInfo:
 class BlobInfo:
     """What an index knows of a blob without its payload.
 
-    ``near``: in a node daemon's lookup, that it holds the blob itself.
+    ``near``: in a node daemon's lookup, that it holds the blob itself. ``expires_unix_s``
+    0: no end. ``namespace_tag``: see `kvferry.proto.keys.namespace_tag`; 0: not told.
     """
 
     key: BlobKey
@@ -52,6 +54,8 @@ class BlobInfo:
     stored_unix_s: int = 0
     used_unix_s: int = 0
     near: bool = False
+    expires_unix_s: int = 0
+    namespace_tag: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,46 @@ class LookupResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierStat:
+    """One of the places where a store has blobs: its medium, or what stands before it.
+
+    ``budget_bytes`` 0: its own affair. ``counters``: hits, misses, evictions, failures by
+    reason. ``healthy`` False: it has not answered lately.
+    """
+
+    name: str
+    blobs: int = 0
+    bytes: int = 0
+    budget_bytes: int = 0
+    healthy: bool = True
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceStat:
+    """What a namespace holds, in bytes of the medium. ``quota_bytes`` 0: no quota."""
+
+    tag: int
+    name: str = ""
+    blobs: int = 0
+    bytes: int = 0
+    quota_bytes: int = 0
+    counters: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseStat:
+    """A lease in force. ``model_id`` is of one of its blobs, ``token_end`` their furthest."""
+
+    lease_id: str
+    expires_unix_s: int
+    blobs: int = 0
+    bytes: int = 0
+    model_id: builtins.bytes = b""
+    token_end: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RepositoryStat:
     """Counts and bytes; ``counters`` are refusals and failures by reason.
 
@@ -132,15 +176,28 @@ class RepositoryStat:
     counters: Mapping[str, int] = field(default_factory=dict)
     version: str = ""
     unix_s: float = 0.0
+    tiers: Sequence[TierStat] = ()
+    namespaces: Sequence[NamespaceStat] = ()
+    leases: Sequence[LeaseStat] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ScrubReport:
-    """Progress of a scrub; ``findings`` are (key, reason) since the last report."""
+    """Progress of a scrub, and what was found since the last report.
+
+    Attributes:
+        findings: (key, reason) of damaged blobs.
+        bytes: read and compared.
+        expires: key -> unix time in s at which a damaged blob would have ended.
+        mended: key -> who gave a whole copy that is in its place now.
+    """
 
     checked: int
     total: int
     findings: Sequence[tuple[str, str]] = ()
+    bytes: int = 0
+    expires: Mapping[str, int] = field(default_factory=dict)
+    mended: Mapping[str, str] = field(default_factory=dict)
 
 
 class PutSession(Protocol):
@@ -161,11 +218,15 @@ class PutSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GetSession:
-    """One read under way: ``size`` of the whole blob, and the bytes asked for."""
+    """One read under way: ``size`` of the whole blob, and the bytes asked for.
+
+    ``expires_unix_s`` 0: no end, or not known.
+    """
 
     size: int
     source: str
     chunks: AsyncIterator[bytes | memoryview]
+    expires_unix_s: int = 0
 
 
 class BlobRepository(Protocol):
@@ -209,9 +270,14 @@ class BlobRepository(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListQuery:
-    """Filters of `BlobRepository.list`; empty or 0: not filtered."""
+    """Filters of `BlobRepository.list`; empty or 0: not filtered.
+
+    ``previous_key``: what hangs on this page or root. A repository may leave that one out
+    of account; whoever asks looks again.
+    """
 
     page_key: bytes = b""
     model_id: bytes = b""
     kind: str = ""
     limit: int = 0
+    previous_key: bytes = b""

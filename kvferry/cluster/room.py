@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from kvferry.cluster.backends.base import BlobBackend
 from kvferry.cluster.blob_name import blob_name
 from kvferry.cluster.index import Index
 from kvferry.cluster.index_keeper import IndexKeeper
 from kvferry.cluster.index_rows import Held
+from kvferry.cluster.index_sums import charged_to
 from kvferry.cluster.index_units import Chain, Record
+from kvferry.cluster.quotas import FILE_NAME, NamespaceEvents, QuotaBook
 from kvferry.cluster.repository import BlobInfo
 from kvferry.cluster.space import Space, StoreLimits
 from kvferry.errors import StoreFullError
@@ -52,11 +55,14 @@ class Room:
         self.staged: dict[BlobKey, Staged] = {}
         self.quarantined = 0
         self.index = IndexKeeper(backend, limits, clock, counters, self.lock, self._recount)
+        beside = Path(backend.index_path).with_name(FILE_NAME)
+        self.quotas = QuotaBook(None if backend.index_path == ":memory:" else beside)
+        self.events = NamespaceEvents()
         self._backend, self._limits, self._clock = backend, limits, clock
         self._counters = counters
         self._uses: dict[int, int] = {}
         self._uses_lock = threading.Lock()
-        self._writing: list[BlobInfo] = []
+        self._writing: list[tuple[BlobInfo, int]] = []
 
     def _recount(self, index: Index) -> None:
         with self._uses_lock:
@@ -70,19 +76,21 @@ class Room:
         """Set bytes apart for a write, evicting if need be.
 
         The pages before the one written stay; where the one just before it is not here,
-        nothing is evicted for it, as nobody could find it.
+        nothing is evicted for it, as nobody could find it. What its namespace has beyond its
+        quota goes first, and is its own.
         Raises: StoreFullError; no live blob was evicted for it.
         """
         with self.lock:
+            self._keep_quota(info.namespace_tag, charged, info)
             self.make_room(charged, info)
             self.space.in_flight += charged
-            self._writing.append(info)
+            self._writing.append((info, charged))
 
     def release(self, charged: int, info: BlobInfo) -> None:
         """End of a reservation: its bytes are gone, or counted elsewhere."""
         with self.lock:
             self.space.in_flight -= charged
-            self._writing.remove(info)
+            self._writing.remove((info, charged))
 
     def make_room(self, charged: int, info: BlobInfo | None = None) -> None:
         """First what has ended, then damaged blobs, then the least recently used."""
@@ -94,19 +102,61 @@ class Room:
         short = self.space.shortfall(charged)
         if short <= 0:
             return
+        if not self._evict(short, info):
+            raise StoreFullError(self._backend.url, charged, self.space.free())
+
+    def _evict(self, short: int, info: BlobInfo | None, namespace: int | None = None) -> int:
+        """Let the least recently used go for ``short`` bytes; 0: so much is not to be had."""
         self.flush_uses()
         now = self._clock()
         chain = self._chain_before(info) if info is not None else None
-        victims = self.index.ask(lambda index: index.take_victims(short, chain, now))
-        if not victims:
-            raise StoreFullError(self._backend.url, charged, self.space.free())
+        victims = self.index.ask(lambda index: index.take_victims(short, chain, now, namespace))
         self.forget_files(victims)
         self._counters["evicted"] += len(victims)
         self._counters["evicted_bytes"] += sum(h.info.size for h in victims)
+        for blob in victims:
+            self.events.add(blob.info.namespace_tag, evicted=1, evicted_bytes=blob.info.size)
+        return len(victims)
+
+    def _keep_quota(self, tag: int, more: int, info: BlobInfo | None = None) -> int:
+        """Make room within a namespace's quota; how many of its blobs went.
+
+        Raises: StoreFullError: what it has is leased, or comes before the blob written.
+        """
+        quota = self.quotas.get(tag)
+        if quota is None:
+            return 0
+        over = self._held_by(tag) + more - quota.bytes
+        if over > 0 and self.drop_ended():
+            over = self._held_by(tag) + more - quota.bytes
+        if over <= 0:
+            return 0
+        evicted = self._evict(over, info, tag)
+        if not evicted:
+            self.events.add(tag, refused_quota=1)
+            where = f"quota of namespace {quota.name or f'{tag:016x}'}"
+            raise StoreFullError(where, more, max(0, more - over))
+        return evicted
+
+    def _held_by(self, tag: int) -> int:
+        """Bytes of the medium: committed, staged and being written."""
+        held = self.index.ask(lambda index: index.sums(partial(charged_to, namespace=tag)))
+        staged = (s.record for s in self.staged.values())
+        held += sum(r.charged for r in staged if r.info.namespace_tag == tag)
+        return held + sum(c for info, c in self._writing if info.namespace_tag == tag)
+
+    def set_quota(self, tag: int, name: str, quota_bytes: int) -> int:
+        """Durable when this returns; how many of the namespace's blobs went for it at once."""
+        with self.lock:
+            self.quotas.set(tag, name, quota_bytes)
+            try:
+                return self._keep_quota(tag, 0)
+            except StoreFullError:
+                return 0  # leased: they go when their leases have ended
 
     def _chain_before(self, info: BlobInfo) -> Chain:
         """The pages before a blob that are being written, and the first that is not."""
-        writing = {i.key.page_key: i for i in self._writing if i.key.kind == "page"}
+        writing = {i.key.page_key: i for i, _ in self._writing if i.key.kind == "page"}
         pages: list[bytes] = []
         first = info
         while (before := writing.get(first.previous_key)) and len(pages) < len(writing):
@@ -128,6 +178,8 @@ class Room:
         ended = self.index.ask(lambda index: index.take_expired(now))
         self.forget_files(ended)
         self._counters["expired"] += len(ended)
+        for blob in ended:
+            self.events.add(blob.info.namespace_tag, expired=1)
         return len(ended)
 
     def _drop_abandoned(self, now: float) -> None:

@@ -25,7 +25,8 @@ from kvferry.cluster.space import StoreLimits
 from kvferry.cluster.store_core import StoreCore
 from kvferry.cluster.store_get import GetWork, read_pieces
 from kvferry.cluster.store_put import LocalPut
-from kvferry.cluster.store_scrub import scrub_some
+from kvferry.cluster.store_scrub import batches, begin_scrub, scrub_some, unchecked
+from kvferry.cluster.store_stat import describe
 from kvferry.errors import FerryError, ProtocolError
 from kvferry.proto.keys import BlobKey
 
@@ -33,7 +34,6 @@ __all__ = ["LocalStore", "StoreLimits"]
 
 log = logging.getLogger(__name__)
 
-_SCRUB_BATCH = 32
 T = TypeVar("T")
 
 
@@ -130,7 +130,8 @@ class LocalStore:
         self._core.counters["gets"] += 1
         self._core.counters["get_bytes"] += want
         work = GetWork(self._core, key, reader, offset, want)
-        return GetSession(size, self._source, read_pieces(work, self._reads))
+        pieces = read_pieces(work, self._reads)
+        return GetSession(size, self._source, pieces, held.expires_s)
 
     async def commit(self, keys: Sequence[BlobKey]) -> int:
         """Make staged blobs visible, all or none. Raises: BlobNotFoundError."""
@@ -173,21 +174,38 @@ class LocalStore:
 
     async def stat(self) -> RepositoryStat:
         """Counts and bytes."""
-        return await self._read(self._core.stat)
+        return await self._read(describe, self._core)
 
     def stat_now(self) -> RepositoryStat:
         """As `stat`, blocking, from any thread: for metrics."""
-        return self._core.stat()
+        return describe(self._core)
+
+    async def set_quota(self, tag: int, name: str, quota_bytes: int) -> int:
+        """How much a namespace may hold from now on, 0: as much as there is room.
+
+        Returns: how many of its blobs went for it. Raises: StoreUnavailableError.
+        """
+        return await self._write(self._core.set_quota, tag, name, quota_bytes)
 
     async def scrub(self, repair: bool) -> AsyncIterator[ScrubReport]:
-        """Read and verify everything; with ``repair`` damaged blobs are set aside."""
+        """Read and verify everything; with ``repair`` damaged blobs are set aside.
+
+        What was read longest ago comes first, so that one broken off is gone on with.
+        """
         total = (await self.stat()).blobs
         checked = 0
-        async for held in self._held(ListQuery()):
-            for at in range(0, len(held), _SCRUB_BATCH):
-                batch = held[at : at + _SCRUB_BATCH]
-                findings = await self._read(scrub_some, self._core, batch, repair)
+        number = await self._read(begin_scrub, self._core)
+        while held := await self._read(unchecked, self._core, number):
+            for batch in batches(held):
+                findings = await self._read(scrub_some, self._core, batch, repair, number)
                 checked += len(batch)
-                yield ScrubReport(checked, max(total, checked), findings)
+                ends = {str(h.info.key): h.expires_s for h in batch if h.expires_s}
+                yield ScrubReport(
+                    checked,
+                    max(total, checked),
+                    findings,
+                    bytes=sum(h.info.size for h in batch),
+                    expires={key: ends[key] for key, _ in findings if key in ends},
+                )
         if not checked:
             yield ScrubReport(0, 0)

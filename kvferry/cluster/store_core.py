@@ -23,7 +23,6 @@ from kvferry.cluster.repository import (
     LookupQuery,
     LookupResult,
     PutSpec,
-    RepositoryStat,
 )
 from kvferry.cluster.room import Room, Staged
 from kvferry.cluster.space import StoreLimits
@@ -64,13 +63,15 @@ class StoreCore:
         self.backend.open()
         room = self.room
         try:
+            room.quotas.load()
             with room.lock:
                 for record, since in store_rebuild.staged_records(self.backend, self.limits):
                     room.staged[record.info.key] = Staged(record, since)
                 self.index.open()
                 room.maintain()
                 with suppress(StoreFullError):
-                    room.make_room(0)
+                    while room.space.shortfall(0) > 0:  # evicting makes the index's log longer
+                        room.make_room(0)
         except BaseException:
             self.close()
             raise
@@ -98,11 +99,15 @@ class StoreCore:
         self.room.note_use([(unit.id, unit.token_start) for unit in units])
         return result
 
-    def reader(self, key: BlobKey) -> tuple[BlobReader, Held]:
-        """Open a blob. Raises: BlobNotFoundError, CorruptBlobError (another size)."""
+    def reader(self, key: BlobKey, upkeep: bool = False) -> tuple[BlobReader, Held]:
+        """Open a blob; ``upkeep``: that is no use of it.
+
+        Raises: BlobNotFoundError, CorruptBlobError (another size).
+        """
         for _ in range(2):
             held = self.index.ask(lambda index: index.find(key))
             if held is None or 0 < held.expires_s <= self.clock():
+                self.counters["misses"] += not upkeep
                 raise BlobNotFoundError(str(key))
             try:
                 reader = self.backend.reader(held.name)
@@ -114,7 +119,9 @@ class StoreCore:
                 raise CorruptBlobError(
                     "length", f"{reader.size:,} bytes on disk, {held.info.size:,} were stored"
                 )
-            self.room.note_use([(held.unit_id, held.info.tokens[0])])
+            if not upkeep:
+                self.room.note_use([(held.unit_id, held.info.tokens[0])])
+                self.room.events.add(held.info.namespace_tag, hits=1, hit_bytes=reader.size)
             return reader, held
         self.counters["lost"] += 1
         log.warning("%s is in the index of %s and not on disk", key, self.backend.url)
@@ -142,25 +149,9 @@ class StoreCore:
         now = self.clock()
         return self.index.ask(lambda index: index.unpin(lease_id, now))
 
-    def stat(self) -> RepositoryStat:
-        """Counts and bytes."""
-        now = self.clock()
-        totals = self.index.ask(lambda index: index.totals())
-        pages, pinned = self.index.ask(lambda index: index.counts(now))
-        room = self.room
-        with room.lock:
-            return RepositoryStat(
-                blobs=totals.blobs,
-                bytes=room.space.used - room.space.in_flight,
-                budget_bytes=self.limits.budget_bytes,
-                in_flight_bytes=room.space.in_flight,
-                pages_complete=pages,
-                quarantined=room.quarantined,
-                free_disk_bytes=self.backend.free_bytes() or 0,
-                pinned=pinned,
-                backend=self.backend.url,
-                counters=dict(self.counters),
-            )
+    def set_quota(self, tag: int, name: str, quota_bytes: int) -> int:
+        """See `Room.set_quota`."""
+        return self.room.set_quota(tag, name, quota_bytes)
 
     def wanted(self, spec: PutSpec) -> bool:
         """Whether a put's bytes are needed; a key that is there may live longer for it.
@@ -227,6 +218,7 @@ class StoreCore:
                 else:
                     self._admit(record, waiting.name)
                 room.release(charged, info)
+        room.events.add(info.namespace_tag, puts=1, put_bytes=info.size)
         return True
 
     def _admit(self, record: Record, name: str) -> None:
@@ -293,4 +285,5 @@ class StoreCore:
                     room.quarantined += 1
                     room.space.quarantined += blob.charged
                 self.counters["quarantined"] += 1
+                room.events.add(blob.info.namespace_tag, quarantined=1)
                 log.warning("%s is damaged (%s) and set aside", key, reason)

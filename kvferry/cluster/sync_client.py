@@ -215,6 +215,12 @@ class SyncBlobStoreClient:
         """Counts and bytes."""
         return self._thread.run(self._client.stat(timeout_s=timeout_s))
 
+    def set_quota(
+        self, tag: int, name: str, quota_bytes: int, *, timeout_s: float | None = None
+    ) -> int:
+        """How much a namespace may hold; how many blobs went for it."""
+        return self._thread.run(self._client.set_quota(tag, name, quota_bytes, timeout_s=timeout_s))
+
     def list(
         self, query: ListQuery | None = None, *, timeout_s: float | None = None
     ) -> Iterator[Sequence[BlobInfo]]:

@@ -42,6 +42,7 @@ class BlobMeta:
         page_key: key of the page, or of the tail or state.
         previous_key: key of the page before, or the root.
         model_layers, model_heads: of the whole model: completeness is judged by them.
+        namespace_tag: see `kvferry.proto.keys.namespace_tag`; 0: not told.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class BlobMeta:
     previous_key: bytes
     model_layers: int
     model_heads: int
+    namespace_tag: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ def encode_blob(codec: Codec, page: PageTensors, meta: BlobMeta) -> tuple[BlobKe
             for name, stream in sorted(page.streams.items())
         ],
         producer=f"kvferry {__version__}",
+        namespace_tag=meta.namespace_tag,
     )
     return key, container.pack(header, encoded.sections)
 

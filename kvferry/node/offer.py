@@ -77,6 +77,7 @@ class Coding:
         tail: codec of tails; None: they are computed again.
         enabled: False: the policy stores nothing.
         accept: codecs that restores take; empty: any.
+        namespace_tag: what blobs say of their namespace.
     """
 
     shard: Shard
@@ -86,3 +87,4 @@ class Coding:
     tail_ttl_s: int
     enabled: bool = True
     accept: frozenset[str] = frozenset()
+    namespace_tag: int = 0

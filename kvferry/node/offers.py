@@ -20,7 +20,7 @@ from kvferry.codec.blob import BlobMeta, blob_key, encode_blob
 from kvferry.errors import FerryError
 from kvferry.node.already import complete_pages, is_stored
 from kvferry.node.background import Background, OneThread, lower_priority
-from kvferry.node.coding import CodedRange, Shard, state_codec
+from kvferry.node.coding import CodedRange, state_codec
 from kvferry.node.offer import Coding, Offer, OfferClient, TensorSource
 from kvferry.node.pace import SHARE
 from kvferry.node.puts import Puts
@@ -163,7 +163,7 @@ class Offers:
         shard = coding.shard
         jobs: list[tuple[BlobKey, CodedRange, int, BlobMeta]] = []
         for index in range(offer.restored_pages, len(keys)):
-            meta = _meta(shard, "page", keys[index], keys[index - 1] if index else coding.root)
+            meta = _meta(coding, "page", keys[index], keys[index - 1] if index else coding.root)
             for coded in coding.pages:
                 key = blob_key(coded.codec, meta, coded.layers, shard.heads)
                 jobs.append((key, coded, index, meta))
@@ -212,13 +212,13 @@ class Offers:
         old = self._outdated(offer)
         key, states = None, {}
         if shard.writes_rows and shard.layers[0] < shard.layers[1]:
-            meta = _meta(shard, "tail", identity, previous)
+            meta = _meta(coding, "tail", identity, previous)
             page = offer.source.page(shard.layers, span)
             replaces = old.key if old is not None else None
             key = self._put_short(codec, page, meta, coding, replaces, puts)
         if shard.states[0] < shard.states[1]:
             part, parts = shard.state_part
-            meta = _meta(shard, "state", state_key(identity, parts), previous)
+            meta = _meta(coding, "state", state_key(identity, parts), previous)
             for page in offer.source.state_pages(span, part):
                 coded = state_codec(page.streams, codec)
                 replaces = old.states.get(page.layers) if old is not None else None
@@ -269,8 +269,8 @@ def _encode(
     return key, data, page.raw_bytes_fp16
 
 
-def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
-    states = kind == "state"
+def _meta(coding: Coding, kind: str, key: bytes, previous: bytes) -> BlobMeta:
+    shard, states = coding.shard, kind == "state"
     return BlobMeta(
         kind=kind,
         model_id=shard.model_id,
@@ -278,6 +278,7 @@ def _meta(shard: Shard, kind: str, key: bytes, previous: bytes) -> BlobMeta:
         previous_key=previous,
         model_layers=shard.model_states if states else shard.model_layers,
         model_heads=shard.state_part[1] if states else shard.model_heads,
+        namespace_tag=coding.namespace_tag,
     )
 
 

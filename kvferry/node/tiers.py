@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from kvferry.cluster.convert import info_from_header
+from kvferry.cluster.checked import checked_info as checked_info
 from kvferry.cluster.repository import (
     BlobInfo,
     ListQuery,
@@ -20,30 +20,15 @@ from kvferry.errors import (
     BlobNotFoundError,
     CorruptBlobError,
     FerryError,
-    IdentityMismatchError,
 )
 from kvferry.node.disk_put import DiskPut
 from kvferry.node.disk_writes import DiskWrites
 from kvferry.node.memory_tier import MemoryBlob, MemoryTier, Reservation
-from kvferry.proto import container
 from kvferry.proto.keys import BlobKey
 
 log = logging.getLogger(__name__)
 
 Data = bytes | memoryview
-
-
-def checked_info(key: BlobKey, data: Data) -> BlobInfo:
-    """What a whole blob's header says, once digest and key are verified. Blocks.
-
-    Raises: CorruptBlobError, UnsupportedVersionError, IdentityMismatchError.
-    """
-    header = container.read_header(data)
-    container.verify_digest(data)
-    found = container.key_of(header)
-    if found != key:
-        raise IdentityMismatchError("key", str(found), str(key))
-    return info_from_header(header, key, len(data))
 
 
 class Tiers:

@@ -9,6 +9,8 @@ Everything that changes the numbers is in the key. The vectors in
                          tokens u32le ... | media hashes)
     state_key   = BLAKE3("kvferry/state/1" | parts u32le | tail_key)
     media hash  = BLAKE3("kvferry/medium/1" | first token u32le | end u32le | what is there)
+    namespace tag = first 8 bytes, little-endian, of BLAKE3 in key derivation mode:
+                  context "kvferry/namespace/1", key material salt; 0 becomes 1
     codec_id    = NAME "." VERSION "-" first 16 hex digits of
                   BLAKE3("kvferry/codec/1" | canonical params JSON | calibration id)
 """
@@ -37,6 +39,7 @@ _TAIL_DOMAIN = b"kvferry/tail/1"
 _STATE_DOMAIN = b"kvferry/state/1"
 _CODEC_DOMAIN = b"kvferry/codec/1"
 _MEDIUM_DOMAIN = b"kvferry/medium/1"
+_NAMESPACE_CONTEXT = "kvferry/namespace/1"
 _CODEC_ID = re.compile(r"[a-z][a-z0-9_]{0,31}\.[0-9]{1,5}-[0-9a-f]{16}")
 _RANGED_KEY = re.compile(
     r"(page|tail|state)/([0-9a-f]{64})/L([0-9]+)-([0-9]+)/H([0-9]+)-([0-9]+)/(.+)"
@@ -181,6 +184,15 @@ def root_key(salt: bytes, model_id: bytes, page_tokens: int = DEFAULT_PAGE_TOKEN
     hasher.update(model_id)
     hasher.update(page_tokens.to_bytes(4, "little"))
     return hasher.digest()
+
+
+def namespace_tag(salt: bytes) -> int:
+    """What blobs say of the namespace that they belong to: tells two apart, not the salt.
+
+    0 is kept for blobs that say nothing.
+    """
+    derived = blake3(salt, derive_key_context=_NAMESPACE_CONTEXT).digest(8)
+    return int.from_bytes(derived, "little") or 1
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:

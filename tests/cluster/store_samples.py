@@ -47,6 +47,7 @@ def blob(
     size: int = 2000,
     model: bytes = MODEL,
     params: str = "{}",
+    namespace: int = 0,
 ) -> tuple[BlobKey, bytes]:
     """A whole, valid blob of about ``size`` bytes of noise, and its key."""
     data = payload or os.urandom(size)
@@ -64,6 +65,7 @@ def blob(
         model_layers=model_layers,
         model_heads=model_heads,
         codec=blob_pb2.CodecSpec(name=codec, version=1, params_json=params),
+        namespace_tag=namespace,
     )
     raw = container.pack(header, [container.SectionData("k", data, len(data))])
     return container.key_of(container.read_header(raw)), raw
@@ -203,7 +205,7 @@ def disk_bytes(root: Path) -> int:
 class Direct:
     """A repository with the client's ``put`` and ``get``, so that one test fits both."""
 
-    def __init__(self, store: LocalStore) -> None:
+    def __init__(self, store: BlobRepository) -> None:
         self.store = store
 
     def __getattr__(self, name: str) -> object:

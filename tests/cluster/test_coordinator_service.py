@@ -15,6 +15,7 @@ from kvferry.cluster.coordinator import Coordinator
 from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.cluster.coordinator_service import start_coordinator
 from kvferry.errors import ConfigError, FencedError, ProtocolError, StoreUnavailableError
+from kvferry.proto.keys import namespace_tag
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.settings import CoordinatorSettings
 
@@ -94,6 +95,12 @@ async def test_a_node_gets_salt_interval_and_the_peers_that_are_ready(
     salt = tmp_path / "data" / "namespaces" / "default.salt"
     assert salt.read_bytes() == first.namespace_salt
     assert stat.S_IMODE(salt.stat().st_mode) == 0o600
+
+
+async def test_namespaces_are_known_by_name_and_tag(serve: Serve) -> None:
+    async with serve() as (_, client):
+        salt = (await client.register(_register())).namespace_salt
+        assert await client.namespaces() == {"default": namespace_tag(salt)}
 
 
 async def test_an_address_of_all_interfaces_is_told_to_nobody(

@@ -36,6 +36,11 @@ def roots() -> list[dict[str, object]]:
     return found
 
 
+def namespace_tags() -> list[dict[str, object]]:
+    salts = (bytes(range(16)), bytes(range(64)), b"\xff" * 32)
+    return [{"salt": s.hex(), "tag": f"{keys.namespace_tag(s):016x}"} for s in salts]
+
+
 def pages() -> list[dict[str, object]]:
     root = keys.root_key(bytes(range(16)), bytes(32), 256)
     long = [(i * 7919) % 49_152 for i in range(600)]
@@ -176,6 +181,7 @@ def main() -> None:
         "model_ids": model_ids(),
         "blob_keys": blob_keys(),
         "ropes": ropes(),
+        "namespace_tags": namespace_tags(),
     }
     (HERE / "keys.json").write_text(json.dumps(vectors, indent=1, ensure_ascii=False) + "\n")
     known = {codec: golden_calibration(codec) for codec in ("ferry", "kvtc")}

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,18 @@ def test_an_error_costs_its_offer_and_no_other(error: FerryError) -> None:
         offers.wait()
     assert counters["blobs_put"] == 15
     assert counters["bug"] == 0
+
+
+def test_every_blob_says_whose_it_is() -> None:
+    daemon, mine = Daemon(), replace(CODING, namespace_tag=0xFEDC_BA98_7654_3210)
+    shard = replace(SHARD, model_states=2, states=(0, 2))
+    offers = Offers(daemon, lambda: replace(mine, shard=shard), Counter())
+    offers.submit(Offer(tuple(range(600)), Cache()))
+    offers.wait()
+    assert offers.close(20.0)
+    headers = [read_header(data) for data in daemon.held.values()]
+    assert {h.namespace_tag for h in headers} == {mine.namespace_tag}
+    assert {key.kind for key in daemon.held} == {"page", "tail", "state"}
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 132, 133, 256, 383, 384, 385, 640, 4225])

@@ -29,6 +29,15 @@ def test_roots_are_the_published_ones() -> None:
         assert blake3(by_hand).hexdigest() == v["root"]
 
 
+def test_namespace_tags_are_the_published_ones() -> None:
+    for v in VECTORS["namespace_tags"]:
+        salt = unhex(v["salt"])
+        assert f"{keys.namespace_tag(salt):016x}" == v["tag"]
+        derived = blake3(salt, derive_key_context="kvferry/namespace/1").digest(8)
+        assert v["tag"] == derived[::-1].hex()
+    assert len({v["tag"] for v in VECTORS["namespace_tags"]}) == len(VECTORS["namespace_tags"])
+
+
 def test_page_keys_are_the_published_ones() -> None:
     for v in VECTORS["pages"]:
         media = {int(i): [unhex(m) for m in hashes] for i, hashes in v["media"].items()}

@@ -14,6 +14,7 @@ from kvferry.node.curve import model_curve
 from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.standing import Standing
 from kvferry.node.offer import Coding
+from kvferry.proto.keys import namespace_tag
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ class CurrentCoding:
             tail_ttl_s=policy.tail.ttl_s or DAY_S,
             enabled=stores(policy, shard),
             accept=frozenset(policy.accept),
+            namespace_tag=namespace_tag(self._standing.salt),
         )
 
     def _tell(self, shard: Shard, calibration: CalibrationSet | None) -> None:

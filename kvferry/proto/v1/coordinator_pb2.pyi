@@ -1317,9 +1317,15 @@ Global___LeadershipReply: typing_extensions.TypeAlias = LeadershipReply
 class NamespacesRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """told besides those in use, if it is one"""
     def __init__(
         self,
+        *,
+        name: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
 
 Global___NamespacesRequest: typing_extensions.TypeAlias = NamespacesRequest
 
