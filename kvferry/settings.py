@@ -12,7 +12,7 @@ import re
 import sys
 import uuid
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -282,6 +282,31 @@ class StoreSettings(ServiceSettings):
     max_blob_bytes: int = Field(default=256 * MIB, gt=0)
     staged_ttl_s: float = Field(default=600.0, gt=0, description="Staged and never committed.")
     shutdown_timeout_s: float = Field(default=20.0, gt=0)
+    hot: str = Field(
+        default="",
+        description="redis://HOST:PORT or redis+cluster://HOST:PORT,..., read before the "
+        "backend; empty: none.",
+    )
+    hot_bytes: int = Field(
+        default=GIB, ge=0, description="Given to Redis as its memory limit; 0: it has its own."
+    )
+    hot_value_bytes: int = Field(
+        default=64 * MIB, gt=0, le=512 * MIB, description="Larger blobs do not go there."
+    )
+    hot_ttl_s: int = Field(default=86_400, ge=0, description="Of a blob in Redis, 0: no end.")
+    hot_fill: Literal["read", "put", "both"] = Field(
+        default="read", description="What goes to Redis: what was read, put, or both."
+    )
+    hot_timeout_s: float = Field(default=2.0, gt=0, description="For Redis to answer.")
+    scrub_bytes_per_s: int = Field(
+        default=0, ge=0, description="All blobs are read and compared at this rate, 0: never."
+    )
+    replicas: list[str] = Field(
+        default_factory=list,
+        max_length=64,
+        description="HOST:PORT of nodes and stores that may have whole copies of what a scrub "
+        "finds damaged.",
+    )
 
 
 class CoordinatorSettings(EtcdSettings):

@@ -34,6 +34,23 @@ def store(
     staged_ttl_s: Annotated[
         float | None, typer.Option(help="Blobs staged and never committed end after so long.")
     ] = None,
+    hot: Annotated[
+        str | None,
+        typer.Option(help="Redis before it: redis://HOST:PORT, redis+cluster://HOST:PORT,..."),
+    ] = None,
+    hot_bytes: Annotated[
+        int | None, typer.Option(help="Memory limit given to Redis, 0: it has its own.")
+    ] = None,
+    hot_fill: Annotated[
+        str | None, typer.Option(help="What goes to Redis: what was read, put, or both.")
+    ] = None,
+    scrub_bytes_per_s: Annotated[
+        int | None, typer.Option(help="Read and compare all blobs at this rate, 0: never.")
+    ] = None,
+    replica: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="May have whole copies of what is damaged."),
+    ] = None,
     discovery: DiscoveryOption = None,
     allow_remote_plaintext: PlaintextOption = None,
     tls_dir: TlsDirOption = None,
@@ -60,6 +77,11 @@ def store(
         reserve_bytes=reserve_bytes,
         max_blob_bytes=max_blob_bytes,
         staged_ttl_s=staged_ttl_s,
+        hot=hot,
+        hot_bytes=hot_bytes,
+        hot_fill=hot_fill,
+        scrub_bytes_per_s=scrub_bytes_per_s,
+        replicas=replica or None,
         discovery=discovery,
         allow_remote_plaintext=allow_remote_plaintext,
         tls_dir=tls_dir,

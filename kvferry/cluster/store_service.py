@@ -1,19 +1,27 @@
-"""The shared store as a service: LocalStore behind gRPC, with its housekeeping."""
+"""The shared store as a service: a repository behind gRPC, with its housekeeping."""
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
 from prometheus_client import CollectorRegistry
 
-from kvferry.cluster.backends import open_backend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.credentials import Credentials
 from kvferry.cluster.discovery import announced
 from kvferry.cluster.link_probe import link_service
+from kvferry.cluster.mend import RemoteReplica
 from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
+from kvferry.cluster.open_store import open_store
+from kvferry.cluster.redis.hot import HotOptions, HotStore
+from kvferry.cluster.redis.link import RedisLink
+from kvferry.cluster.scrubber import Scrubber
+from kvferry.cluster.served import ServedStore
 from kvferry.cluster.server import start_server
 from kvferry.cluster.service import Running
-from kvferry.cluster.store import LocalStore, StoreLimits
+from kvferry.cluster.store import StoreLimits
+from kvferry.errors import ConfigError
 from kvferry.settings import StoreSettings
 
 
@@ -23,19 +31,24 @@ async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> R
     Raises: ConfigError: an address or a backend that cannot be used.
     """
     credentials = await asyncio.to_thread(Credentials.of, settings)
-    limits = StoreLimits(
-        budget_bytes=settings.budget_bytes,
-        reserve_bytes=settings.reserve_bytes,
-        max_blob_bytes=settings.max_blob_bytes,
-        staged_ttl_s=settings.staged_ttl_s,
-    )
-    store = await LocalStore.open(open_backend(settings.backend), limits)
     failures = FailureCounts()
-    announcement = AsyncExitStack()
+    announcement, opened = AsyncExitStack(), AsyncExitStack()
     async with AsyncExitStack() as undo:
-        undo.push_async_callback(store.aclose)
+        undo.push_async_callback(opened.aclose)
+        store = await open_served(settings)
+        opened.push_async_callback(store.aclose)
+        replicas = []
+        for address in settings.replicas:
+            client = BlobStoreClient(
+                address, max_blob_bytes=settings.max_blob_bytes, credentials=credentials
+            )
+            opened.push_async_callback(client.aclose)
+            replicas.append(RemoteReplica(client))
         servicer = BlobStoreServicer(
-            store, max_blob_bytes=settings.max_blob_bytes, on_failure=failures
+            store,
+            max_blob_bytes=settings.max_blob_bytes,
+            on_failure=failures,
+            replicas=replicas,
         )
         server = await start_server(
             [blob_store_service(servicer), link_service(failures)],
@@ -50,14 +63,17 @@ async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> R
         )
         undo.pop_all()
     registry.register(RepositoryCollector("kvferry_store", store.stat_now, failures))
-    upkeep = asyncio.create_task(store.run_maintenance())
+    duties: list[Callable[[], Awaitable[None]]] = [store.run_maintenance]
+    if settings.scrub_bytes_per_s:
+        duties.append(Scrubber(store, settings.scrub_bytes_per_s, replicas, registry).run)
+    upkeep = asyncio.create_task(_all(duties))
 
     async def stop() -> None:
         await announcement.aclose()
         upkeep.cancel()
         await asyncio.gather(upkeep, return_exceptions=True)
         await server.stop(settings.shutdown_timeout_s)
-        await store.aclose()
+        await opened.aclose()
 
     return Running(
         addresses=server.addresses,
@@ -65,3 +81,42 @@ async def start_store(settings: StoreSettings, registry: CollectorRegistry) -> R
         background=upkeep,
         info={"backend": settings.backend},
     )
+
+
+async def _all(duties: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    await asyncio.gather(*(duty() for duty in duties))
+
+
+async def open_served(settings: StoreSettings) -> ServedStore:
+    """The store's backend, behind its hot tier where it has one.
+
+    Raises: ConfigError: one that cannot be used, or is no backend of a store.
+    """
+    limits = StoreLimits(
+        budget_bytes=settings.budget_bytes,
+        reserve_bytes=settings.reserve_bytes,
+        max_blob_bytes=settings.max_blob_bytes,
+        staged_ttl_s=settings.staged_ttl_s,
+    )
+    link = None
+    if settings.hot:
+        link = RedisLink(
+            settings.hot,
+            timeout_s=settings.hot_timeout_s,
+            max_value_bytes=settings.hot_value_bytes,
+            budget_bytes=settings.hot_bytes,
+        )
+    backend = await open_store(settings.backend, limits)
+    if not isinstance(backend, ServedStore):
+        await backend.aclose()
+        allowed = "file:///PATH or s3://BUCKET; redis:// goes before one of them as `hot`"
+        raise ConfigError("backend", settings.backend, allowed)
+    if link is None:
+        return backend
+    options = HotOptions(
+        max_value_bytes=settings.hot_value_bytes,
+        ttl_s=settings.hot_ttl_s,
+        on_read=settings.hot_fill in ("read", "both"),
+        on_put=settings.hot_fill in ("put", "both"),
+    )
+    return HotStore(backend, link, options)

@@ -1,11 +1,13 @@
 """What every store promises, whatever stands behind it and however it is reached."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis_servers import flush, one_redis, redis_cluster
 from store_samples import (
     MIB,
     ROOT,
@@ -23,6 +25,8 @@ from store_samples import (
 )
 
 from kvferry.cluster.client import BlobStoreClient
+from kvferry.cluster.redis.hot import HotOptions, HotStore
+from kvferry.cluster.redis.link import RedisLink
 from kvferry.cluster.repository import ListQuery
 from kvferry.errors import (
     BlobNotFoundError,
@@ -43,12 +47,42 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory", "file", "file over tcp", "file over unix", "memory over tcp"])
+@pytest.fixture(scope="module")
+def hot_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("redis")
+    with one_redis(folder) as one, redis_cluster(folder) as cluster:
+        yield {"redis": one.url, "cluster": cluster.url}
+
+
+@asynccontextmanager
+async def opened(
+    kind: str, request: pytest.FixtureRequest, root: Path, clock: Clock
+) -> AsyncIterator[Any]:
+    """A store of one kind: "memory", "file", or "file behind" Redis or a cluster of it."""
+    cold_kind, _, hot = kind.partition(" behind ")
+    async with local_store(backend_at(cold_kind, root), clock=clock) as local:
+        if not hot:
+            yield local
+            return
+        url = request.getfixturevalue("hot_urls")[hot]
+        await flush(url)
+        options = HotOptions(on_put=True)
+        hot_store = HotStore(local, RedisLink(url, timeout_s=20.0), options, clock=clock)
+        yield hot_store
+        await hot_store.aclose()
+
+
+@pytest.fixture(
+    params=[
+        "memory", "file", "file over tcp", "file over unix", "memory over tcp",
+        "file behind redis", "file behind cluster over tcp",
+    ]
+)  # fmt: skip
 async def store(
     request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
 ) -> AsyncIterator[Store]:
     kind, _, way = request.param.partition(" over ")
-    async with local_store(backend_at(kind, tmp_path / "root"), clock=clock) as local:
+    async with opened(kind, request, tmp_path / "root", clock) as local:
         if not way:
             yield Direct(local)
             return

@@ -10,7 +10,7 @@ from kvferry.errors import ConfigError
 
 __all__ = ["BlobBackend", "FileBackend", "MemoryBackend", "open_backend"]
 
-_LATER = ("s3", "redis", "rediss", "redis+cluster")
+_LATER = ("s3",)
 
 
 def open_backend(url: str) -> BlobBackend:
