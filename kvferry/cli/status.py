@@ -92,7 +92,12 @@ def _store(address: str, timeout_s: float, credentials: "Credentials") -> Answer
     from kvferry.cluster.sync_client import SyncBlobStoreClient
 
     with SyncBlobStoreClient(address, timeout_s=timeout_s, credentials=credentials) as client:
-        return asdict(client.stat())
+        found = asdict(client.stat())
+    for use in found["namespaces"]:
+        use["tag"] = f"{use['tag']:016x}"
+    for lease in found["leases"]:
+        lease["model_id"] = lease["model_id"].hex()
+    return found
 
 
 def _coordinator(address: str, timeout_s: float, credentials: "Credentials") -> Answer:

@@ -129,8 +129,36 @@ def _store_words(a: Answer) -> list[str]:
         f"{a['pages_complete']:,} complete pages, {a['pinned']:,} blobs under a lease, "
         f"{a['quarantined']:,} damaged and set aside",
         f"{_size(a['free_disk_bytes'])} free on its disk",
+        *(_tier_words(tier) for tier in a["tiers"]),
+        *(_namespace_words(use) for use in a["namespaces"] if use["quota_bytes"]),
+        *(_lease_words(lease, a["unix_s"]) for lease in a["leases"]),
         *_trouble(a["counters"]),
     ]
+
+
+def _tier_words(tier: Mapping[str, Any]) -> str:
+    counted = tier["counters"]
+    hits, misses = counted.get("hits", 0), counted.get("misses", 0)
+    bad = [f"{n} {c:,}" for n, c in sorted(counted.items()) if c and n.startswith("failed_")]
+    state = "" if tier["healthy"] else ", not reachable"
+    return (
+        f"{tier['name']}: {tier['blobs']:,} blobs, {_size(tier['bytes'])}{state}; "
+        f"{hits:,} hits, {misses:,} misses, {counted.get('evicted', 0):,} evicted"
+        f"{'; ' + ', '.join(bad) if bad else ''}"
+    )
+
+
+def _namespace_words(use: Mapping[str, Any]) -> str:
+    name = use["name"] or use["tag"]
+    return f"namespace {name}: {_size(use['bytes'])} of {_size(use['quota_bytes'])}"
+
+
+def _lease_words(lease: Mapping[str, Any], now: float) -> str:
+    hours = max(0.0, lease["expires_unix_s"] - now) / 3600
+    return (
+        f"lease {lease['lease_id']}: {lease['blobs']:,} blobs, {_size(lease['bytes'])}, "
+        f"{lease['token_end']:,} tokens of model {lease['model_id'][:12]}, {hours:,.1f} h left"
+    )
 
 
 def _coordinator_words(a: Answer) -> list[str]:

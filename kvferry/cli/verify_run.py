@@ -1,6 +1,7 @@
 """The work behind ``kvferry verify``: files one by one, or a store's own scrub."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from kvferry.cli.blob_report import BlobReport
 from kvferry.cli.blob_screen import clean, mib
-from kvferry.cli.blob_source import credentials, report_file
+from kvferry.cli.blob_source import report_file
 from kvferry.cluster.blob_name import parse_blob_name
 from kvferry.errors import ConfigError, FerryError, InvalidKeyError
 from kvferry.proto.container import MAGIC_NAME
@@ -31,6 +32,7 @@ class Tally:
         aside: blobs that had been set aside before.
         skipped: files that are no blobs.
         repaired: the bad ones were set aside now.
+        mended: name of a bad blob -> who gave a whole copy that is in its place.
     """
 
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -40,6 +42,12 @@ class Tally:
     aside: int = 0
     skipped: int = 0
     repaired: bool = False
+    mended: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def damaged(self) -> int:
+        """Bad ones that no whole copy took the place of."""
+        return len(self.bad.keys() - self.mended.keys())
 
     def add(self, name: str, report: BlobReport) -> None:
         """Count one blob."""
@@ -126,21 +134,35 @@ def check_files(files: Files, tell: Callable[[int], None]) -> Tally:
     return tally
 
 
-async def scrub(address: str, repair: bool, tell: Callable[[float], None]) -> Tally:
+async def scrub(
+    address: str, repair: bool, sources: Sequence[str], tell: Callable[[float], None]
+) -> Tally:
     """Have a store or node verify what it holds. ``tell`` gets the share done.
 
+    Args:
+        sources: addresses of who may have whole copies of what it cannot mend itself.
     Raises: StoreUnavailableError, ProtocolError.
     """
-    from kvferry.cluster.client import BlobStoreClient
+    from kvferry.cli.clients import store_client
+    from kvferry.cluster.mend import RemoteReplica, mend
+    from kvferry.cluster.remote_store import RemoteStore
+    from kvferry.proto.keys import BlobKey
 
     tally = Tally(repaired=repair)
-    async with BlobStoreClient(address, credentials=credentials()) as client:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(store_client(address))
+        others = [await stack.enter_async_context(store_client(place)) for place in sources]
         held = await client.stat()
         tally.bytes, tally.aside = held.bytes, held.quarantined
         async for report in client.scrub(repair):
             tally.checked = report.checked
+            tally.mended.update(report.mended)
             for key, reason in report.findings:
                 tally.bad.setdefault(key, []).append(("blob", reason))
+                if repair and others and key not in tally.mended:
+                    ends, replicas = report.expires.get(key, 0), [RemoteReplica(o) for o in others]
+                    giver = await mend(RemoteStore(client), BlobKey.parse(key), ends, replicas)
+                    tally.mended.update({key: giver} if giver else {})
             tell(report.checked / report.total if report.total else 1.0)
     return tally
 
@@ -149,12 +171,16 @@ def as_json(target: str, tally: Tally) -> dict[str, object]:
     """One JSON object."""
     return {
         "target": target,
-        "ok": not tally.bad,
+        "ok": not tally.damaged,
         "checked": tally.checked,
         "bytes": tally.bytes,
         "kinds": {kind: {"blobs": n, "bytes": size} for kind, (n, size) in tally.counts.items()},
         "bad": [
-            {"blob": name, "findings": [{"field": f, "detail": d} for f, d in findings]}
+            {
+                "blob": name,
+                "findings": [{"field": f, "detail": d} for f, d in findings],
+                "mended_from": tally.mended.get(name, ""),
+            }
             for name, findings in tally.bad.items()
         ],
         "set_aside": tally.aside,
@@ -179,12 +205,15 @@ def print_tally(target: str, tally: Tally, console: Console | None = None) -> No
             out.print(f"{count:,} {what}", style="dim")
     for name, findings in list(tally.bad.items())[:MAX_SHOWN]:
         out.print(Text(clean(name), style="bold red"), soft_wrap=True)
+        if name in tally.mended:
+            out.print(Text(f"  mended from {clean(tally.mended[name])}", overflow="fold"))
         for place, detail in findings:
             out.print(Text(f"  {clean(place)}: {clean(detail)}", overflow="fold"))
     if len(tally.bad) > MAX_SHOWN:
         out.print(f"and {len(tally.bad) - MAX_SHOWN:,} more; --json lists all")
     if tally.bad:
         done = ", now set aside" if tally.repaired else ""
+        done += f"; {len(tally.mended):,} mended" if tally.mended else ""
         out.print(Text(f"{len(tally.bad):,} of {tally.checked:,} damaged{done}", style="bold red"))
     else:
         out.print(Text(f"all {tally.checked:,} whole", style="bold green"))

@@ -100,6 +100,10 @@ def store(settings: NodeSettings) -> Iterator[Finding]:
     if stat.quarantined:
         what = f"{stat.quarantined:,} damaged blobs were set aside"
         yield Finding("store's blobs", WARN, what, "kvferry verify; and look after its disk")
+    for tier in stat.tiers:
+        if not tier.healthy:
+            what = f"{tier.name} before it does not answer: blobs come from behind it, slower"
+            yield Finding("store's hot tier", WARN, what, "start it, or mend store.hot")
 
 
 def coordinator(settings: NodeSettings) -> Iterator[Finding]:
