@@ -195,7 +195,7 @@ class Offers:
         if codec is None or layers[0] >= layers[1]:
             return True
         heads = shard.heads if shard.heads[0] < shard.heads[1] else (0, 1)
-        key = blob_key(codec, _meta(shard, "tail", identity, previous), layers, heads)
+        key = blob_key(codec, _meta(coding, "tail", identity, previous), layers, heads)
         (answer,) = self._client.admit([key], again=offer.again)
         if answer == node_pb2.ADMISSION_DECLINED:
             self._counters["declined"] += 1
