@@ -18,6 +18,22 @@ def blob_name(key: BlobKey, expires_unix_s: int = 0) -> str:
     return f"{name}@{expires_unix_s}" if expires_unix_s else name
 
 
+def name_of(
+    kind: str,
+    page_key: bytes,
+    layers: tuple[int, int],
+    heads: tuple[int, int],
+    codec_id: str,
+    expires_unix_s: int,
+) -> str:
+    """As `blob_name`, from the parts of a key that was checked before."""
+    end = f"@{expires_unix_s}" if expires_unix_s else ""
+    if kind == "calibration":
+        return f"{kind}-{page_key.hex()}{end}"
+    (a, b), (c, d) = layers, heads
+    return f"{kind}-{page_key.hex()}-L{a}-{b}-H{c}-{d}-{codec_id}{end}"
+
+
 def parse_blob_name(name: str) -> tuple[BlobKey, int]:
     """(key, expires) of a name. Raises: InvalidKeyError for any other text."""
     text, at, expires = name.partition("@")

@@ -313,14 +313,12 @@ class Index:
         with self._read() as db:
             return question(db)
 
-    def names_under(self, first_byte: int) -> dict[str, Held]:
-        """Name -> blob, of all whose page key begins with this byte."""
+    def names_under(self, first_byte: int) -> dict[str, int]:
+        """Name -> size in bytes, of all blobs whose page key begins with this byte."""
         low, high = bytes([first_byte]), bytes([first_byte + 1]) if first_byte < 255 else b""
         clause = "page_key >= ? AND page_key < ?" if high else "page_key >= ?"
         with self._read() as db:
-            units = rows.units_where(db, clause, (low, high) if high else (low,))
-            held = rows.held_of(db, self._codecs, units)
-            return {h.name: h for part in held.values() for h in part}
+            return rows.names_where(db, self._codecs, clause, (low, high) if high else (low,))
 
     def tidy(self) -> None:
         """Give unused pages of the database back, some at a time."""

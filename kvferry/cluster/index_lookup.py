@@ -2,39 +2,21 @@
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import replace
 
-from kvferry.cluster.coverage import Range, covers
 from kvferry.cluster.index_rows import CodecTable, Held, Unit, held_of, marks, units_where
+from kvferry.cluster.listing import MAX_STATES, MAX_TAILS, listed, of_states, tail_anchors
 from kvferry.cluster.repository import BlobInfo, LookupQuery, LookupResult, StateFound, TailFound
 
 PAGE_BATCH = 128
-MAX_TAILS = 64
-TAIL_ANCHORS = 2
-MAX_STATES = 64
-EXACT_STATES = "zstd"
-
-
-def _overlap(a: Range, b: Range) -> bool:
-    return b == (0, 0) or (a[0] < b[1] and b[0] < a[1])
 
 
 def _listing(
     unit: Unit, held: Sequence[Held], query: LookupQuery, now_s: float
 ) -> list[BlobInfo] | None:
     """The blobs to list of one unit; None where it is not complete for this caller."""
-    live = [h for h in held if not h.expires_s or h.expires_s > now_s]
-    if query.codecs:
-        live = [h for h in live if h.info.codec.name in query.codecs]
-    if len(live) < len(held) or not unit.complete:
-        parts = [(h.info.layers, h.info.heads) for h in live]
-        if not covers(parts, unit.model_layers, unit.model_heads):
-            return None
-    return [
-        h.info
-        for h in live
-        if _overlap(h.info.layers, query.layers) and _overlap(h.info.heads, query.heads)
-    ]
+    live = [h.info for h in held if not h.expires_s or h.expires_s > now_s]
+    whole = bool(unit.complete) and len(live) == len(held)
+    return listed(query, live, whole)
 
 
 def lookup(
@@ -67,12 +49,6 @@ def lookup(
     tails, tail_units = _tails(db, codecs, tail_anchors(query, len(pages)), query, now_s)
     states, state_units = _states(db, codecs, query, now_s)
     return LookupResult(pages=pages, tails=tails, states=states), used + tail_units + state_units
-
-
-def of_states(query: LookupQuery) -> LookupQuery:
-    """What ``query`` asks of states: recurrent ones are exact whatever else is accepted."""
-    codecs = query.codecs | {EXACT_STATES} if query.codecs else query.codecs
-    return replace(query, layers=query.states, heads=(0, 0), codecs=codecs)
 
 
 # Of one conversation the longest is wanted; of many that hang on one anchor the newest is
@@ -115,12 +91,6 @@ def _states(
 def _state_found(unit: Unit, pages: int, listing: Sequence[BlobInfo]) -> StateFound:
     tokens = unit.token_end - unit.token_start
     return StateFound(key=unit.page_key, pages=pages, tokens=tokens, blobs=listing)
-
-
-def tail_anchors(query: LookupQuery, pages: int) -> Sequence[bytes]:
-    """Where tails may be anchored that reach beyond ``pages`` complete pages: the last of
-    them may be another conversation's, and lie within a tail of this one."""
-    return [query.root, *query.page_keys][: pages + 1][-TAIL_ANCHORS:]
 
 
 def _tails(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvferry.cluster.blob_name import blob_name
+from kvferry.cluster.blob_name import blob_name, name_of
 from kvferry.cluster.repository import (
     BlobInfo,
     CodecInfo,
@@ -175,6 +175,24 @@ def _held(unit: Unit, row: Sequence[int], codecs: CodecTable) -> Held:
         namespace_tag=tag_of_row(row[11]),
     )
     return Held(info, row[9], unit.id, row[10], row[8])
+
+
+def names_where(
+    db: sqlite3.Connection, codecs: CodecTable, clause: str, values: Sequence[Any]
+) -> dict[str, int]:
+    """Name -> size of the blobs of units that a WHERE clause of ours picks.
+
+    Without the objects in between: at start this is asked of every blob there is.
+    """
+    query = (
+        "SELECT u.kind, u.page_key, b.layer_start, b.layer_end, b.head_start, b.head_end, "  # noqa: S608
+        "b.codec_ref, b.expires_s, b.size FROM units u JOIN blobs b ON b.unit_id = u.id "
+        f"WHERE {clause}"
+    )
+    return {
+        name_of(kind, page, (a, b), (c, d), codecs[ref][0], expires): size
+        for kind, page, a, b, c, d, ref, expires, size in db.execute(query, values)
+    }
 
 
 def list_units(

@@ -59,7 +59,8 @@ def new_unit(db: sqlite3.Connection, record: Record) -> int:
 Identity = tuple[bytes, bytes, tuple[int, int], tuple[int, int]]
 
 
-def _identity(info: BlobInfo) -> Identity:
+def identity_of(info: BlobInfo) -> Identity:
+    """What all blobs of a unit have in common."""
     model = (info.model_layers, info.model_heads)
     return info.model_id, info.previous_key, info.tokens, model
 
@@ -81,14 +82,14 @@ def check_agreement(unit: Unit, info: BlobInfo) -> None:
     Raises: IdentityMismatchError.
     """
     tokens, model = (unit.token_start, unit.token_end), (unit.model_layers, unit.model_heads)
-    _compare(_identity(info), (unit.model_id, unit.previous_key, tokens, model))
+    _compare(identity_of(info), (unit.model_id, unit.previous_key, tokens, model))
 
 
 def check_all_agree(infos: Iterable[BlobInfo]) -> None:
     """The same among blobs that are not in the index yet. Raises: IdentityMismatchError."""
     first: dict[tuple[str, bytes], Identity] = {}
     for info in infos:
-        identity = _identity(info)
+        identity = identity_of(info)
         _compare(identity, first.setdefault((info.key.kind, info.key.page_key), identity))
 
 

@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from blake3 import blake3
-
 from kvferry.cluster.backends.base import BlobReader
+from kvferry.cluster.blob_check import RunningDigest
 from kvferry.cluster.store_core import StoreCore
 from kvferry.errors import CorruptBlobError
-from kvferry.proto.keys import DIGEST_BYTES, BlobKey
+from kvferry.proto.keys import BlobKey
 
 READ_BYTES = 4 << 20
 
@@ -23,8 +22,8 @@ class GetWork:
         """A range that is the whole blob is verified; a part of one cannot be."""
         self._core, self._key, self._reader = core, key, reader
         self._at, self._end = offset, offset + length
-        self._hasher = blake3() if offset == 0 and length == reader.size else None
-        self._digest = b""
+        whole = offset == 0 and length == reader.size
+        self._digest = RunningDigest(length) if whole else None
 
     def read(self) -> memoryview | None:
         """The next piece; None after the last.
@@ -36,15 +35,19 @@ class GetWork:
         piece = self._reader.read(self._at, min(READ_BYTES, self._end - self._at))
         if not piece:
             raise self._damage("length", "the file ends before the blob does")
-        if self._hasher is not None:
-            hashed = max(0, min(len(piece), self._end - DIGEST_BYTES - self._at))
-            self._hasher.update(piece[:hashed])
-            self._digest += bytes(piece[hashed:])
         self._at += len(piece)
-        ended = self._at >= self._end
-        if ended and self._hasher is not None and self._hasher.digest() != self._digest:
-            raise self._damage("digest", "BLAKE3 of the blob differs from the one at its end")
+        if self._digest is not None:
+            self._digest.update(piece)
+            if self._at >= self._end:
+                self._judge(self._digest)
         return piece
+
+    def _judge(self, digest: RunningDigest) -> None:
+        try:
+            digest.check()
+        except CorruptBlobError:
+            self._core.set_aside(self._key, CorruptBlobError.reason)
+            raise
 
     def _damage(self, field: str, problem: str) -> CorruptBlobError:
         self._core.set_aside(self._key, CorruptBlobError.reason)

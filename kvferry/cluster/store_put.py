@@ -5,84 +5,53 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from blake3 import blake3
-
 from kvferry.cluster.backends.base import BlobWriter
+from kvferry.cluster.blob_check import Chunk, PutCheck
 from kvferry.cluster.repository import BlobInfo, PutSpec
 from kvferry.cluster.store_core import StoreCore
-from kvferry.cluster.store_rebuild import checked_info
 from kvferry.errors import CorruptBlobError
-from kvferry.proto import container
-from kvferry.proto.keys import DIGEST_BYTES
 
 WRITE_BATCH_BYTES = 4 << 20
 
-Chunk = bytes | memoryview
 T = TypeVar("T")
 
 
 class PutWork:
-    """The blocking part: header, identity, room, digest, file. Used by one thread at a time."""
+    """The blocking part: checks, room, file. Used by one thread at a time."""
 
     def __init__(self, core: StoreCore, spec: PutSpec) -> None:
         self._core, self._spec = core, spec
-        self._limits = container.Limits(max_blob=core.limits.max_blob_bytes)
-        self._early = bytearray()
+        self._check = PutCheck(spec.key, spec.size, core.limits.max_blob_bytes)
         self._info: BlobInfo | None = None
         self._writer: BlobWriter | None = None
         self._charged = 0
-        self._hasher = blake3()
-        self._written = 0
-        self._digest = b""
 
     def consume(self, chunks: Sequence[Chunk]) -> None:
         """Raises: CorruptBlobError, IdentityMismatchError, StoreFullError, ..."""
         for chunk in chunks:
-            if self._writer is not None:
-                self._append(self._writer, memoryview(chunk))
+            data = self._check.take(chunk)
+            if data is None or self._check.info is None:
                 continue
-            self._early += chunk
-            writer = self._begin()
-            if writer is not None:
-                self._writer = writer
-                self._append(writer, memoryview(bytes(self._early)))
-                self._early.clear()
+            if self._writer is None:
+                self._writer = self._begin(self._check.info)
+            self._writer.write(data)
 
-    def _begin(self) -> BlobWriter | None:
-        """Check the header and take room for the blob, once the header is here."""
-        early, size = self._early, self._spec.size
-        if len(early) < container.PREFIX_BYTES:
-            return None
-        need = container.header_bytes_needed(bytes(early[: container.PREFIX_BYTES]), self._limits)
-        if need > size:
-            raise CorruptBlobError("header", f"needs {need:,} bytes, the blob has {size:,}")
-        if len(early) < need:
-            return None
-        header = container.read_header(bytes(early), size, self._limits)
-        info = checked_info(header, self._spec.key, size)
+    def _begin(self, info: BlobInfo) -> BlobWriter:
+        """Take room for the blob, now that its header is here."""
         self._core.check_agreement(info)
-        charged = self._core.backend.charge(size)
+        charged = self._core.backend.charge(self._spec.size)
         self._core.room.reserve(charged, info)
         self._info, self._charged = info, charged
         return self._core.backend.create()
 
-    def _append(self, writer: BlobWriter, data: memoryview) -> None:
-        hashed = max(0, min(len(data), self._spec.size - DIGEST_BYTES - self._written))
-        self._hasher.update(data[:hashed])
-        self._digest += bytes(data[hashed:])
-        self._written += len(data)
-        writer.write(data)
-
     def finish(self, chunks: Sequence[Chunk]) -> bool:
         """Take the last bytes, verify, make durable, make visible."""
         self.consume(chunks)
-        if self._writer is None or self._info is None or self._written != self._spec.size:
-            got = self._written + len(self._early)
-            raise CorruptBlobError("length", f"{got:,} bytes came of {self._spec.size:,}")
-        if self._hasher.digest() != self._digest:
-            raise CorruptBlobError("digest", "BLAKE3 of the blob differs from the one at its end")
+        info = self._check.finish()
+        if self._writer is None:
+            raise CorruptBlobError("length", "nothing was written")
         self._writer.seal()
-        stored = self._core.publish(self._writer, self._info, self._spec, self._charged)
+        stored = self._core.publish(self._writer, info, self._spec, self._charged)
         if stored:
             self._charged = 0
         self.discard()

@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvferry.cluster.backends.base import Area, BlobBackend, Entry
+from kvferry.cluster.blob_check import checked_info
 from kvferry.cluster.blob_name import fan_out, parse_blob_name
-from kvferry.cluster.convert import info_from_header
 from kvferry.cluster.index import Index
-from kvferry.cluster.index_rows import Held
 from kvferry.cluster.index_units import Record
 from kvferry.cluster.repository import BlobInfo
 from kvferry.cluster.space import StoreLimits
 from kvferry.errors import (
     BlobNotFoundError,
-    BlobTooLargeError,
     CodecError,
     CorruptBlobError,
     FerryError,
@@ -24,10 +22,7 @@ from kvferry.errors import (
     InvalidKeyError,
 )
 from kvferry.proto import container
-from kvferry.proto.keys import BlobKey
-from kvferry.proto.v1 import blob_pb2
 
-MAX_PARAMS_BYTES = 16 * 1024
 _FIRST_READ = 64 * 1024
 _BATCH = 200
 
@@ -47,19 +42,6 @@ class Reconciled:
             f"{self.added} blobs added to the index, {self.lost} lost ones removed from it, "
             f"{self.set_aside} damaged ones set aside"
         )
-
-
-def checked_info(header: blob_pb2.BlobHeader, key: BlobKey, size: int) -> BlobInfo:
-    """What the index keeps of a header, if it is the header of ``key``.
-
-    Raises: IdentityMismatchError, BlobTooLargeError.
-    """
-    found = container.key_of(header)
-    if found != key:
-        raise IdentityMismatchError("key", str(found), str(key))
-    if len(header.codec.params_json) > MAX_PARAMS_BYTES:
-        raise BlobTooLargeError("params_json", len(header.codec.params_json), MAX_PARAMS_BYTES)
-    return info_from_header(header, key, size)
 
 
 def read_info(backend: BlobBackend, entry: Entry, area: Area, limits: StoreLimits) -> BlobInfo:
@@ -100,7 +82,7 @@ def reconcile(
         known = index.names_under(byte)
         entries = backend.entries("blobs", f"{byte:02x}") if f"{byte:02x}" in fans else iter(())
         new = list(_unknown(backend, entries, known, report))
-        index.delete([held.info.key for held in known.values()], now_s)
+        index.delete([parse_blob_name(name)[0] for name in known], now_s)
         report.lost += len(known)
         for at in range(0, len(new), _BATCH):
             _add(backend, index, new[at : at + _BATCH], limits, now_s, stamp, report)
@@ -108,14 +90,14 @@ def reconcile(
 
 
 def _unknown(
-    backend: BlobBackend, entries: Iterator[Entry], known: dict[str, Held], report: Reconciled
+    backend: BlobBackend, entries: Iterator[Entry], known: dict[str, int], report: Reconciled
 ) -> Iterator[Entry]:
     """Entries that the index lacks. What stays in ``known`` has no file of its size."""
     for entry in entries:
-        held = known.get(entry.name)
-        if held is None:
+        size = known.get(entry.name)
+        if size is None:
             yield entry
-        elif held.info.size == entry.size:
+        elif size == entry.size:
             del known[entry.name]
         else:
             backend.quarantine(entry.name, CorruptBlobError.reason)

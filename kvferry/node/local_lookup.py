@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 
 from kvferry.cluster.coverage import covers
-from kvferry.cluster.index_lookup import MAX_STATES, of_states, tail_anchors
+from kvferry.cluster.listing import MAX_STATES, of_states, tail_anchors
 from kvferry.cluster.repository import (
     BlobInfo,
     ListQuery,
