@@ -275,7 +275,8 @@ class StoreSettings(ServiceSettings):
     listen: str = Field(default="127.0.0.1:7800", description="HOST:PORT.")
     metrics_listen: str = Field(default="127.0.0.1:7810", description="HOST:PORT, empty: none.")
     backend: str = Field(
-        default_factory=lambda: f"file://{user_dir('state') / 'store'}", description="file:///PATH"
+        default_factory=lambda: f"file://{user_dir('state') / 'store'}",
+        description="file:///PATH or s3://BUCKET/PREFIX?endpoint=URL",
     )
     budget_bytes: int = Field(default=64 * GIB, gt=0, description="Hard budget of the whole root.")
     reserve_bytes: int = Field(default=2 * GIB, ge=0, description="Free disk left alone.")
@@ -307,6 +308,10 @@ class StoreSettings(ServiceSettings):
         description="HOST:PORT of nodes and stores that may have whole copies of what a scrub "
         "finds damaged.",
     )
+    max_age_s: float = Field(
+        default=0.0, ge=0, description="A bucket's pages not used for so long go; 0: none."
+    )
+    sweep_s: float = Field(default=60.0, gt=0, description="Between two sweeps of a bucket.")
 
 
 class CoordinatorSettings(EtcdSettings):

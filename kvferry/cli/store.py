@@ -25,7 +25,10 @@ def register(app: typer.Typer) -> None:
 def store(
     listen: ServeOption = None,
     metrics_listen: MetricsOption = None,
-    backend: Annotated[str | None, typer.Option(help="Where blobs are kept: file:///PATH.")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Where blobs are kept: file:///PATH or s3://BUCKET/PREFIX?endpoint=URL."),
+    ] = None,
     budget_bytes: Annotated[
         int | None, typer.Option(help="Hard budget of everything under the root.")
     ] = None,
@@ -52,6 +55,10 @@ def store(
         typer.Option(metavar="HOST:PORT", help="May have whole copies of what is damaged."),
     ] = None,
     discovery: DiscoveryOption = None,
+    max_age_s: Annotated[
+        float | None, typer.Option(help="Pages of a bucket not used for so long go; 0: none.")
+    ] = None,
+    sweep_s: Annotated[float | None, typer.Option(help="Between two sweeps of a bucket.")] = None,
     allow_remote_plaintext: PlaintextOption = None,
     tls_dir: TlsDirOption = None,
     ready_file: ReadyFileOption = None,
@@ -83,6 +90,8 @@ def store(
         scrub_bytes_per_s=scrub_bytes_per_s,
         replicas=replica or None,
         discovery=discovery,
+        max_age_s=max_age_s,
+        sweep_s=sweep_s,
         allow_remote_plaintext=allow_remote_plaintext,
         tls_dir=tls_dir,
     )

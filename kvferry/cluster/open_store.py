@@ -3,6 +3,7 @@
 import re
 
 from kvferry.cluster.backends import open_backend
+from kvferry.cluster.bucket.open import is_bucket, open_bucket
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.redis.link import RedisLink
@@ -24,7 +25,7 @@ async def open_store(
     """Open what an address names; whoever gets it closes it.
 
     Args:
-        url: ``file:///PATH``, ``memory://``, ``redis://...``, ``redis+cluster://...``, or
+        url: ``file:///PATH``, ``s3://BUCKET/PREFIX``, ``memory://``, ``redis://...``, ``redis+cluster://...``, or
             HOST:PORT (unix:PATH) of a store or node that runs.
         limits: hold for what is opened here; a running store has its own.
         credentials: shown to a running store.
@@ -43,4 +44,6 @@ async def open_store(
             credentials=credentials,
         )
         return RemoteStore(client)
+    if is_bucket(url):
+        return await open_bucket(url, limits)
     return await LocalStore.open(open_backend(url), limits)

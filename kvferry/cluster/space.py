@@ -21,6 +21,8 @@ class StoreLimits:
         staged_ttl_s: a blob staged and not committed for so long is dropped.
         use_grain_s: uses are noted to this many seconds; within them the end of a
             chain counts as used before its beginning, so that it is evicted first.
+        max_age_s: of a shared bucket: pages that nobody used for so long go; 0: none.
+        sweep_s: of a shared bucket: between two sweeps.
     """
 
     budget_bytes: int
@@ -28,6 +30,8 @@ class StoreLimits:
     max_blob_bytes: int = DEFAULT_LIMITS.max_blob
     staged_ttl_s: float = 600.0
     use_grain_s: int = 60
+    max_age_s: float = 0.0
+    sweep_s: float = 60.0
 
 
 class Space:

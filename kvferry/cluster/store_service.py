@@ -97,6 +97,8 @@ async def open_served(settings: StoreSettings) -> ServedStore:
         reserve_bytes=settings.reserve_bytes,
         max_blob_bytes=settings.max_blob_bytes,
         staged_ttl_s=settings.staged_ttl_s,
+        max_age_s=settings.max_age_s,
+        sweep_s=settings.sweep_s,
     )
     link = None
     if settings.hot:

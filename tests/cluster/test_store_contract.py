@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from redis_servers import flush, one_redis, redis_cluster
+from s3_servers import bucket_store, memory_bucket
 from store_samples import (
     MIB,
     ROOT,
@@ -52,14 +53,31 @@ def hot_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     folder = tmp_path_factory.mktemp("redis")
     with one_redis(folder) as one, redis_cluster(folder) as cluster:
         yield {"redis": one.url, "cluster": cluster.url}
+BACKENDS = [
+    "memory",
+    "file",
+    "file over tcp",
+    "file over unix",
+    "memory over tcp",
+    "bucket",
+    "s3 over tcp",
+    pytest.param("ceph over tcp", marks=pytest.mark.ceph),
+]
 
 
 @asynccontextmanager
 async def opened(
     kind: str, request: pytest.FixtureRequest, root: Path, clock: Clock
 ) -> AsyncIterator[Any]:
-    """A store of one kind: "memory", "file", or "file behind" Redis or a cluster of it."""
+    """A store of one kind: "memory", "file", a bucket, or "file behind" Redis or a cluster."""
     cold_kind, _, hot = kind.partition(" behind ")
+    servers = {"s3": "moto", "ceph": "ceph"}
+    if cold_kind not in ("memory", "file"):
+        named = servers.get(cold_kind)
+        where = request.getfixturevalue(named).url() if named else memory_bucket()
+        async with bucket_store(where, clock=clock) as shared:
+            yield shared
+        return
     async with local_store(backend_at(cold_kind, root), clock=clock) as local:
         if not hot:
             yield local
@@ -72,12 +90,7 @@ async def opened(
         await hot_store.aclose()
 
 
-@pytest.fixture(
-    params=[
-        "memory", "file", "file over tcp", "file over unix", "memory over tcp",
-        "file behind redis", "file behind cluster over tcp",
-    ]
-)  # fmt: skip
+@pytest.fixture(params=[*BACKENDS, "file behind redis", "file behind cluster over tcp"])
 async def store(
     request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
 ) -> AsyncIterator[Store]:

@@ -3,12 +3,14 @@
 import itertools
 import random
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from s3_servers import bucket_store, memory_bucket
 from store_samples import (
     ROOT,
     Clock,
@@ -25,10 +27,24 @@ from store_samples import (
 
 from kvferry.cluster.backends import MemoryBackend
 from kvferry.cluster.coverage import covers
+from kvferry.cluster.repository import BlobRepository
 from kvferry.proto.keys import BlobKey
 
 LAYERS, HEADS, PAGES = 5, 3, 4
 CODECS = ("raw", "zstd", "ferry")
+
+
+@pytest.fixture(params=["memory", "bucket"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def empty_store(
+    kind: str, clock: Clock | None = None
+) -> AbstractAsyncContextManager[BlobRepository]:
+    if kind == "memory":
+        return local_store(MemoryBackend(), clock=clock)
+    return bucket_store(memory_bucket(), clock=clock)
 
 
 def ranges(end: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -114,8 +130,13 @@ def make(part: Part) -> tuple[BlobKey, bytes]:
     layers=st.one_of(st.none(), ranges(LAYERS)),
     heads=st.one_of(st.none(), ranges(HEADS)),
 )
-@settings(deadline=None, max_examples=60)
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 async def test_lookup_equals_brute_force(
+    kind: str,
     parts: list[Part],
     gone: set[int],
     codecs: set[str],
@@ -129,7 +150,7 @@ async def test_lookup_equals_brute_force(
         asked["layers"] = layers
     if heads:
         asked["heads"] = heads
-    async with local_store(MemoryBackend()) as store:
+    async with empty_store(kind) as store:
         made = {part: make(part) for part in parts}
         for key, data in made.values():
             assert await put(store, key, data)
@@ -140,8 +161,8 @@ async def test_lookup_equals_brute_force(
         assert [{by_key[i.key] for i in page} for page in found.pages] == expected(left, asked)
 
 
-async def test_a_page_elsewhere_in_another_chain_is_no_hit() -> None:
-    async with local_store(MemoryBackend()) as store:
+async def test_a_page_elsewhere_in_another_chain_is_no_hit(kind: str) -> None:
+    async with empty_store(kind) as store:
         for key, data in pages(3):
             await put(store, key, data)
         keys = chain(3)
@@ -152,8 +173,8 @@ async def test_a_page_elsewhere_in_another_chain_is_no_hit() -> None:
         assert (await store.lookup(query([]))).complete_pages == 0
 
 
-async def test_a_long_chain_is_found_to_its_first_gap() -> None:
-    async with local_store(MemoryBackend()) as store:
+async def test_a_long_chain_is_found_to_its_first_gap(kind: str) -> None:
+    async with empty_store(kind) as store:
         made = pages(300, size=1)
         for key, data in made:
             await put(store, key, data)
@@ -162,8 +183,8 @@ async def test_a_long_chain_is_found_to_its_first_gap() -> None:
         assert (await store.lookup(query(chain(310)))).complete_pages == 257
 
 
-async def test_tails_hang_at_the_end_of_the_run_or_a_page_before() -> None:
-    async with local_store(MemoryBackend()) as store:
+async def test_tails_hang_at_the_end_of_the_run_or_a_page_before(kind: str) -> None:
+    async with empty_store(kind) as store:
         for key, data in pages(2):
             await put(store, key, data)
         keys = chain(2)
@@ -187,18 +208,18 @@ async def test_tails_hang_at_the_end_of_the_run_or_a_page_before() -> None:
         assert set(await tails(keys)) == {(half[0].page_key, 10), end, first}
 
 
-async def test_a_tail_ends_with_its_time() -> None:
+async def test_a_tail_ends_with_its_time(kind: str) -> None:
     clock = Clock()
-    async with local_store(MemoryBackend(), clock=clock) as store:
+    async with empty_store(kind, clock=clock) as store:
         await put(store, *tail(ROOT, "t"), ttl_s=10)
         assert len((await store.lookup(query([]))).tails) == 1
         clock.now += 11
         assert (await store.lookup(query([]))).tails == []
 
 
-async def test_states_are_found_along_the_whole_chain() -> None:
+async def test_states_are_found_along_the_whole_chain(kind: str) -> None:
     """Wherever they are anchored, and although pages before them are gone."""
-    async with local_store(MemoryBackend()) as store:
+    async with empty_store(kind) as store:
         keys = chain(3)
         first, later = state(ROOT, "a", 10), state(keys[2], "b", 778)
         half = [state(keys[0], "c", 300, (0, 1)), state(keys[0], "c", 300, (1, 3))]
@@ -231,10 +252,12 @@ async def test_states_are_found_along_the_whole_chain() -> None:
 
 @pytest.mark.parametrize("order", ["as told", "shuffled"])
 @pytest.mark.parametrize("turn_tokens", [3, 100])
-async def test_the_last_of_a_hundred_turns_are_those_listed(turn_tokens: int, order: str) -> None:
+async def test_the_last_of_a_hundred_turns_are_those_listed(
+    kind: str, turn_tokens: int, order: str
+) -> None:
     """Some behind one page or each behind its own; stored in the order of turns or in another."""
     turns = [turn_tokens * (1 + n) + 10 for n in range(100)]
-    async with local_store(MemoryBackend()) as store:
+    async with empty_store(kind) as store:
         keys = chain(turns[-1] // 256)
         stored = turns if order == "as told" else random.Random(7).sample(turns, 100)
         for end in stored:
@@ -253,8 +276,8 @@ async def test_the_last_of_a_hundred_turns_are_those_listed(turn_tokens: int, or
             assert max(listed) <= last
 
 
-async def test_a_state_takes_the_place_of_a_state_and_of_no_tail() -> None:
-    async with local_store(MemoryBackend()) as store:
+async def test_a_state_takes_the_place_of_a_state_and_of_no_tail(kind: str) -> None:
+    async with empty_store(kind) as store:
         old, new = state(ROOT, "old", 10), state(ROOT, "new", 20)
         beside = tail(ROOT, "old")
         for key, data in (old, beside):
@@ -266,8 +289,8 @@ async def test_a_state_takes_the_place_of_a_state_and_of_no_tail() -> None:
 
 
 @pytest.mark.parametrize("stage", [False, True])
-async def test_a_tail_takes_the_place_of_the_last_once_it_is_whole(stage: bool) -> None:
-    async with local_store(MemoryBackend()) as store:
+async def test_a_tail_takes_the_place_of_the_last_once_it_is_whole(kind: str, stage: bool) -> None:
+    async with empty_store(kind) as store:
         old = [tail(ROOT, "old", layers=(0, 4))]
         new = [tail(ROOT, "new", layers=(0, 2)), tail(ROOT, "new", layers=(2, 4))]
         for key, data in old:
@@ -286,8 +309,8 @@ async def test_a_tail_takes_the_place_of_the_last_once_it_is_whole(stage: bool) 
         assert (await store.stat()).blobs == 2
 
 
-async def test_replacing_needs_the_same_model_and_a_tail() -> None:
-    async with local_store(MemoryBackend()) as store:
+async def test_replacing_needs_the_same_model_and_a_tail(kind: str) -> None:
+    async with empty_store(kind) as store:
         page, other = blob(), tail(ROOT, "other", model=digest("other model"))
         for key, data in (page, other):
             await put(store, key, data)

@@ -1,20 +1,18 @@
 """``kvferry store`` as a process: ready, killed, stopped."""
 
 import asyncio
-import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from store_process import Process, running
 from store_samples import MIB, blob, chain, digest, pages, query
 
 from kvferry.cluster.client import BlobStoreClient
@@ -23,44 +21,6 @@ from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import BlobNotFoundError, FerryError
 
 pytestmark = pytest.mark.processes
-
-
-class Process:
-    """A running store."""
-
-    def __init__(self, root: Path, *options: str) -> None:
-        self.ready_file = root.parent / "ready.json"
-        self.ready_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "kvferry", "store", "--listen", "127.0.0.1:0"]
-        command += ["--metrics-listen", "127.0.0.1:0", "--backend", f"file://{root}"]
-        command += ["--ready-file", str(self.ready_file), "--reserve-bytes", "0", *options]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        end = time.monotonic() + 60
-        while not self.ready_file.exists():
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(self.process.communicate()[1])
-            time.sleep(0.02)
-        self.ready: dict[str, Any] = json.loads(self.ready_file.read_text())
-        self.address: str = self.ready["address"]
-
-    def end(self, number: int) -> tuple[int, str, str]:
-        """Signal it and wait: (exit code, output, errors)."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
-
-
-@contextmanager
-def running(root: Path, *options: str) -> Iterator[Process]:
-    started = Process(root, *options)
-    try:
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.process.kill()
-            started.process.communicate()
 
 
 def test_ready_metrics_and_a_clean_end(tmp_path: Path) -> None:
@@ -188,7 +148,9 @@ def test_an_address_in_use_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--backend", "s3://b"], "s3://"),
+        (["--backend", "s3://key:secret@b"], "AWS_SECRET_ACCESS_KEY"),
+        (["--backend", "s3://b?endpoint=http://192.0.2.1"], "https://"),
+        (["--backend", "s3://b?what=1"], "endpoint"),
         (["--listen", "0.0.0.0:0"], "loopback"),
         (["--listen", "nonsense"], "HOST:PORT"),
         (["--budget-bytes", "0"], "budget_bytes"),

@@ -10,7 +10,7 @@ from kvferry.errors import ConfigError
 
 __all__ = ["BlobBackend", "FileBackend", "MemoryBackend", "open_backend"]
 
-_LATER = ("s3",)
+_LATER = ()
 
 
 def open_backend(url: str) -> BlobBackend:
@@ -24,6 +24,8 @@ def open_backend(url: str) -> BlobBackend:
         if not parts.netloc and path.is_absolute() and len(path.parts) > 1:
             return FileBackend(path)
         raise ConfigError("backend", url, "file:///PATH with an absolute path")
+    if scheme == "s3":
+        raise ConfigError("backend", url, "file:///PATH here: a bucket is for `kvferry store`")
     if scheme in _LATER:
         raise ConfigError("backend", url, f"file:///PATH: {scheme}:// is not in this release yet")
     raise ConfigError("backend", url, "file:///PATH or memory://")
