@@ -55,13 +55,13 @@ class BlobStoreServicer:
         keys = convert.keys_from_proto(request.keys)
         return store_pb2.CommitReply(committed=await self._repository.commit(keys))
 
-    async def lookup(self, request: store_pb2.LookupRequest) -> store_pb2.LookupReply:
+    async def lookup(self, request: store_pb2.LookupRequest) -> wire.Encoded:
         """Lookup."""
         query = convert.query_from_proto(request)
         result = await self._repository.lookup(query)
         if len(result.pages) < LONG_RUN:
-            return convert.result_to_proto(query, result)
-        return await asyncio.to_thread(convert.result_to_proto, query, result)
+            return wire.Encoded(convert.result_to_bytes(query, result))
+        return wire.Encoded(await asyncio.to_thread(convert.result_to_bytes, query, result))
 
     async def pin(self, request: store_pb2.PinRequest) -> store_pb2.PinReply:
         """Pin: leases of 1 second to a day."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from kvferry.cluster.listing import Listed
 from kvferry.cluster.repository import (
     BlobInfo,
     CodecInfo,
@@ -200,29 +201,52 @@ def query_from_proto(request: store_pb2.LookupRequest) -> LookupQuery:
     )
 
 
-def result_to_proto(query: LookupQuery, result: LookupResult) -> store_pb2.LookupReply:
-    """The run is cut where its listing would exceed what one message carries."""
+def result_to_bytes(query: LookupQuery, result: LookupResult) -> bytes:
+    """A `LookupReply` in its encoding, whose pages are put in as they stand in memory.
+
+    Messages joined are messages merged. The run is cut where its listing would exceed what
+    one message carries.
+    """
     reply = store_pb2.LookupReply(partial=result.partial)
+    pages: list[bytes] = []
     left = MAX_LISTING_BYTES
     for page_key, blobs in zip(query.page_keys, result.pages, strict=False):
-        left -= _listing_bytes(blobs)
+        page = _page_bytes(page_key, blobs)
+        left -= len(page)
         if left < 0:
-            return reply
-        reply.pages.add(page_key=page_key, blobs=[info_to_proto(b) for b in blobs])
-        reply.complete_pages += 1
+            break
+        pages.append(page)
+    reply.complete_pages = len(pages)
+    if left >= 0:
+        _add_anchored(reply, result, left)
+    return b"".join((*pages, reply.SerializeToString()))
+
+
+def _page_bytes(page_key: bytes, blobs: Sequence[BlobInfo]) -> bytes:
+    """One page of a `LookupReply`. Kept with what is listed again and again."""
+    if isinstance(blobs, Listed) and blobs.wire:
+        return blobs.wire
+    reply = store_pb2.LookupReply()
+    reply.pages.add(page_key=page_key, blobs=[info_to_proto(b) for b in blobs])
+    page = reply.SerializeToString()
+    if isinstance(blobs, Listed):
+        blobs.wire = page
+    return page
+
+
+def _add_anchored(reply: store_pb2.LookupReply, result: LookupResult, left: int) -> None:
     for tail in result.tails:
         left -= _listing_bytes(tail.blobs)
         if left < 0:
-            return reply
+            return
         entries = [info_to_proto(b) for b in tail.blobs]
         reply.tails.add(tail_key=tail.tail_key, tokens=tail.tokens, blobs=entries)
     for state in result.states:
         left -= _listing_bytes(state.blobs)
         if left < 0:
-            return reply
+            return
         entries = [info_to_proto(b) for b in state.blobs]
         reply.states.add(key=state.key, pages=state.pages, tokens=state.tokens, blobs=entries)
-    return reply
 
 
 def _listing_bytes(blobs: Sequence[BlobInfo]) -> int:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 OnFailure = Callable[[str], None]
 _Q = TypeVar("_Q", bound=Message)
-_R = TypeVar("_R", bound=Message)
+_R = TypeVar("_R", bound=Outgoing)
 _O = TypeVar("_O", bound=Outgoing)
 _I = TypeVar("_I")
 

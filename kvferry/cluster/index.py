@@ -16,6 +16,7 @@ from typing import TypeVar
 from kvferry.cluster import index_checks, index_lookup
 from kvferry.cluster import index_rows as rows
 from kvferry.cluster.coverage import covers
+from kvferry.cluster.index_memo import PageMemo
 from kvferry.cluster.index_rows import CodecTable, Held, Unit
 from kvferry.cluster.index_schema import connect, open_database
 from kvferry.cluster.index_units import (
@@ -58,6 +59,9 @@ class Index:
             self._reader, self._read_lock = connect(path), threading.RLock()
         self._codecs = CodecTable(self._db)
         self._scrub = index_checks.last_scrub(self._db)
+        self._memo = PageMemo()
+        # Page keys of units that the transaction under way changes.
+        self._touched: set[bytes] = set()
 
     def close(self) -> None:
         """May be called twice."""
@@ -76,8 +80,12 @@ class Index:
                     self._db.execute("ROLLBACK")
                 # Codecs added in what was rolled back must not be known.
                 self._codecs = CodecTable(self._db)
+                self._touched.clear()
                 raise
             self._db.execute("COMMIT")
+            if self._touched:
+                self._memo.changed(self._touched)
+                self._touched.clear()
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -111,6 +119,7 @@ class Index:
 
     def _add(self, db: sqlite3.Connection, record: Record, now_s: float) -> int:
         info = record.info
+        self._touched.add(info.key.page_key)
         unit = unit_of(db, info.key)
         if unit is None:
             unit_id = new_unit(db, record)
@@ -119,7 +128,7 @@ class Index:
             unit_id = unit.id
         if record.replaces:
             db.execute("UPDATE units SET replaces = ? WHERE id = ?", (record.replaces, unit_id))
-        old = self._find(db, info.key)
+        old = self._find(db, info.key) if unit is not None else None
         if old is not None:
             db.execute("DELETE FROM blobs WHERE id = ?", (old.blob_id,))
         db.execute(
@@ -147,6 +156,7 @@ class Index:
         if not found:
             return []
         unit = found[0]
+        self._touched.add(unit.page_key)
         held = rows.held_of(db, self._codecs, [unit])[unit_id]
         if not held:
             db.execute("DELETE FROM units WHERE id = ?", (unit_id,))
@@ -161,6 +171,7 @@ class Index:
     def _drop(self, db: sqlite3.Connection, units: Sequence[Unit]) -> list[Held]:
         held = [h for part in rows.held_of(db, self._codecs, units).values() for h in part]
         db.executemany("DELETE FROM units WHERE id = ?", [(unit.id,) for unit in units])
+        self._touched.update(unit.page_key for unit in units)
         return held
 
     def _find(self, db: sqlite3.Connection, key: BlobKey) -> Held | None:
@@ -186,8 +197,9 @@ class Index:
 
     def lookup(self, query: LookupQuery, now_s: float) -> tuple[LookupResult, list[Unit]]:
         """See `index_lookup.lookup`."""
+        version = self._memo.version()
         with self._read() as db:
-            return index_lookup.lookup(db, self._codecs, query, now_s)
+            return index_lookup.lookup(db, self._codecs, query, now_s, self._memo, version)
 
     def listing(
         self, query: ListQuery, after: tuple[int, int, int] = (-1, 0, 0)
@@ -245,6 +257,7 @@ class Index:
         """Another end of life; 0: none."""
         with self._write() as db:
             db.execute("UPDATE blobs SET expires_s = ? WHERE id = ?", (expires_s, blob_id))
+        self._memo.clear()
 
     def touch(self, used_ns: Mapping[int, int]) -> None:
         """Note uses: unit id -> time in ns."""

@@ -2,7 +2,9 @@
 
 import sqlite3
 from collections.abc import Sequence
+from functools import partial
 
+from kvferry.cluster.index_memo import KnownPage, PageMemo
 from kvferry.cluster.index_rows import CodecTable, Held, Unit, held_of, marks, units_where
 from kvferry.cluster.listing import MAX_STATES, MAX_TAILS, listed, of_states, tail_anchors
 from kvferry.cluster.repository import BlobInfo, LookupQuery, LookupResult, StateFound, TailFound
@@ -20,35 +22,58 @@ def _listing(
 
 
 def lookup(
-    db: sqlite3.Connection, codecs: CodecTable, query: LookupQuery, now_s: float
+    db: sqlite3.Connection,
+    codecs: CodecTable,
+    query: LookupQuery,
+    now_s: float,
+    memo: PageMemo,
+    version: int,
 ) -> tuple[LookupResult, list[Unit]]:
-    """The longest run of complete pages, the tails at its end, states, and their units."""
+    """The longest run of complete pages, the tails at its end, states, and their units.
+
+    ``version``: of ``memo``, from before ``db`` was read.
+    """
     pages: list[list[BlobInfo]] = []
     used: list[Unit] = []
     previous = query.root
     for at in range(0, len(query.page_keys), PAGE_BATCH):
         batch = query.page_keys[at : at + PAGE_BATCH]
-        clause = f"kind = 'page' AND complete = 1 AND page_key IN ({marks(batch)})"
-        units = {u.page_key: u for u in units_where(db, clause, batch)}
-        run: list[Unit] = []
+        known = _complete(db, codecs, batch, memo, version)
         for page_key in batch:
-            unit = units.get(page_key)
-            if unit is None or unit.previous_key != previous:
+            page = known.get(page_key)
+            if page is None or page.unit.previous_key != previous:
                 break
-            run.append(unit)
-            previous = page_key
-        held = held_of(db, codecs, run)
-        for unit in run:
-            listing = _listing(unit, held[unit.id], query, now_s)
+            listing = page.answer(query, partial(_listing, page.unit, page.held, query, now_s))
             if listing is None:
                 break
             pages.append(listing)
-            used.append(unit)
+            used.append(page.unit)
+            previous = page_key
         if len(pages) < at + len(batch):
             break
     tails, tail_units = _tails(db, codecs, tail_anchors(query, len(pages)), query, now_s)
     states, state_units = _states(db, codecs, query, now_s)
     return LookupResult(pages=pages, tails=tails, states=states), used + tail_units + state_units
+
+
+def _complete(
+    db: sqlite3.Connection,
+    codecs: CodecTable,
+    page_keys: Sequence[bytes],
+    memo: PageMemo,
+    version: int,
+) -> dict[bytes, KnownPage]:
+    """Which of these pages are complete: remembered ones, and the others by the index."""
+    known = memo.get(page_keys)
+    missing = [key for key in page_keys if key not in known]
+    if not missing:
+        return known
+    clause = f"kind = 'page' AND complete = 1 AND page_key IN ({marks(missing)})"
+    units = units_where(db, clause, missing)
+    held = held_of(db, codecs, units)
+    fresh = {u.page_key: KnownPage(u, held[u.id]) for u in units}
+    memo.keep(fresh.values(), version)
+    return known | fresh
 
 
 # Of one conversation the longest is wanted; of many that hang on one anchor the newest is

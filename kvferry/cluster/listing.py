@@ -12,6 +12,16 @@ MAX_STATES = 64
 EXACT_STATES = "zstd"
 
 
+class Listed(list[BlobInfo]):
+    """Blobs of a page that are listed again and again; never changed.
+
+    Attributes:
+        wire: the page as it stands in an answer, once it was put into one.
+    """
+
+    wire: bytes = b""
+
+
 def _overlap(a: Range, b: Range) -> bool:
     return b == (0, 0) or (a[0] < b[1] and b[0] < a[1])
 

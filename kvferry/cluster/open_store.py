@@ -25,8 +25,8 @@ async def open_store(
     """Open what an address names; whoever gets it closes it.
 
     Args:
-        url: ``file:///PATH``, ``s3://BUCKET/PREFIX``, ``memory://``, ``redis://...``, ``redis+cluster://...``, or
-            HOST:PORT (unix:PATH) of a store or node that runs.
+        url: ``file:///PATH``, ``s3://BUCKET/PREFIX``, ``memory://``, ``redis://...``,
+            ``redis+cluster://...``, or HOST:PORT (unix:PATH) of a store or node that runs.
         limits: hold for what is opened here; a running store has its own.
         credentials: shown to a running store.
     Raises:

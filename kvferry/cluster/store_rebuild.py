@@ -23,7 +23,7 @@ from kvferry.errors import (
 )
 from kvferry.proto import container
 
-_FIRST_READ = 64 * 1024
+_FIRST_READ = 16 * 1024
 _BATCH = 200
 
 Stamp = Callable[[float, int], int]
@@ -67,7 +67,7 @@ def _record(
     return Record(
         info=info,
         charged=backend.charge(entry.size),
-        expires_s=parse_blob_name(entry.name)[1],
+        expires_s=int(entry.name.partition("@")[2] or 0),  # the name was checked with the header
         used_ns=stamp(entry.modified_unix_s, info.tokens[0]),
     )
 

@@ -25,7 +25,16 @@ _DATA_TAG = 0x0A
 _MAX_VARINT_BYTES = 10
 
 Chunk = bytes | memoryview
-Outgoing = Message | Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A message that is in its encoding already."""
+
+    message: bytes
+
+
+Outgoing = Message | Chunk | Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,8 @@ def serialize(item: Outgoing) -> bytes:
     """Serializer of both streams: a chunk or a message."""
     if isinstance(item, Message):
         return item.SerializeToString()
+    if isinstance(item, Encoded):
+        return item.message
     return join_chunk(item)
 
 

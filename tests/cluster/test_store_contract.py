@@ -53,6 +53,8 @@ def hot_urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     folder = tmp_path_factory.mktemp("redis")
     with one_redis(folder) as one, redis_cluster(folder) as cluster:
         yield {"redis": one.url, "cluster": cluster.url}
+
+
 BACKENDS = [
     "memory",
     "file",

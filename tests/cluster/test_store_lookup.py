@@ -21,6 +21,7 @@ from store_samples import (
     pages,
     put,
     query,
+    served,
     state,
     tail,
 )
@@ -318,3 +319,39 @@ async def test_replacing_needs_the_same_model_and_a_tail(kind: str) -> None:
         await put(store, *tail(ROOT, "b"), replaces=other[0])
         await put(store, *tail(ROOT, "c"), replaces=tail(ROOT, "none")[0])
         assert await store.has([page[0], other[0]]) == [True, True]
+
+
+@given(seed=st.integers(0, 10**9))
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+async def test_every_answer_follows_every_change(seed: int) -> None:
+    """Pages that were answered before are remembered; never beyond what changes them."""
+    chance = random.Random(seed)
+    clock = Clock()
+    parts = [Part(i, r, (0, 3), c) for i in range(3) for r in ((0, 2), (2, 5)) for c in CODECS[:2]]
+    made = {part: make(part) for part in parts}
+    by_key = {made[p][0]: p for p in parts}
+    asks: list[dict[str, Any]] = [{}, {"codecs": frozenset({"raw"})}, {"layers": (2, 5)}]
+    async with empty_store("memory", clock=clock) as store, served(store) as client:
+        left: dict[Part, float] = {}
+        for _ in range(25):
+            part = chance.choice(parts)
+            if chance.random() < 0.6:
+                ttl = chance.choice([0, 0, 0, 30])
+                key, data = made[part]
+                if await put(store, key, data, ttl_s=ttl) or not ttl:
+                    left[part] = clock.now + ttl if ttl else float("inf")
+                elif left[part] < clock.now + ttl:
+                    left[part] = clock.now + ttl
+            elif chance.random() < 0.5:
+                await store.delete([made[part][0]])
+                left.pop(part, None)
+            else:
+                clock.now += 20
+            left = {p: end for p, end in left.items() if end > clock.now}
+            for asked in asks:
+                wanted = expected(list(left), asked)
+                for whom in (store, client):
+                    found = await whom.lookup(query(chain(PAGES), **asked))
+                    assert [{by_key[i.key] for i in page} for page in found.pages] == wanted

@@ -353,7 +353,7 @@ def test_an_answer_too_long_for_a_message_is_a_shorter_run() -> None:
     result = LookupResult(
         pages=[[info]] * len(keys), tails=[TailFound(tail_key=ROOT, tokens=1, blobs=[info])]
     )
-    reply = convert.result_to_proto(query(keys), result)
+    reply = store_pb2.LookupReply.FromString(convert.result_to_bytes(query(keys), result))
     assert 1000 < reply.complete_pages < 4000
     assert not reply.tails
     assert reply.ByteSize() < wire.MAX_REPLY_BYTES

@@ -10,8 +10,6 @@ from kvferry.errors import ConfigError
 
 __all__ = ["BlobBackend", "FileBackend", "MemoryBackend", "open_backend"]
 
-_LATER = ()
-
 
 def open_backend(url: str) -> BlobBackend:
     """The engine that ``url`` names; not opened yet. Raises: ConfigError."""
@@ -26,6 +24,4 @@ def open_backend(url: str) -> BlobBackend:
         raise ConfigError("backend", url, "file:///PATH with an absolute path")
     if scheme == "s3":
         raise ConfigError("backend", url, "file:///PATH here: a bucket is for `kvferry store`")
-    if scheme in _LATER:
-        raise ConfigError("backend", url, f"file:///PATH: {scheme}:// is not in this release yet")
     raise ConfigError("backend", url, "file:///PATH or memory://")
