@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.bench_cluster import cluster
 from kvferry.cli.options import CalibrationOption, ModelOption
 from kvferry.cli.output import JsonOption
 from kvferry.errors import ConfigError
 
 bench_app = typer.Typer(help="Measure parts of kvferry on this machine.", no_args_is_help=True)
+bench_app.command()(cluster)
 
 
 def register(app: typer.Typer) -> None:
