@@ -26,7 +26,7 @@ def drain(
     wait: Annotated[bool, typer.Option(help="Return when it is done.")] = True,
     timeout_s: Annotated[float, typer.Option(min=1, help="Wait no longer.")] = 600.0,
     coordinator: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="As in [node] if left out.")
+        str | None, typer.Option(metavar="HOST:PORT", help="The node's if left out.")
     ] = None,
     json: JsonOption = None,
 ) -> None:
@@ -46,7 +46,7 @@ def drain(
     if json:
         write_json({"node_id": node, "state": found.state, "drained": found.drained}, json)
     if json != "-":
-        typer.echo(f"{node}: {found.state}" + (", drained" if found.drained else ""))
+        typer.echo(f"{node}: {'drained' if found.drained else found.state}")
     if wait and not done:
         raise typer.Exit(1)
 

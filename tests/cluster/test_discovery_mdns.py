@@ -1,6 +1,7 @@
 """Real multicast DNS on the loopback interface: announced, found, and gone again."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import uuid4
@@ -64,6 +65,15 @@ async def test_a_service_is_found_by_its_cluster_and_says_when_it_goes() -> None
 async def test_nothing_is_announced_unless_asked() -> None:
     async with announced("", "store", "127.0.0.1:7800"):
         pass
+
+
+async def test_without_the_package_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "zeroconf", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kvferry\[discovery\]'"):
+        async with announced("x", "store", "127.0.0.1:7800"):
+            pass
 
 
 async def test_an_interface_that_is_not_here_is_an_error_that_says_so() -> None:

@@ -122,17 +122,20 @@ def test_a_drained_node_takes_nothing_and_leaves_nothing_behind(machines: Machin
     assert "the name of a member (n0)" in gone.stderr
 
 
-def test_an_order_to_drain_outlives_the_coordinator(machines: Machines) -> None:
+def test_orders_and_what_seldom_changes_outlive_the_coordinator(machines: Machines) -> None:
     port = free_port()
     coordinator = machines.coordinator(port=port)
     store = machines.store()
-    machines.node(store=store.address, coordinator=coordinator.address)
-    wait_for(lambda: state_of(coordinator) == "ready")
-    assert kvferry("drain", "n0", "--coordinator", coordinator.address).returncode == 0
-    coordinator.end(signal.SIGKILL)
-    again = machines.coordinator(port=port)
-    wait_for(lambda: member(again).drained)
-    assert state_of(again) == "draining"
+    with serving(giving(state())) as url:
+        machines.node("--exo-url", url, store=store.address, coordinator=coordinator.address)
+        wait_for(lambda: member(coordinator).last.exo.reachable)
+        done = kvferry("drain", "n0", "--coordinator", coordinator.address)
+        assert (done.returncode, done.stdout) == (0, "n0: drained\n")
+        coordinator.end(signal.SIGKILL)
+        again = machines.coordinator(port=port)
+        wait_for(lambda: member(again).drained)
+        assert state_of(again) == "draining"
+        assert member(again).last.exo.reachable
 
 
 def test_without_addresses_store_and_coordinator_are_found(machines: Machines) -> None:
