@@ -101,6 +101,5 @@ class Prober:
             self._refused[name] = self._clock() + REFUSED_S
             return
         remote.measured(PROBE_BYTES, PROBE_BYTES / found.bytes_per_s, probed=True)
-        if not remote.latency_s:
-            remote.latency_s = found.latency_s
+        remote.latency_s = found.latency_s
         self._counters["probes"] += 1
