@@ -149,7 +149,8 @@ class Coordinator:
     async def goodbye(self, request: pb.GoodbyeRequest) -> pb.GoodbyeReply:
         """A node goes, and says so. Raises: FencedError."""
         self.membership.leave(request)
-        log.info("node %r says goodbye", request.node_id)
+        sleeps = request.phase == pb.NODE_PHASE_AWAY
+        log.info("node %r %s", request.node_id, "goes to sleep" if sleeps else "ends")
         return pb.GoodbyeReply()
 
     async def drain(self, request: pb.DrainRequest) -> pb.DrainReply:

@@ -158,7 +158,7 @@ class CoordinatorLink:
                 )
                 await self.client.goodbye(request, timeout_s=GOODBYE_S)
         except (FerryError, TimeoutError) as exc:
-            log.info("goodbye not heard: %s", exc)
+            log.info("goodbye not heard: %s", str(exc) or "no answer in time")
             return False
         return True
 
