@@ -97,7 +97,7 @@ class NodeDaemon:
             settings.shutdown_timeout_s,
             lambda: self.idle.touches,
         )
-        self.links, self.exo = LinkTable(self.repository), ExoWatch(settings.exo_url)
+        self.links, self.exo = LinkTable(self.peers, self.store), ExoWatch(settings.exo_url)
         self.prober = Prober(self.links, Ration(settings.probe_bytes_per_hour), self.counters)
         self.coordination = Coordination(
             facts,

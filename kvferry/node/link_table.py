@@ -5,8 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from kvferry.node.interfaces import link_kind
-from kvferry.node.remotes import Remote
-from kvferry.node.repository import NodeRepository
+from kvferry.node.remotes import Peers, Remote
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 
@@ -14,20 +13,20 @@ class LinkTable:
     """Reads what transfers have measured. Belongs to the event loop.
 
     Args:
+        store: None: there is none.
         kind_of: the kind of the way to HOST:PORT; blocks.
     """
 
     def __init__(
-        self, repository: NodeRepository, kind_of: Callable[[str], str] = link_kind
+        self, peers: Peers, store: Remote | None, kind_of: Callable[[str], str] = link_kind
     ) -> None:
-        self._repository, self._kind_of = repository, kind_of
+        self._peers, self._store, self._kind_of = peers, store, kind_of
         self._kinds: Mapping[str, str] = {}
 
     def remotes(self) -> Sequence[tuple[str, Remote]]:
         """Everything that blobs come from or go to."""
-        store = self._repository.store
-        peers = [(peer.name, peer) for peer in self._repository.peers.all]
-        return [*peers, ("store", store)] if store is not None else peers
+        peers = [(peer.name, peer) for peer in self._peers.all]
+        return [*peers, ("store", self._store)] if self._store is not None else peers
 
     async def look(self) -> None:
         """Find out again which way each goes: cables are plugged in and out."""

@@ -2,27 +2,18 @@
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, TypeAlias
 
 import pytest
 
 from kvferry.cluster.link_probe import MAX_PROBE_BYTES, PROBE_BYTES, link_service, probe
 from kvferry.cluster.server import start_server
 from kvferry.errors import ProtocolError, QueueFullError
-from kvferry.node.journal import Journal
 from kvferry.node.link_table import LinkTable
-from kvferry.node.memory_tier import MemoryTier
 from kvferry.node.prober import HOUR_S, RECENT_S, Prober, Ration
 from kvferry.node.remotes import Peers, Remote
-from kvferry.node.repository import NodeRepository
-from kvferry.node.tiers import Tiers
-from kvferry.node.upload_queue import UploadQueue
 from kvferry.proto.v1 import coordinator_pb2 as pb
-
-TableOf: TypeAlias = Callable[[Remote, Peers], LinkTable]
 
 
 class Clock:
@@ -47,26 +38,12 @@ async def other_end(failures: Counter[str]) -> AsyncIterator[str]:
         await server.stop(0.2)
 
 
-@pytest.fixture
-def table_of(tmp_path: Path) -> Iterator[TableOf]:
+def table_of(store: Remote, peers: Peers) -> LinkTable:
     """The links of a node that has these remotes."""
-    journal = Journal(tmp_path / "uploads.sqlite")
-
-    async def never(_: object) -> Any:
-        raise AssertionError
-
-    def made(store: Remote, peers: Peers) -> LinkTable:
-        counters: Counter[str] = Counter()
-        tiers = Tiers(MemoryTier(1 << 20), None, counters)
-        uploads = UploadQueue(store, journal, 1 << 20, never, never, counters)
-        repository = NodeRepository(tiers, uploads, peers, store, counters, 5.0)
-        return LinkTable(repository, lambda _: "thunderbolt")
-
-    yield made
-    journal.close()
+    return LinkTable(peers, store, lambda _: "thunderbolt")
 
 
-async def test_a_link_is_probed_once_until_that_is_old(table_of: TableOf) -> None:
+async def test_a_link_is_probed_once_until_that_is_old() -> None:
     failures: Counter[str] = Counter()
     async with other_end(failures) as address:
         store, peers = Remote("the store", address, 5.0, 1 << 20), Peers("me", 5.0, 1 << 20)
@@ -93,7 +70,7 @@ async def test_a_link_is_probed_once_until_that_is_old(table_of: TableOf) -> Non
         await peers.aclose()
 
 
-async def test_no_probe_while_a_transfer_runs(table_of: TableOf) -> None:
+async def test_no_probe_while_a_transfer_runs() -> None:
     async with other_end(Counter()) as address:
         store, peers = Remote("the store", address, 5.0, 1 << 20), Peers("me", 5.0, 1 << 20)
         prober = Prober(table_of(store, peers), Ration(1 << 30), Counter(), Clock())
@@ -105,9 +82,7 @@ async def test_no_probe_while_a_transfer_runs(table_of: TableOf) -> None:
         await store.aclose()
 
 
-async def test_who_cannot_be_probed_is_left_alone_and_who_is_down_costs_no_ration(
-    table_of: TableOf,
-) -> None:
+async def test_who_cannot_be_probed_is_left_alone_and_who_is_down_costs_no_ration() -> None:
     clock = Clock()
     old_release = await start_server([], ["127.0.0.1:0"])
     store = Remote("the store", old_release.addresses[0], 5.0, 1 << 20)
