@@ -122,6 +122,20 @@ def test_a_drained_node_takes_nothing_and_leaves_nothing_behind(machines: Machin
     assert "the name of a member (n0)" in gone.stderr
 
 
+def test_without_a_store_what_a_drained_node_had_is_on_its_peer(machines: Machines) -> None:
+    coordinator = machines.coordinator()
+    for name in ("n0", "n1"):
+        machines.node(coordinator=coordinator.address, name=name)
+    wait_for(lambda: machines.client().status().peers)
+    made = [blob(f"sole {number}") for number in range(5)]
+    for key, data in made:
+        machines.client().put(key, data)
+    done = kvferry("drain", "n0", "--coordinator", coordinator.address)
+    assert (done.returncode, done.stdout) == (0, "n0: drained\n"), done.stderr
+    with SyncBlobStoreClient(member(coordinator, "n1").address) as peer:
+        assert peer.has([key for key, _ in made]) == [True] * 5
+
+
 def test_orders_and_what_seldom_changes_outlive_the_coordinator(machines: Machines) -> None:
     port = free_port()
     coordinator = machines.coordinator(port=port)
