@@ -22,11 +22,14 @@ class Membership:
     def __init__(self, away_after_s: float, clock: Callable[[], float], settle_s: float) -> None:
         self._away_after_s, self._clock = away_after_s, clock
         self._settle_s = settle_s
-        self._state = states.ClusterState()
         self.begin()
 
     def begin(self) -> None:
-        """We are the one that members speak to from now on."""
+        """We are the one that members speak to from now on, and know nothing of them yet.
+
+        What was said to us in an earlier term is void: orders may have been taken back since.
+        """
+        self._state = states.ClusterState()
         self._settled_s = self._clock() + self._settle_s
 
     def register(self, request: pb.RegisterRequest) -> None:

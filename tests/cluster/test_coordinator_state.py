@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.cluster import state as states
+from kvferry.cluster.membership import Membership
 from kvferry.errors import ConfigError, FencedError, QueueFullError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
@@ -164,6 +165,22 @@ def test_a_coordinator_that_forgot_hears_of_an_order_from_the_node() -> None:
     request = pb.RegisterRequest(node_id="a", incarnation=5, draining=True)
     state = states.apply(states.ClusterState(), states.Registered(request, 0.0))
     assert (state.members["a"].said, state.members["a"].drain) == ("draining", True)
+
+
+def test_who_leads_again_has_forgotten_the_orders_of_its_last_term() -> None:
+    clock = iter(float(second) for second in range(100))
+    members = Membership(10.0, lambda: next(clock), 6.0)
+    request = pb.RegisterRequest(node_id="a", incarnation=5, address="127.0.0.1:1")
+    members.register(request)
+    members.drain("a", undo=False)
+    for _ in range(10):
+        next(clock)
+    assert not members.partial
+    members.begin()
+    assert members.partial
+    assert members.beat(_beat()) is None  # it has to register
+    members.register(request)
+    assert [presence for _, presence, _ in members.members()] == ["joining"]
 
 
 def test_links_to_who_is_no_member_any_more_are_forgotten() -> None:
