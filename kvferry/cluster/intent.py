@@ -20,7 +20,7 @@ MAX_VERSION = 1 << 53  # what JSON numbers hold exactly everywhere
 MAX_DOCUMENT_BYTES = 1 << 20  # etcd takes requests of up to 1.5 MiB
 
 Source = Literal["built-in", "file", "admin", "optimizer"]
-_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Intent:
 
 
 class IntentStore(Protocol):
-    """Documents of the operator, by name ([a-z][a-z0-9_-]*, up to 1 MiB), and salts.
+    """Documents of the operator, by name ([a-z0-9_-], up to 64; up to 1 MiB), and salts.
 
     Raises in every call, beside what is named there: StoreUnavailableError where it
     cannot be read or written now.
@@ -82,7 +82,7 @@ class IntentStore(Protocol):
 def check_name(name: str) -> str:
     """A document's or namespace's name, as it came. Raises: ConfigError."""
     if not _NAME.fullmatch(name):
-        raise ConfigError("name", name, "lower-case letters, digits, - and _, at most 64")
+        raise ConfigError("name", name, "1 to 64 of a-z, 0-9, - and _")
     return name
 
 
