@@ -170,22 +170,24 @@ class Offers:
         asked = [job[0] for job in jobs]
         answers = self._client.admit(asked, again=offer.again) if jobs else []
         known: Sequence[Sequence[BlobInfo]] = []
-        if node_pb2.ADMISSION_WANTED in answers:
+        if any(answer != node_pb2.ADMISSION_HELD for answer in answers):
             known = complete_pages(self._client, coding.root, keys, shard, coding.accept)
+        whole = True
         for (_, coded, index, meta), answer in zip(jobs, answers, strict=True):
-            if answer == node_pb2.ADMISSION_DECLINED:
-                self._counters["declined"] += 1
-            elif answer != node_pb2.ADMISSION_WANTED:
+            if answer == node_pb2.ADMISSION_HELD:
                 continue
-            elif index < len(known) and is_stored(known[index], coded, shard):
+            if index < len(known) and is_stored(known[index], coded, shard):
                 self._counters["blobs_stored_finer"] += 1
-            else:
+            elif answer == node_pb2.ADMISSION_WANTED:
                 span = index * shard.page_tokens, (index + 1) * shard.page_tokens
                 key, data, raw = self._background.run(
                     partial(_encode, offer.source, coded, span, meta)
                 )
                 puts.add(self._client.put_later(key, data), len(data), raw)
-        return node_pb2.ADMISSION_DECLINED not in answers
+            else:
+                self._counters["declined"] += 1
+                whole = False
+        return whole
 
     def _wants_tail(self, offer: Offer, coding: Coding, previous: bytes) -> bool:
         """Whether a tail without pages before it is to be put."""

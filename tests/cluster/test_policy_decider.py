@@ -71,7 +71,7 @@ def steps(policy: pb.Policy) -> dict[str, float]:
     return {r.node: float(r.options["step"]) for r in policy.rules if r.decided and r.node}
 
 
-STUDIO, LAPTOP = beat("studio", (0, 4), GB), beat("laptop", (4, 8), 4 * MB)
+STUDIO, LAPTOP = beat("studio", (0, 4), GB), beat("laptop", (4, 8), 1 * MB)
 
 
 async def test_links_and_curves_make_a_policy_that_is_pushed_kept_and_explained(
