@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -135,6 +136,51 @@ async def test_blobs_that_disagree_and_meet_are_never_listed_together() -> None:
             assert {b.key for b in page} == {key for key, _ in ours}
         with pytest.raises(IdentityMismatchError):
             await put(one, *blob(layers=(1, 3), model=digest("third")))
+
+
+class Late:
+    """A server whose marker stays on its way until it is let through."""
+
+    def __init__(self, server: BucketStore) -> None:
+        self.reached, self.gate = asyncio.Event(), asyncio.Event()
+        self._real = server.bucket.put
+        server.bucket.put = self._put  # type: ignore[method-assign]
+
+    async def _put(self, path: str, *args: Any, **more: Any) -> bool:
+        if path.startswith("pages/") and not self.reached.is_set():
+            self.reached.set()
+            await self.gate.wait()
+        return await self._real(path, *args, **more)
+
+
+async def test_a_marker_that_comes_late_does_not_hide_what_came_meanwhile(
+    three: list[BucketStore],
+) -> None:
+    one, two, _ = three
+    late = Late(one)
+    exact, coarse = blob(codec="raw"), blob(codec="zstd")
+    putting = asyncio.create_task(put(one, *exact))
+    await late.reached.wait()
+    assert await put(two, *coarse)
+    late.gate.set()
+    assert await putting
+    fresh = three[2]
+    (page,) = (await fresh.lookup(query([digest("page")]))).pages
+    assert {b.key for b in page} == {exact[0], coarse[0]}
+
+
+async def test_a_marker_that_comes_late_does_not_outlive_its_blobs(
+    three: list[BucketStore],
+) -> None:
+    one, two, _ = three
+    late = Late(one)
+    key, data = blob()
+    putting = asyncio.create_task(put(one, key, data))
+    await late.reached.wait()
+    assert await two.delete([key]) == 1
+    late.gate.set()
+    await putting
+    assert await two.bucket.get(page_marker(digest("page"))) is None
 
 
 @given(seed=st.integers(0, 10**9))
