@@ -78,7 +78,7 @@ def test_blobs_go_from_machine_to_machine_and_not_through_the_store(machines: Ma
     assert clients[1].get_many([key for key, _ in more]) == dict(more)
 
 
-def test_a_stale_hint_costs_a_question_and_the_store_has_it(machines: Machines) -> None:
+def test_a_stale_hint_costs_a_question_at_most_and_the_store_has_it(machines: Machines) -> None:
     store = machines.store()
     nodes, clients = cluster(machines, store.address, [(), ()])
     made = chain(4)
@@ -91,7 +91,8 @@ def test_a_stale_hint_costs_a_question_and_the_store_has_it(machines: Machines) 
         for key, data in made[:2]:
             direct.put(key, data)
     assert clients[1].get_many([key for key, _ in made]) == dict(made)
-    assert event(nodes[1], "stale_hints") == 2
+    # At most one each: where the store is quicker, the peer is not even asked.
+    assert event(nodes[1], "stale_hints") <= 2
     assert event(nodes[1], "hits_store") >= 2
     assert event(nodes[1], "misses") == 0
 
