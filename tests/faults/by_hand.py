@@ -8,9 +8,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from faults_harness import VOCABULARY, Hook, Site  # noqa: E402
+from faults_harness import Hook, Site, small_model  # noqa: E402
 from faults_scenarios import DAILY, QUEUE_BYTES, RARE, queue_full  # noqa: E402
-from tiny_llama import save_model, sharp_llama  # noqa: E402
 
 
 def main() -> int:
@@ -26,9 +25,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kvf-") as made:
         folder = Path(made)
         os.environ["XDG_STATE_HOME"] = str(folder)
-        (folder / "model").mkdir()
-        save_model(*sharp_llama(VOCABULARY), folder / "model")
-        hook = Hook(folder / "model", folder)
+        model, cache_dir = small_model(folder)
+        hook = Hook(model, folder, cache_dir)
         try:
             with Site(folder, hook, policy, options) as site:
                 started = time.monotonic()

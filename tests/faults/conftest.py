@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults_harness import VOCABULARY, Hook
+from faults_harness import Hook, small_model
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,19 +18,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `sharp_llama`."""
-    from tiny_llama import save_model, sharp_llama
-
-    folder = tmp_path_factory.mktemp("model")
-    save_model(*sharp_llama(VOCABULARY), folder)
-    return folder
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """See `small_model`."""
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def hook(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hook]:
+def hook(model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hook]:
     """One process for the tests of a module; those that kill it start it again."""
-    made = Hook(model, tmp_path_factory.mktemp("hook"))
+    made = Hook(model[0], tmp_path_factory.mktemp("hook"), model[1])
     yield made
     made.kill()
 

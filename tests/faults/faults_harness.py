@@ -128,10 +128,10 @@ class Service:
 
 
 class Hook:
-    """A process that runs a model, and can be killed."""
+    """A process that runs a model, and can be killed. ``cache_dir``: its calibrations."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, model: Path, folder: Path, cache_dir: Path) -> None:
+        self._model, self._folder, self.cache_dir = model, folder, cache_dir
         self._asked = 0
         self.process: subprocess.Popen[str]
         self.start()
@@ -182,6 +182,21 @@ class Hook:
         """SIGKILL."""
         self.process.kill()
         self.process.wait()
+
+
+def small_model(folder: Path) -> tuple[Path, Path]:
+    """(a llama of three layers, the cache folder with its calibration), both in ``folder``."""
+    from tiny_llama import save_model, sharp_llama
+
+    model = folder / "model"
+    model.mkdir()
+    save_model(*sharp_llama(VOCABULARY), model)
+    command = ["calibrate", "--model", str(model), "--tokens", "4096", "--json", os.devnull]
+    environment = {**os.environ, **model_environment(), "XDG_CACHE_HOME": str(folder)}
+    subprocess.run(
+        [sys.executable, "-m", "kvferry", *command], env=environment, check=True, timeout=300
+    )
+    return model, folder / "kvferry"
 
 
 class Site:
@@ -280,7 +295,7 @@ class Site:
 
     def request(self, name: str, number: int, **more: Any) -> Reply:
         """A prompt through a node, checked: as without kvferry, or as it was encoded."""
-        order = {"socket": str(self.socket(name)), "cache_dir": str(self.folder / "cache")}
+        order = {"socket": str(self.socket(name)), "cache_dir": str(self.hook.cache_dir)}
         reply = self.hook.run(prompt(number), **{"policy": self.policy, **order, **more})
         self.check(number, reply)
         return reply

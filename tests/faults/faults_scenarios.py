@@ -17,6 +17,8 @@ from faults_harness import Service, Site, prompt, wait_for
 # A request may take its deadline (`max_restore_s` of 4 s) and then prefills. What is waited for
 # beyond that would be a stall.
 PATIENCE_S = 20.0
+# Three pages of one layer group, and a tail.
+PROMPT_BLOBS = 4
 # What a node may hold for the store where that is to be full: one prompt fits, more do not.
 QUEUE_BYTES = 800 * 1024
 
@@ -81,10 +83,7 @@ def node_killed(site: Site) -> None:
     site.links["n0"].set("hold")
     try:
         site.request("n0", 5, offer=True)
-        wait_for(lambda: site.nodes[0].metrics()["kvferry_node_uploads_pending"] > 0)
-        # All that it accepted, it says so of.
-        wait_for(lambda: site.nodes[0].events().get("puts_accepted", 0) >= 2)
-        time.sleep(0.3)
+        wait_for(lambda: site.nodes[0].metrics()["kvferry_node_uploads_pending"] >= PROMPT_BLOBS)
         site.nodes[0].kill()
         site.request("n0", 5, policy="", policy_s=0.0)
     finally:
@@ -129,7 +128,7 @@ def coordinator_killed(site: Site) -> None:
 def hook_killed(site: Site) -> None:
     """kill -9 a model's process while it offers: what is there is whole, or a miss."""
     socket = str(site.socket("n0"))
-    order = {"socket": socket, "cache_dir": str(site.folder / "cache"), "policy": site.policy}
+    order = {"socket": socket, "cache_dir": str(site.hook.cache_dir), "policy": site.policy}
     before = site.nodes[0].counted("puts_accepted")
     site.hook.send(do="run", prompt=prompt(10), offer=True, flush=20, **order)
     wait_for(lambda: site.nodes[0].counted("puts_accepted") > before, 30)

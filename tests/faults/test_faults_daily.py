@@ -27,6 +27,13 @@ def test_nothing_is_wrong_everything_is_counted_and_it_recovers(
     scenario(site)
 
 
+def test_the_policy_codes_as_it_says(site: Site) -> None:
+    codec = {"exact": "zstd", "default": "ferry"}[site.policy]
+    names = [path.name for path in (site.folder / "store" / "blobs").rglob("page-*")]
+    assert names
+    assert all(codec in name for name in names)
+
+
 def test_offers_are_dropped_and_counted_when_the_queue_is_full(folder: Path, hook: Hook) -> None:
     options = {"n0": ("--upload-queue-bytes", str(QUEUE_BYTES))}
     with Site(folder, hook, options=options) as site:
