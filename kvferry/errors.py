@@ -255,7 +255,10 @@ class NotLeaderError(StoreUnavailableError):
     def __str__(self) -> str:
         if self.leader:
             return f"{self.where} is not the leader: ask the one at {self.leader}"
-        return f"{self.where} is not the leader, and none is known: try again in some seconds"
+        return (
+            f"{self.where} is not the leader, and none is known: try again in some seconds, "
+            "and see to etcd if that does not help"
+        )
 
 
 class StoreFullError(StoreError):

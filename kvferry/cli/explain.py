@@ -36,7 +36,8 @@ def explain(
     ] = False,
     socket: Annotated[Path | None, typer.Option(help="Unix socket of this machine's node.")] = None,
     coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT of the coordinator, to name who has layers.")
+        str | None,
+        typer.Option(help="HOST:PORT[,...] of the coordinators, to name who has layers."),
     ] = None,
     prefill_rate: Annotated[
         float | None,

@@ -30,7 +30,7 @@ def node(
     metrics_listen: MetricsOption = None,
     store: Annotated[str | None, typer.Option(help="HOST:PORT of the store, empty: none.")] = None,
     coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT of the coordinator, empty: none.")
+        str | None, typer.Option(help="HOST:PORT[,...] of the coordinators, empty: none.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of its state and blobs.")] = None,
     memory_bytes: Annotated[int | None, typer.Option(help="Budget of the memory tier.")] = None,

@@ -22,7 +22,7 @@ def print_status(found: Mapping[str, Answer]) -> None:
     words = {"node": _node_words, "store": _store_words, "coordinator": _coordinator_words}
     for name, answer in found.items():
         said = words[name](answer) if answer["up"] else [f"down: {_short(answer['problem'])}"]
-        table.add_row(name, answer["address"] or "-", "\n".join(said))
+        table.add_row(name, answer["address"].replace(",", "\n") or "-", "\n".join(said))
     console = Console()
     console.print(table)
     _print_links(console, found)

@@ -215,6 +215,8 @@ class CoordinatorClient:
                 tried += 1
                 pause = ROUND_PAUSE_S * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load
                 if not search.again or loop.time() + pause > end:
+                    if isinstance(exc, NotLeaderError):
+                        raise NotLeaderError(self._where(self.address), exc.leader) from exc
                     raise
                 if tried % search.round == 0:
                     await asyncio.sleep(pause)

@@ -163,6 +163,21 @@ def test_addresses_beyond_loopback(alone: Path, monkeypatch: pytest.MonkeyPatch)
     assert (line["state"], "node.listen" in line["text"]) == ("warn", True)
 
 
+def test_several_coordinators_and_their_etcd(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = "127.0.0.1:1,localhost:2"
+    monkeypatch.setenv("KVFERRY_NODE_COORDINATOR", here)
+    monkeypatch.setenv("KVFERRY_COORDINATOR_ETCD", "http://127.0.0.1:2379,https://etcd.lan:2379")
+    assert report()[1]["exposure"]["state"] == "ok"
+    monkeypatch.setenv("KVFERRY_COORDINATOR_ETCD", "http://127.0.0.1:2379,http://etcd.lan:2379")
+    line = report()[1]["exposure"]
+    assert line["state"] == "warn"
+    assert "etcd (etcd.lan:2379) unencrypted" in line["text"]
+    monkeypatch.delenv("KVFERRY_COORDINATOR_ETCD")
+    monkeypatch.setenv("KVFERRY_NODE_COORDINATOR", f"{here},mini.lan:7802")
+    line = report()[1]["exposure"]
+    assert "caches go to mini.lan:7802 unencrypted" in line["text"]
+
+
 def only(found: Iterator[Finding], name: str) -> Finding:
     (line,) = [line for line in found if line.name == name]
     return line

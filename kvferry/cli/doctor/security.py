@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from kvferry.cli.doctor.finding import FAIL, OK, WARN, Finding
 from kvferry.cluster.credentials import Credentials
+from kvferry.cluster.etcd.access import parse_endpoints
+from kvferry.cluster.leader_search import parse_addresses
 from kvferry.errors import ConfigError
 from kvferry.settings import (
     CoordinatorSettings,
@@ -69,10 +71,17 @@ def exposure(
     if not exposed and not refused:
         served = f"{', '.join(guarded)}: behind TLS and tokens" if guarded else ""
         yield Finding("exposure", OK, served or "services listen on loopback only")
-    far = [a for a in (node.store, node.coordinator) if a and not is_loopback(a)]
+    places = (node.store, *parse_addresses(node.coordinator))
+    far = [a for a in places if a and not is_loopback(a)]
     if far and node.tls_dir is None:
         what = f"prompts' caches go to {', '.join(far)} unencrypted"
         yield Finding("exposure", WARN, what, f"{_SECURE}; or use a network that you trust")
+    members = parse_endpoints(coordinator.etcd) if coordinator.etcd else ()
+    bare = [m.address for m in members if not m.tls and not is_loopback(m.address)]
+    if bare:
+        what = f"namespaces' secrets go to etcd ({', '.join(bare)}) unencrypted"
+        remedy = "https:// endpoints and etcd_ca_file; or use a network that you trust"
+        yield Finding("exposure", WARN, what, remedy)
 
 
 def _guarded(settings: ServiceSettings) -> bool:
