@@ -266,7 +266,7 @@ class NodeSettings(ServiceSettings):
         return frozenset({"store", "coordinator"} - self.model_fields_set)
 
 
-class StoreSettings(ServiceSettings):
+class StoreSettings(EtcdSettings):
     """``kvferry store``."""
 
     table: ClassVar[str] = "store"

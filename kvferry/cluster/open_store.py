@@ -3,6 +3,7 @@
 import re
 
 from kvferry.cluster.backends import open_backend
+from kvferry.cluster.bucket.claim import Turn
 from kvferry.cluster.bucket.open import is_bucket, open_bucket
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
@@ -20,7 +21,10 @@ _ADDRESS = re.compile(r"unix:.+|[^\s/]+:[0-9]{1,5}")
 
 
 async def open_store(
-    url: str, limits: StoreLimits, credentials: Credentials = PLAINTEXT
+    url: str,
+    limits: StoreLimits,
+    credentials: Credentials = PLAINTEXT,
+    turn: Turn | None = None,
 ) -> OwnedRepository:
     """Open what an address names; whoever gets it closes it.
 
@@ -29,6 +33,7 @@ async def open_store(
             ``redis+cluster://...``, or HOST:PORT (unix:PATH) of a store or node that runs.
         limits: hold for what is opened here; a running store has its own.
         credentials: shown to a running store.
+        turn: which of several servers over a bucket sweeps; None: settled in the bucket.
     Raises:
         ConfigError: no such address, a folder in use by a running process, or an extra
             that is not installed.
@@ -45,5 +50,5 @@ async def open_store(
         )
         return RemoteStore(client)
     if is_bucket(url):
-        return await open_bucket(url, limits)
+        return await open_bucket(url, limits, turn)
     return await LocalStore.open(open_backend(url), limits)

@@ -4,12 +4,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 
+from blake3 import blake3
 from prometheus_client import CollectorRegistry
 
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
+from kvferry.cluster.bucket.open import is_bucket
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.credentials import Credentials
 from kvferry.cluster.discovery import announced
+from kvferry.cluster.election.turn import ElectedTurn
 from kvferry.cluster.link_probe import link_service
 from kvferry.cluster.mend import RemoteReplica
 from kvferry.cluster.metrics import FailureCounts, RepositoryCollector
@@ -108,7 +111,11 @@ async def open_served(settings: StoreSettings) -> ServedStore:
             max_value_bytes=settings.hot_value_bytes,
             budget_bytes=settings.hot_bytes,
         )
-    backend = await open_store(settings.backend, limits)
+    turn = None
+    if settings.etcd and is_bucket(settings.backend):
+        office = f"sweeper-{blake3(settings.backend.encode()).hexdigest()[:16]}"
+        turn = await ElectedTurn.open(settings, office, settings.listen)
+    backend = await open_store(settings.backend, limits, turn=turn)
     if not isinstance(backend, ServedStore):
         await backend.aclose()
         allowed = "file:///PATH or s3://BUCKET; redis:// goes before one of them as `hot`"

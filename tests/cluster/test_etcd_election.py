@@ -11,8 +11,10 @@ from etcd_servers import EtcdCluster, etcd_cluster, until
 from kvferry.cluster.election.clock import wakeful_clock
 from kvferry.cluster.election.election import Election
 from kvferry.cluster.election.tenure import Tenure
+from kvferry.cluster.election.turn import ElectedTurn
 from kvferry.cluster.etcd import operations as ops
 from kvferry.errors import ConfigError
+from kvferry.settings import StoreSettings
 
 pytestmark = pytest.mark.processes
 TTL_S = 4.0
@@ -216,6 +218,29 @@ async def test_ten_candidates_never_hold_it_together(members: EtcdCluster, prefi
         await asyncio.gather(*map(serve, all_))
     assert terms == sorted(set(terms))
     assert len(terms) == 10
+
+
+async def test_of_two_that_ask_whose_turn_it_is_one_is_told_so(
+    members: EtcdCluster, prefix: str
+) -> None:
+    settings = StoreSettings(etcd=members.endpoints, etcd_prefix=prefix[:40])
+    one = await ElectedTurn.open(settings, "sweeper", "a")
+    two = await ElectedTurn.open(settings, "sweeper", "b")
+    assert await one.mine()
+    assert not await two.mine()
+    assert await one.mine()
+    await one.give_up()
+    assert await two.mine()
+    assert not await one.mine()
+    for turn in (one, two):
+        await turn.give_up()  # twice is once
+
+
+async def test_without_etcd_it_is_nobodys_turn() -> None:
+    settings = StoreSettings(etcd="http://127.0.0.1:1")
+    turn = await ElectedTurn.open(settings, "sweeper", "a")
+    assert not await turn.mine()
+    await turn.give_up()
 
 
 async def test_a_lease_of_no_use_is_refused(members: EtcdCluster) -> None:

@@ -1,5 +1,6 @@
 """From ``s3://...`` and a store's limits to a store."""
 
+from kvferry.cluster.bucket.claim import Turn
 from kvferry.cluster.bucket.limits import BucketLimits
 from kvferry.cluster.bucket.objects import Bucket
 from kvferry.cluster.bucket.store import BucketStore
@@ -12,9 +13,10 @@ def is_bucket(url: str) -> bool:
     return url.startswith("s3:")
 
 
-async def open_bucket(url: str, limits: StoreLimits) -> BucketStore:
+async def open_bucket(url: str, limits: StoreLimits, turn: Turn | None = None) -> BucketStore:
     """A store over a bucket, which other servers may have open too.
 
+    ``turn``: which of them sweeps; without one that is settled in the bucket.
     Raises: ConfigError: no such bucket, not to be read or written, or obstore is missing.
     """
     bounds = BucketLimits(
@@ -24,4 +26,4 @@ async def open_bucket(url: str, limits: StoreLimits) -> BucketStore:
         max_age_s=limits.max_age_s,
         sweep_s=limits.sweep_s,
     )
-    return await BucketStore.open(Bucket.open(parse_bucket_url(url)), bounds)
+    return await BucketStore.open(Bucket.open(parse_bucket_url(url)), bounds, turn=turn)
