@@ -72,7 +72,7 @@ async def test_a_node_tells_what_it_holds_and_only_when_there_is_news() -> None:
 
 
 async def peers_named(*names: str, clock: object = None) -> Peers:
-    made = Peers("me", 0.2, MIB, clock) if clock else Peers("me", 0.2, MIB)  # type: ignore[arg-type]
+    made = Peers("me", 0.2, MIB, clock=clock) if clock else Peers("me", 0.2, MIB)  # type: ignore[arg-type]
     await made.update([address(name, n) for n, name in enumerate(names)])
     return made
 
