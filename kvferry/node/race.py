@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 UNKNOWN_SIZE = 1 << 20
 HEDGE_SHARE = 0.08
 LOOK_AGAIN_S = 0.05
+# It may have to wake disks, and is the last resort: given up later than a peer that is silent.
+STORE_SILENCE_S = 10.0
 # A peer that has not said a word for so long counts as one that does not answer.
 MUTE_S = 0.25
 # When nothing tells who has a blob, so many peers are asked.
@@ -154,8 +156,8 @@ class Race:
                 continue  # all of it is here, and is being verified
             if len(self._running) == 1 and self._overtake(attempt, now, stalled):
                 continue
-            # The store has its whole time: it may have to wake disks, and is the last resort.
-            if silent_s > MOST_SILENCE_S and attempt.remote is not lanes.store:
+            limit_s = STORE_SILENCE_S if attempt.remote is lanes.store else MOST_SILENCE_S
+            if silent_s > limit_s:
                 problem = StoreTimeoutError(attempt.remote.name, f"silent for {silent_s:.1f} s")
                 self._failed(attempt, problem)
                 attempt.remote.breaker.failed()

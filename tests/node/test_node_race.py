@@ -12,7 +12,13 @@ from node_samples import ANY, blob
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
 from kvferry.cluster.repository import GetSession
 from kvferry.cluster.server import start_server
-from kvferry.errors import BlobNotFoundError, CorruptBlobError, FerryError, StoreUnavailableError
+from kvferry.errors import (
+    BlobNotFoundError,
+    CorruptBlobError,
+    FerryError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+)
 from kvferry.node.byte_gate import ByteGate
 from kvferry.node.directory import Directory
 from kvferry.node.fetching import Fetching
@@ -163,6 +169,23 @@ async def test_the_store_overtakes_too_and_without_a_budget_there_is_no_second_r
     found, remote = await Race(lanes, again[0]).run(missing(again[0]))
     assert (bytes(found), remote) == (again[1], lanes.store)
     assert place.counters["hedge_wins"] == place.counters["hedges"]
+
+
+async def test_a_silent_store_is_given_up_and_not_asked_for_a_while(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvferry.node.race.STORE_SILENCE_S", 0.3)
+    key, data = blob("x")
+    store = Shelf({key: data})
+    store.stall_at = 0
+    lanes = await place.lanes([], store)
+    for _ in range(2):
+        with pytest.raises(StoreTimeoutError):
+            await Race(lanes, key).run(missing(key))
+    assert place.counters["stalls"] == 2
+    with pytest.raises(StoreUnavailableError, match="lately"):
+        await Race(lanes, key).run(missing(key))
+    assert store.asked == 2
 
 
 async def test_stale_hints_cost_one_question_each(place: Place) -> None:
