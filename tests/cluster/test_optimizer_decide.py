@@ -94,6 +94,16 @@ def test_noise_of_measurements_changes_nothing() -> None:
     assert look(facts(policy, *slower)).rings[0].now.kl <= 0.005 * 1.001
 
 
+def test_a_gain_of_less_than_a_tenth_is_worth_no_new_blobs() -> None:
+    first, second = holder("a", (0, 4), MB), holder("b", (4, 8), 0.5 * MB)
+    policy = settled(policies.default_policy(), first, second)
+    for share, worth_it in ((0.9, False), (0.8, True)):
+        slower = replace(first, bytes_per_s=share * MB), second
+        (ring,) = look(facts(policy, *slower)).rings
+        assert ring.best.deadline < 0.95 * ring.now.deadline
+        assert (settled(policy, *slower) != policy) is worth_it
+
+
 def test_nodes_that_are_away_keep_their_rules_and_those_that_are_forgotten_do_not() -> None:
     policy = settled(policies.default_policy(), *UNLIKE)
     keys = frozenset((node, MODEL.hex()[:16]) for node in ("studio", "laptop"))
