@@ -116,8 +116,7 @@ class CoordinatorServicer:
         for layer, (codec, why) in enumerate(told):
             reply.layers.add(layer=layer, codec=codec, why=why)
         if request.layers:
-            found = await self._coordinator.decider.decisions()
-            reply.decisions.extend(d for d in found if d.model_id.startswith(model))
+            reply.decisions.extend(await self._coordinator.decider.decisions(request.node, model))
         return reply
 
     async def set_policy(self, request: pb.SetPolicyRequest) -> pb.SetPolicyReply:

@@ -85,10 +85,11 @@ class PolicyDecider:
         else:
             self._problem = ""
 
-    async def decisions(self) -> list[pb.Decision]:
-        """Why things are as they are; empty where no model has a curve."""
-        outlook = self._outlook
-        return [] if outlook is None else await asyncio.to_thread(explain_rings, outlook)
+    async def decisions(self, node: str = "", model: bytes = b"") -> list[pb.Decision]:
+        """Why things are as they are; empty where no model has a curve. See `explain_rings`."""
+        if self._outlook is None:
+            return []
+        return await asyncio.to_thread(explain_rings, self._outlook, node, model)
 
     # -- what is known ------------------------------------------------------------
 

@@ -211,6 +211,11 @@ def test_explanations_name_the_slowest_node_and_what_the_next_choices_cost() -> 
     assert "decided by the optimizer" in told.why
     nodes = {node.node_id: node for node in told.nodes}
     assert nodes["laptop"].seconds == told.seconds == max(n.seconds for n in told.nodes)
+    (near,) = explain_rings(look(facts(policy, *UNLIKE)), "studio", MODEL[:4])
+    assert {part.node_id for part in near.parts} == {"studio"}
+    assert near.slowest == "laptop"
+    assert not explain_rings(look(facts(policy, *UNLIKE)), "other")
+    assert not explain_rings(look(facts(policy, *UNLIKE)), model=b"xyz")
     fast = [replace(h, prefill_tokens_per_s=1e6) for h in UNLIKE]
     assert "do not pay" in explain_rings(look(facts(policy, *fast)))[0].why
     slow = [replace(h, prefill_tokens_per_s=100) for h in UNLIKE]

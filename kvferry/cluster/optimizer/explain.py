@@ -8,14 +8,28 @@ from kvferry.cluster.optimizer.rules import Decided, digits
 from kvferry.cluster.optimizer.solve import Plan
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-
-def explain_rings(outlook: Outlook) -> list[pb.Decision]:
-    """One decision for each set of nodes that together hold a model."""
-    decided = Decided.of(outlook.facts.policy)
-    return [_decision(outlook, decided, judged) for judged in outlook.rings]
+MAX_TOLD = 8192  # nodes and parts, so that a reply stays within a message's bounds
 
 
-def _decision(outlook: Outlook, decided: Decided, judged: Judged) -> pb.Decision:
+def explain_rings(outlook: Outlook, node: str = "", model: bytes = b"") -> list[pb.Decision]:
+    """One decision for each set of nodes that together hold a model.
+
+    Args:
+        node: only those sets that it belongs to, and only its parts.
+        model: the first bytes of a model's id.
+    """
+    decided, told, left = Decided.of(outlook.facts.policy), [], MAX_TOLD
+    for judged in outlook.rings:
+        wanted = judged.ring.model_id.startswith(model)
+        if wanted and (not node or node in judged.ring.names) and left > 0:
+            told.append(_decision(outlook, decided, judged, node, left))
+            left -= len(told[-1].nodes) + len(told[-1].parts)
+    return told
+
+
+def _decision(
+    outlook: Outlook, decided: Decided, judged: Judged, only: str, most: int
+) -> pb.Decision:
     plan = judged.now
     problem, seconds = plan.problem, plan.seconds
     slowest = int(seconds.argmax())
@@ -33,6 +47,8 @@ def _decision(outlook: Outlook, decided: Decided, judged: Judged) -> pb.Decision
     )
     carried = problem.tokens * (plan.bits + problem.fixed_bits) / 8
     for node, holder in enumerate(judged.ring.holders):
+        if len(made.nodes) + len(made.parts) >= most:
+            break
         made.nodes.add(
             node_id=holder.node_id,
             bytes_per_s=problem.bandwidth[node] / 8,
@@ -42,7 +58,8 @@ def _decision(outlook: Outlook, decided: Decided, judged: Judged) -> pb.Decision
             seconds=seconds[node],
             measured=holder.bytes_per_s > 0,
         )
-        for group in np.flatnonzero(problem.share[node] > 0):
+        held = np.flatnonzero(problem.share[node] > 0)
+        for group in held if only in ("", holder.node_id) else ():
             made.parts.append(_part(judged, node, int(group), slowest))
     return made
 
