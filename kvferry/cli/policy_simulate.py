@@ -106,7 +106,9 @@ def _print(name: str, machines: int, runs: "list[Run]") -> None:
         ("mean KL at the end", "kl_nats", "{:.4f} nats"),
         ("changes of policy", "policy_changes", "{:.0f}"),
     ):
-        table.add_row(label, *(form.format(f[key]) for f in figures))
+        # Without stored caches there is nothing to restore, to store or to lose.
+        told = [form.format(f[key]) if f[key] else "-" for f in figures]
+        table.add_row(label, *told)
     console = Console()
     console.print(table)
     density = runs[0].bits_per_value
