@@ -36,7 +36,7 @@ from kvferry.errors import (
     TokenRefusedError,
 )
 from kvferry.proto.v1 import coordinator_pb2 as pb
-from kvferry.proto.v1 import link_pb2, store_pb2
+from kvferry.proto.v1 import link_pb2, peer_pb2, store_pb2
 from kvferry.settings import CoordinatorSettings
 
 KEY, DATA = blob()
@@ -131,7 +131,7 @@ def test_calls_that_nobody_opened_need_the_highest_right() -> None:
     assert guard.right_for("/kvferry.v1.BlobStore/Tomorrow") is Right.ADMIN
     names = {
         f"/{service.full_name}/{method.name}"
-        for file in (store_pb2, pb, link_pb2)
+        for file in (store_pb2, pb, link_pb2, peer_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

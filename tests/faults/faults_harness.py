@@ -317,10 +317,15 @@ class Site:
         encoded.extend(whole[len(encoded) :])
 
     def offer(self, name: str, number: int, *, flush: float = 20.0) -> Reply:
-        """Prefill, and wait until all of it is in the store."""
-        reply = self.request(name, number, offer=True, flush=flush)
-        assert reply["flushed"] or not flush, reply
-        return reply
+        """Prefill, and wait until all of it is in the store. Again, while the model's process
+        has not found its daemon yet that was started anew: what it offers then is dropped."""
+
+        def taken() -> Reply | None:
+            reply = self.request(name, number, offer=True, flush=flush)
+            there = reply["reason"] not in ("unavailable", "timeout")
+            return reply if there and (reply["flushed"] or not flush) else None
+
+        return wait_for(taken, 60, f"for {name} to offer prompt {number}")
 
     def hit(self, name: str, number: int) -> Reply:
         """Until a request is restored whole: recovery without a hand."""
