@@ -27,7 +27,7 @@ def store(
     metrics_listen: MetricsOption = None,
     backend: Annotated[
         str | None,
-        typer.Option(help="Where blobs are kept: file:///PATH or s3://BUCKET/PREFIX?endpoint=URL."),
+        typer.Option(help="Where blobs are kept: file:///PATH or s3://BUCKET/PREFIX."),
     ] = None,
     budget_bytes: Annotated[
         int | None, typer.Option(help="Hard budget of everything under the root.")

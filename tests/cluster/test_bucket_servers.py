@@ -2,13 +2,15 @@
 
 import asyncio
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
-from s3_servers import S3Server
+from s3_servers import BUCKET, S3Server
 from store_process import Process, running
 from store_samples import MIB, blob, chain, digest, pages, query, tail
 
@@ -132,3 +134,12 @@ async def test_one_sweeps_and_another_when_it_is_gone(
         await asyncio.sleep(0.3)
     codes = [s.end(signal.SIGTERM)[0] for i, s in enumerate(stores) if i != first]
     assert codes == [0, 0]
+
+
+def test_a_bucket_that_is_not_there_is_one_line_and_exit_code_2(moto: S3Server) -> None:
+    url = moto.url().replace(BUCKET, "nosuch")
+    command = [sys.executable, "-m", "kvferry", "store", "--listen", "127.0.0.1:0"]
+    command += ["--metrics-listen", "", "--backend", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no such bucket" in done.stderr

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 
+import psutil
+
 from kvferry.cli.cluster_bench.big_index import CHAIN, PAGES, ROOT, page_key
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.repository import LookupQuery
@@ -28,7 +30,7 @@ SECONDS = 15.0
 
 
 @contextmanager
-def _store() -> Iterator[str]:
+def _store() -> Iterator[tuple[str, psutil.Process]]:
     command = [sys.executable, "-m", "kvferry.cli.cluster_bench.big_index"]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -40,7 +42,7 @@ def _store() -> Iterator[str]:
         if not address:
             raise StoreUnavailableError("store of the benchmark", "it did not start")
         try:
-            yield address
+            yield address, psutil.Process(process.pid)
         finally:
             process.communicate("")
 
@@ -83,7 +85,7 @@ def _quantile(took: list[float], share: float) -> float:
 
 
 async def _measure(seconds: float, rate: float, clients: int) -> dict[str, float]:
-    with _store() as address:
+    with _store() as (address, server):
         async with AsyncExitStack() as stack:
             asking = [
                 await stack.enter_async_context(BlobStoreClient(address)) for _ in range(clients)
@@ -91,10 +93,11 @@ async def _measure(seconds: float, rate: float, clients: int) -> dict[str, float
             await asyncio.gather(*(_ask(c, _query(random.Random(0))) for c in asking))  # noqa: S311
             end = time.perf_counter() + seconds
             paced = await asyncio.gather(*(_paced(c, i, rate, end) for i, c in enumerate(asking)))
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), sum(server.cpu_times()[:2])
             end = began + seconds / 3
             flat = await asyncio.gather(*(_flat_out(c, i, end) for i, c in enumerate(asking)))
             flat_s = time.perf_counter() - began
+            spent = sum(server.cpu_times()[:2]) - spent
     took, full = [t for part in paced for t in part], [t for part in flat for t in part]
     return {
         "lookup_p99_ms": _quantile(took, 0.99),
@@ -103,6 +106,7 @@ async def _measure(seconds: float, rate: float, clients: int) -> dict[str, float
         "lookup_pages": PAGES,
         "lookup_asked_per_s": round(len(took) / seconds, 1),
         "lookup_most_per_s": round(len(full) / flat_s, 1),
+        "lookup_server_cpu_ms": round(1000 * spent / len(full), 3),
         "lookup_queued_p99_ms": _quantile(full, 0.99),
     }
 

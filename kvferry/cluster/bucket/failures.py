@@ -7,6 +7,9 @@ from kvferry.errors import StoreTimeoutError, StoreUnavailableError
 _STATUS = re.compile(r"status code: (\d{3})|\b(5\d\d) [A-Z]|<Code>(\w+)</Code>")
 _BUSY = ("429", "SlowDown", "ServiceUnavailable", "RequestTimeout", "OperationAborted", "409")
 
+# Where a machine of Amazon's gets its keys: asked when there are none in the environment.
+_ROLE = "169.254.169.254"
+
 
 def reason_of(exc: BaseException) -> str:
     """``500``, ``503``, ``timeout``, ``connection``, ``denied`` or ``other``."""
@@ -14,7 +17,7 @@ def reason_of(exc: BaseException) -> str:
     name = type(exc).__name__
     if isinstance(exc, TimeoutError):
         return "timeout"
-    if name in ("PermissionDeniedError", "UnauthenticatedError"):
+    if name in ("PermissionDeniedError", "UnauthenticatedError") or _ROLE in text:
         return "denied"
     if found := _STATUS.search(text):
         return next(group for group in found.groups() if group)

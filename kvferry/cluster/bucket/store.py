@@ -98,8 +98,9 @@ class BucketStore:
         try:
             await bucket.put("sweep/hello", b"kvferry")
             await store.changes.room.load()
-        except (StoreUnavailableError, FileNotFoundError) as exc:
-            raise ConfigError("backend", bucket.where, f"a bucket that answers ({exc})") from exc
+        except StoreUnavailableError as exc:
+            allowed = f"a bucket that answers ({exc.problem})"
+            raise ConfigError("backend", bucket.where, allowed) from exc
         return store
 
     async def aclose(self) -> None:
