@@ -338,6 +338,17 @@ async def test_listing_tells_what_the_header_said(store: Store, clock: Clock) ->
     assert (info.model_layers, info.model_heads) == (4, 2)
     assert (info.codec.name, info.codec.version, info.previous_key) == ("zstd", 1, ROOT)
     assert abs(info.stored_unix_s - clock.now) < 2
+    assert info.expires_unix_s == 0
+
+
+async def test_listings_tell_when_a_blob_ends(store: Store, clock: Clock) -> None:
+    """Whoever moves blobs to another store needs it."""
+    key, data = blob()
+    await store.put(key, data, ttl_s=100)
+    ((info,),) = [batch async for batch in store.list(ListQuery())]
+    (page,) = (await store.lookup(query([digest("page")]))).pages
+    for found in (info, *page):
+        assert abs(found.expires_unix_s - clock.now - 100) < 2
 
 
 async def test_calibration_keeps_its_ranges_in_the_listing(store: Store) -> None:

@@ -178,7 +178,7 @@ class BucketStore:
 
         whole = not offset and not length
         chunks = checked(reading, damaged) if whole else reading.chunks
-        return GetSession(reading.size, self._source, self._counted(chunks))
+        return GetSession(reading.size, self._source, self._counted(chunks), found.ends)
 
     async def _counted(self, chunks: AsyncIterator[memoryview]) -> AsyncIterator[memoryview]:
         async for chunk in chunks:

@@ -101,7 +101,7 @@ class Units:
                 self._bucket.counters["foreign"] += 1
         infos = await asyncio.gather(*(self.info(path, size, key) for path, size, key, _ in found))
         return [
-            Part(info, ends)
+            Part(replace(info, expires_unix_s=ends) if ends else info, ends)
             for info, (_, _, _, ends) in zip(infos, found, strict=True)
             if info is not None
         ]
