@@ -73,6 +73,8 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path) -> Places:
         async with AsyncExitStack() as stack:
             if kind in ("redis", "cluster"):
                 url = request.getfixturevalue("redis_urls")[kind]
+            elif kind == "s3":
+                url = request.getfixturevalue("moto").url(tmp_path.name)
             elif kind == "remote":
                 local = await stack.enter_async_context(
                     local_store(FileBackend(tmp_path / "behind"))
@@ -113,6 +115,7 @@ async def held(store: BlobRepository) -> dict[BlobKey, bytes]:
         ["file", "cluster", "redis", "other file"],
         ["file", "remote", "other file"],
         ["redis", "remote", "cluster", "file"],
+        ["file", "s3", "redis", "other file"],
     ],
     ids=" > ".join,
 )
@@ -152,7 +155,7 @@ async def test_one_model_only(place: Places) -> None:
         assert {info.model_id for info in infos} == {OTHER}
 
 
-@pytest.mark.parametrize("target_kind", ["other file", "redis", "remote"])
+@pytest.mark.parametrize("target_kind", ["other file", "redis", "remote", "s3"])
 async def test_a_life_ends_there_when_it_would_have_here(
     place: Places, target_kind: str, redis_urls: dict[str, str]
 ) -> None:
