@@ -207,3 +207,23 @@ async def test_uses_survive_their_server_and_reach_the_one_that_sweeps(
         assert first - second > 7000 * 10**9
         assert second > third
         assert await get(other, pages(3)[0][0])
+
+
+async def test_a_scrub_reads_everything_and_sets_aside_what_is_damaged(
+    store: BucketStore, bucket: Bucket, clock: Clock
+) -> None:
+    made = [*pages(3), tail(ROOT, "t")]
+    for key, data in made:
+        await put(store, key, data, ttl_s=1000 if key.kind == "tail" else 0)
+    (entry,) = await bucket.names("blobs/tail")
+    damaged = bytearray(made[3][1])
+    damaged[-40] ^= 1
+    await bucket.put(entry.path, bytes(damaged))
+    reports = [r async for r in store.scrub(repair=True)]
+    assert reports[-1].checked == reports[-1].total == 4
+    assert sum(r.bytes for r in reports) == sum(len(data) for _, data in made)
+    found = {key: r.expires[key] for r in reports for key, _ in r.findings}
+    assert list(found) == [str(made[3][0])]
+    assert abs(found[str(made[3][0])] - clock.now - 1000) < 2
+    assert await store.has([key for key, _ in made]) == [True, True, True, False]
+    assert (await store.lookup(query(chain(3)))).tails == []

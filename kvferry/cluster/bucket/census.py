@@ -77,6 +77,13 @@ async def scrub(changes: Changes, repair: bool) -> AsyncIterator[ScrubReport]:
                 changes.counters["scrub_found"] += 1
                 if repair:
                     await changes.set_aside(part.info.key, part.path, reason)
-        yield ScrubReport(done, max(total, done), findings)
+        ends = {str(part.info.key): part.ends for part in parts if part.ends}
+        yield ScrubReport(
+            done,
+            max(total, done),
+            findings,
+            bytes=sum(part.info.size for part in parts),
+            expires={key: ends[key] for key, _ in findings if key in ends},
+        )
     if not done:
         yield ScrubReport(0, 0)
