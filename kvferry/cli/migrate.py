@@ -127,7 +127,9 @@ def _line(found: "Survey", moved: "Moved | None") -> str:
     from kvferry.cli.blob_screen import mib
 
     if moved is None:
-        kinds = ", ".join(f"{n:,} {kind}s" for kind, n in sorted(found.kinds.items()))
+        kinds = ", ".join(
+            f"{n:,} {kind}{'s' if n > 1 else ''}" for kind, n in sorted(found.kinds.items())
+        )
         return (
             f"{found.missing:,} blobs to copy ({mib(found.missing_bytes)}"
             f"{': ' + kinds if kinds else ''}), {found.present:,} there already"

@@ -4,7 +4,19 @@ import asyncio
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
-from store_samples import MIB, blob, chain, digest, get, local_store, pages, put, query, served
+from store_samples import (
+    MIB,
+    Clock,
+    blob,
+    chain,
+    digest,
+    get,
+    local_store,
+    pages,
+    put,
+    query,
+    served,
+)
 
 from kvferry.cluster.backends import FileBackend, MemoryBackend
 from kvferry.cluster.client import BlobStoreClient
@@ -77,14 +89,15 @@ async def test_without_repair_nothing_changes(tmp_path: Path) -> None:
 
 async def test_a_scrub_is_no_use_of_a_blob(tmp_path: Path) -> None:
     """Else it would make everything the most recently used, and eviction blind."""
-    async with local_store(FileBackend(tmp_path / "r")) as store:
+    clock = Clock()
+    async with local_store(FileBackend(tmp_path / "r"), clock=clock) as store:
         for each in pages(3):
             await put(store, *each)
+        clock.now += 6000
         before = [i.used_unix_s async for b in store.list(ListQuery()) for i in b]
         assert [r.checked async for r in store.scrub(True)] == [3]
         await store._write(store._core.room.maintain)
         assert [i.used_unix_s async for b in store.list(ListQuery()) for i in b] == before
-        assert not store._core.room._uses
         stat = await store.stat()
         assert stat.counters.get("gets", 0) == 0
         assert stat.counters["scrubbed"] == 3
