@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,26 +73,25 @@ async def opened(
 ) -> AsyncIterator[Any]:
     """A store of one kind: "memory", "file", a bucket, or "file behind" Redis or a cluster."""
     cold_kind, _, hot = kind.partition(" behind ")
-    servers = {"s3": "moto", "ceph": "ceph"}
-    if cold_kind not in ("memory", "file"):
-        named = servers.get(cold_kind)
-        where = request.getfixturevalue(named).url() if named else memory_bucket()
-        async with bucket_store(where, clock=clock) as shared:
-            yield shared
-        return
-    async with local_store(backend_at(cold_kind, root), clock=clock) as local:
-        if not hot:
-            yield local
-            return
-        url = request.getfixturevalue("hot_urls")[hot]
-        await flush(url)
-        options = HotOptions(on_put=True)
-        hot_store = HotStore(local, RedisLink(url, timeout_s=20.0), options, clock=clock)
-        yield hot_store
-        await hot_store.aclose()
+    async with AsyncExitStack() as stack:
+        servers = {"s3": "moto", "ceph": "ceph"}
+        if cold_kind in ("memory", "file"):
+            cold: Any = local_store(backend_at(cold_kind, root), clock=clock)
+        else:
+            named = servers.get(cold_kind)
+            where = request.getfixturevalue(named).url() if named else memory_bucket()
+            cold = bucket_store(where, clock=clock)
+        store: Any = await stack.enter_async_context(cold)
+        if hot:
+            url = request.getfixturevalue("hot_urls")[hot]
+            await flush(url)
+            link = RedisLink(url, timeout_s=20.0)
+            store = HotStore(store, link, HotOptions(on_put=True), clock=clock)
+            stack.push_async_callback(store.aclose)
+        yield store
 
 
-@pytest.fixture(params=[*BACKENDS, "file behind redis", "file behind cluster over tcp"])
+@pytest.fixture(params=[*BACKENDS, "file behind redis", "bucket behind cluster over tcp"])
 async def store(
     request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
 ) -> AsyncIterator[Store]:

@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from s3_servers import bucket_store, memory_bucket
 from store_samples import (
     MIB,
     Clock,
@@ -208,3 +209,27 @@ async def test_what_comes_in_during_a_scrub_does_not_keep_it_from_its_end(tmp_pa
             assert checked <= 3
         assert checked == 3
         assert [r.checked async for r in store.scrub(False)] == [4]
+
+
+async def test_a_bucket_is_mended_too_and_says_what_it_read() -> None:
+    made = pages(3)
+    bucket = memory_bucket()
+    async with (
+        local_store(MemoryBackend()) as other,
+        served(other) as peer,
+        bucket_store(bucket) as store,
+        served(store, replicas=[RemoteReplica(peer)]) as client,
+    ):
+        for key, data in made:
+            await put(store, key, data, ttl_s=1000)
+            await put(other, key, data)
+        (path,) = [e.path for e in await bucket.names(f"blobs/page/{made[1][0].page_key.hex()}")]
+        whole = bytes(await bucket.get(path) or b"")
+        await bucket.put(path, whole[:-50] + b"damage" + whole[-44:])
+        found = [r async for r in client.scrub(True)]
+        assert sum(r.bytes for r in found) == sum(len(data) for _, data in made)
+        assert {k: v for r in found for k, v in r.mended.items()} == {str(made[1][0]): peer.address}
+        assert await get(store, made[1][0]) == made[1][1]
+        # Its end is in its name.
+        (again,) = [e.path for e in await bucket.names(path.rpartition("/")[0])]
+        assert abs(int(again.partition("@")[2]) - int(path.partition("@")[2])) <= 2

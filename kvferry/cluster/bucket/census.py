@@ -69,21 +69,17 @@ async def scrub(changes: Changes, repair: bool) -> AsyncIterator[ScrubReport]:
     done = 0
     async for parts in listing(changes, ListQuery()):
         findings: list[tuple[str, str]] = []
+        expires: dict[str, int] = {}
         for part in parts:
             done += 1
             reason = await damage(changes.bucket, part.path)
             if reason:
                 findings.append((str(part.info.key), reason))
+                expires |= {str(part.info.key): part.ends} if part.ends else {}
                 changes.counters["scrub_found"] += 1
                 if repair:
                     await changes.set_aside(part.info.key, part.path, reason)
-        ends = {str(part.info.key): part.ends for part in parts if part.ends}
-        yield ScrubReport(
-            done,
-            max(total, done),
-            findings,
-            bytes=sum(part.info.size for part in parts),
-            expires={key: ends[key] for key, _ in findings if key in ends},
-        )
+        read = sum(part.info.size for part in parts)
+        yield ScrubReport(done, max(total, done), findings, bytes=read, expires=expires)
     if not done:
         yield ScrubReport(0, 0)
