@@ -113,5 +113,5 @@ def _print(name: str, machines: int, runs: "list[Run]") -> None:
     console.print(table)
     density = runs[0].bits_per_value
     if len(density) <= 16:
-        told = ", ".join(f"{node} {bits:.2f}" for node, bits in density.items())
-        console.print(f"bits per value at the end: {told}", highlight=False)
+        by_node = ", ".join(f"{node} {bits:.2f}" for node, bits in density.items())
+        console.print(f"bits per value at the end: {by_node}", highlight=False)

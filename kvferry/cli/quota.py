@@ -90,7 +90,7 @@ def set_quota(
     """Set how much a namespace may hold. The store keeps it, also over restarts.
 
     A namespace beyond its quota loses what it has used least recently, and never what belongs
-    to another. Bytes are those of the store's medium.
+    to another; over a bucket, when it is next swept. Bytes are those of the store's medium.
     """
     from kvferry.cli.clients import store_address, sync_store_client
     from kvferry.cli.durations import size

@@ -45,6 +45,33 @@ class Quota:
     bytes: int
 
 
+def parse_quotas(data: bytes) -> dict[int, Quota]:
+    """What `dump_quotas` wrote. Raises: ValueError."""
+    try:
+        found = json.loads(data)["quotas"].items()
+        return {int(tag, 16): Quota(str(e["name"]), int(e["bytes"])) for tag, e in found}
+    except (KeyError, TypeError, AttributeError) as exc:
+        raise ValueError(f"no quotas: {exc!r}") from exc
+
+
+def dump_quotas(quotas: Mapping[int, Quota]) -> bytes:
+    """JSON that a person can read."""
+    value = {f"{t:016x}": {"name": q.name, "bytes": q.bytes} for t, q in quotas.items()}
+    return (json.dumps({"quotas": value}, indent=1) + "\n").encode()
+
+
+def with_quota(
+    quotas: Mapping[int, Quota], tag: int, name: str, quota_bytes: int
+) -> dict[int, Quota]:
+    """The same with one set; 0 bytes: without it. Raises: QueueFullError: too many."""
+    changed = {t: quota for t, quota in quotas.items() if t != tag}
+    if quota_bytes:
+        if len(changed) >= MAX_QUOTAS:
+            raise QueueFullError("quotas", MAX_QUOTAS)
+        changed[tag] = Quota(name, quota_bytes)
+    return changed
+
+
 class QuotaBook:
     """Quotas by tag, durable where there is a disk. Usable from any thread."""
 
@@ -59,12 +86,8 @@ class QuotaBook:
         if self._path is None or not self._path.exists():
             return
         try:
-            value = json.loads(self._path.read_bytes())
-            found = {
-                int(tag, 16): Quota(str(entry["name"]), int(entry["bytes"]))
-                for tag, entry in value["quotas"].items()
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            found = parse_quotas(self._path.read_bytes())
+        except (OSError, ValueError) as exc:
             allowed = f"whole ({exc}): mend or delete it and set the quotas again"
             raise ConfigError("quotas", str(self._path), allowed) from exc
         with self._lock:
@@ -86,20 +109,14 @@ class QuotaBook:
         Raises: QueueFullError: too many; StoreUnavailableError: the disk refuses.
         """
         with self._lock:
-            quotas = dict(self._quotas)
-            quotas.pop(tag, None)
-            if quota_bytes:
-                if len(quotas) >= MAX_QUOTAS:
-                    raise QueueFullError("quotas", MAX_QUOTAS)
-                quotas[tag] = Quota(name, quota_bytes)
+            quotas = with_quota(self._quotas, tag, name, quota_bytes)
             if self._path is not None:
                 self._save(self._path, quotas)
             self._quotas = quotas
 
     def _save(self, path: Path, quotas: Mapping[int, Quota]) -> None:
-        value = {f"{t:016x}": {"name": q.name, "bytes": q.bytes} for t, q in quotas.items()}
         try:
-            write_durably(path, (json.dumps({"quotas": value}, indent=1) + "\n").encode())
+            write_durably(path, dump_quotas(quotas))
         except OSError as exc:
             raise StoreUnavailableError(str(path), str(exc.strerror)) from exc
 

@@ -227,3 +227,34 @@ async def test_a_scrub_reads_everything_and_sets_aside_what_is_damaged(
     assert abs(found[str(made[3][0])] - clock.now - 1000) < 2
     assert await store.has([key for key, _ in made]) == [True, True, True, False]
     assert (await store.lookup(query(chain(3)))).tails == []
+
+
+async def test_a_namespace_beyond_its_quota_loses_its_own_oldest(
+    store: BucketStore, bucket: Bucket, clock: Clock
+) -> None:
+    ours = [blob(digest("ours", i), size=BLOB, namespace=9) for i in range(5)]
+    theirs = [blob(digest("theirs", i), size=BLOB, namespace=7) for i in range(4)]
+    for each in theirs + ours:
+        await put(store, *each)
+        clock.now += 60
+    assert await store.sweep()
+    assert (await store.stat()).namespaces == ()
+    assert await store.set_quota(9, "ours", 3 * (BLOB + 400)) == 0
+    clock.now += 60
+    # The quota is in the bucket: another server that sweeps sees to it.
+    async with bucket_store(bucket, clock=clock, budget_bytes=ROOM_FOR_TEN) as other:
+        other._turn = store._turn
+        assert await other.sweep()
+        assert await other.has([key for key, _ in ours]) == [False] * 2 + [True] * 3
+        assert await other.has([key for key, _ in theirs]) == [True] * 4
+        uses = {use.tag: use for use in (await other.stat()).namespaces}
+        assert (uses[9].name, uses[9].quota_bytes) == ("ours", 3 * (BLOB + 400))
+        assert 2 * BLOB < uses[9].bytes <= uses[9].quota_bytes
+        assert (uses[7].blobs, uses[7].quota_bytes) == (4, 0)
+        await other.pin([ours[2][0], ours[3][0], ours[4][0]], 1000)
+        await other.set_quota(9, "ours", 1)
+        assert await other.sweep()
+        assert await other.has([key for key, _ in ours[2:]]) == [True] * 3
+        await other.set_quota(9, "ours", 0)
+        assert await other.sweep()
+        assert (await other.stat()).namespaces == ()

@@ -7,6 +7,7 @@
     states/ANCHOR/ORDER-STATEKEY
     commits/ID  pins/ID/@ENDS  uses/WHEN-ID     see `commit`, `pins` and `uses`
     sweep/claim  sweep/totals  sweep/uses        see `sweep`
+    quotas                                       see `quotas`
     quarantine/KIND-PAGEKEY-REST                 damaged
 
 ENDS and DEADLINE are unix seconds. ORDER counts tokens backwards, so that of what hangs on
@@ -23,6 +24,7 @@ from kvferry.proto.keys import DIGEST_BYTES, BlobKey
 CLAIM = "sweep/claim"
 TOTALS = "sweep/totals"
 USES = "sweep/uses"
+QUOTAS = "quotas"
 MARKED_KINDS = ("page", "tail", "state")
 
 _WHOLE = "whole"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Self
 
 from kvferry.cluster.bucket import census
@@ -17,6 +18,7 @@ from kvferry.cluster.bucket.limits import BucketLimits
 from kvferry.cluster.bucket.lookup import Lookups
 from kvferry.cluster.bucket.objects import Bucket
 from kvferry.cluster.bucket.put import BucketPut
+from kvferry.cluster.bucket.quotas import BucketQuotas
 from kvferry.cluster.bucket.sweep import Sweeper
 from kvferry.cluster.bucket.units import Units
 from kvferry.cluster.repository import (
@@ -74,7 +76,8 @@ class BucketStore:
         self.changes = Changes(bucket, limits, clock, self.units)
         self._lookups = Lookups(bucket, self.units)
         self._turn = turn or BucketClaim(bucket, clock, ttl_s=2 * limits.sweep_s)
-        self._sweeper = Sweeper(self.changes)
+        self._quotas = BucketQuotas(bucket, self.units)
+        self._sweeper = Sweeper(self.changes, self._quotas)
 
     @classmethod
     async def open(
@@ -249,7 +252,16 @@ class BucketStore:
 
     def stat_now(self) -> RepositoryStat:
         """As last counted, from any thread: for metrics."""
-        return self.changes.room.stat(dict(self.counters))
+        stat = self.changes.room.stat(dict(self.counters))
+        return replace(stat, namespaces=self._quotas.told)
+
+    async def set_quota(self, tag: int, name: str, quota_bytes: int) -> int:
+        """How much a namespace may hold, 0: as much as there is room; sweeps see to it.
+
+        Returns: 0: none of its blobs goes before the next sweep.
+        """
+        await self._quotas.decide(tag, name, quota_bytes)
+        return 0
 
     async def scrub(self, repair: bool) -> AsyncIterator[ScrubReport]:
         """Read and verify everything; with ``repair`` damaged blobs are set aside."""

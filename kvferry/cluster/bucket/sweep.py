@@ -18,6 +18,7 @@ from kvferry.cluster.bucket.layout import (
     parse_staged_path,
 )
 from kvferry.cluster.bucket.memo import Memo
+from kvferry.cluster.bucket.quotas import BucketQuotas
 from kvferry.cluster.bucket.totals import Totals, count, write_totals
 from kvferry.cluster.bucket.uses import stamp
 from kvferry.errors import InvalidKeyError
@@ -43,8 +44,8 @@ class _Held:
 class Sweeper:
     """Sweeps of one bucket."""
 
-    def __init__(self, changes: Changes) -> None:
-        self._changes, self._bucket = changes, changes.bucket
+    def __init__(self, changes: Changes, quotas: BucketQuotas) -> None:
+        self._changes, self._bucket, self._quotas = changes, changes.bucket, quotas
         # Incomplete pages that were looked at already, with as many blobs.
         self._examined: Memo[UnitKey, int] = Memo(_EXAMINED)
 
@@ -63,7 +64,10 @@ class Sweeper:
         await self._mend(held, markers, now)
         uses, logs = await store.uses.merged()
         uses = {unit: at for unit, at in uses.items() if unit in held}
-        victims = self._victims(held, uses, pinned, now)
+        used = {u: uses.get(u) or stamp(h.modified_s, 0) for u, h in held.items()}
+        sizes = {u: h.bytes for u, h in held.items()}
+        over_quota = await self._quotas.beyond(sizes, used.__getitem__, pinned)
+        victims = self._victims(held, used, pinned, over_quota, now)
         await self._evict(victims)
         await store.uses.keep(uses, logs)
         totals = await count(self._bucket, len(leased), now)
@@ -148,13 +152,13 @@ class Sweeper:
     def _victims(
         self,
         held: Mapping[UnitKey, _Held],
-        uses: Mapping[UnitKey, int],
+        used: Mapping[UnitKey, int],
         pinned: set[UnitKey],
+        over_quota: set[UnitKey],
         now: float,
     ) -> list[UnitKey]:
-        """Those beyond their age, then the least recently used until the rest fits."""
+        """Those beyond their age or a quota, then the least recently used until the rest fits."""
         limits = self._changes.limits
-        used = {u: uses.get(u) or stamp(h.modified_s, 0) for u, h in held.items()}
         left = sum(h.bytes for h in held.values())
         over = left > limits.budget_bytes
         oldest = (now - limits.max_age_s) * 1e9 if limits.max_age_s else 0
@@ -162,7 +166,7 @@ class Sweeper:
         for unit in sorted(held, key=lambda u: (u.kind == "calibration", used[u], u)):
             aged = used[unit] < oldest and unit.kind != "calibration"
             beyond = over and left > limits.budget_bytes * _LOW_MARK
-            if unit not in pinned and (aged or beyond):
+            if unit not in pinned and (aged or beyond or unit in over_quota):
                 victims.append(unit)
                 left -= held[unit].bytes
         return victims

@@ -82,7 +82,7 @@ class HotStore:
     async def run_maintenance(self, interval_s: float = 5.0) -> None:
         """The store's own, and news of Redis, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._cold.run_maintenance(interval_s))
+            tasks.create_task(self._cold.run_maintenance())
             tasks.create_task(self._look_after(interval_s))
 
     async def _look_after(self, interval_s: float) -> None:
