@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 
@@ -86,7 +87,12 @@ class BlobStoreServicer:
 
     async def stat(self, request: store_pb2.StatRequest) -> store_pb2.StatReply:
         """Stat."""
-        return convert_stat.stat_to_proto(await self._repository.stat(), __version__)
+        stat = await self._repository.stat()
+        bearer = caller()
+        if bearer is not None and bearer.right < Right.ADMIN:
+            # Whose leases they are, and what others hold and use, is not theirs to know.
+            stat = replace(stat, leases=(), namespaces=())
+        return convert_stat.stat_to_proto(stat, __version__)
 
     async def list(
         self, request: store_pb2.ListRequest
@@ -95,6 +101,8 @@ class BlobStoreServicer:
         query = convert.list_from_proto(request)
         _check_listing(query)
         async for batch in self._repository.list(query):
+            if query.previous_key:  # which a repository may leave out of account
+                batch = [info for info in batch if info.previous_key == query.previous_key]
             for at in range(0, len(batch), LIST_BATCH):
                 entries = [convert.info_to_proto(info) for info in batch[at : at + LIST_BATCH]]
                 yield store_pb2.ListReply(entries=entries)
@@ -173,7 +181,7 @@ class BlobStoreServicer:
 def _check_listing(query: ListQuery) -> None:
     """A bearer lists what it can name, and calibrations; not the keys of other namespaces."""
     bearer = caller()
-    named = query.page_key or query.kind == "calibration"
+    named = query.page_key or query.previous_key or query.kind == "calibration"
     if bearer is not None and bearer.right < Right.ADMIN and not named:
         held = bearer.right.name.lower()
         raise NotAllowedError("a list of all blobs", "admin", held)

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from security_samples import of
-from store_samples import blob, local_store
+from store_samples import ROOT, blob, digest, local_store
 
 from kvferry.cluster import guard
 from kvferry.cluster.authority import ADMIN_FILE, Authority
@@ -86,7 +86,15 @@ async def test_each_token_may_do_what_it_is_for(authority: Authority) -> None:
                 [batch async for batch in reader.list()]
             named = ListQuery(page_key=KEY.page_key)
             assert [info.key async for batch in reader.list(named) for info in batch] == [KEY]
+            hanging = ListQuery(previous_key=ROOT)
+            assert [info.key async for batch in reader.list(hanging) for info in batch] == [KEY]
+            elsewhere = ListQuery(previous_key=digest("elsewhere"))
+            assert [info.key async for batch in reader.list(elsewhere) for info in batch] == []
             assert [info.key async for batch in admin.list() for info in batch] == [KEY]
+            await admin.pin([KEY], 100)
+            seen, all_of_it = await reader.stat(), await admin.stat()
+            assert (list(seen.leases), list(seen.namespaces)) == ([], [])
+            assert (len(all_of_it.leases), len(all_of_it.namespaces)) == (1, 1)
             with pytest.raises(NotAllowedError, match="Scrub needs the right to admin"):
                 [report async for report in writer.scrub()]
             assert [report async for report in admin.scrub()]
