@@ -138,9 +138,12 @@ async def test_a_leader_that_stood_still_longer_than_its_lease_does_not_act(
     assert await leader_of(client) != first
     newest = await _push(client, node, "after")
     assert newest > version
-    said = (await client.leadership())[first]
-    assert isinstance(said, pb.LeadershipReply)
-    assert said.leader == await leader_of(client)
+
+    async def knows() -> bool:
+        said = (await client.leadership())[first]
+        return isinstance(said, pb.LeadershipReply) and said.leader == await leader_of(client)
+
+    await until(knows)
     await _until_follows(client, first, newest)
 
 
@@ -175,6 +178,8 @@ async def test_an_etcd_that_was_set_up_anew_is_filled_from_copies(
     joined = await client.register(pb.RegisterRequest(node_id="x", incarnation=1))
     for place in range(5):
         version = await _push(client, node, f"before {place}")
+    for address in coordinators.all:
+        await _until_follows(client, address, version)
     await asyncio.to_thread(members.forget)
     await asyncio.to_thread(members.heal)
     # Its revisions begin at 1 again, and yet no term and no version goes back. One that
