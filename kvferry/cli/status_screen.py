@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Answer = dict[str, Any]
+CENTURY = 100
 
 
 def print_status(found: Mapping[str, Answer]) -> None:
@@ -118,7 +119,8 @@ def _write_words(w: Answer | None) -> list[str]:
     if not w:
         return []
     years = w["lifetime_years"]
-    lasts = f", at this pace the disk lasts {years:,.0f} years" if years else ""
+    long = "more than a century" if years > CENTURY else f"{years:,.1f} years"
+    lasts = f", at this pace the disk lasts {long}" if years else ""
     return [f"written to disk today: {_size(w['today'])} of {_size(w['budget_per_day'])}{lasts}"]
 
 
