@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint unit test-ceph bench proto setup clean
+.PHONY: demo test lint unit test-long test-ceph bench proto setup clean
 
 demo: setup
 	$(BIN)/kvferry demo
@@ -24,6 +24,10 @@ PRELOAD = $(shell $(BIN)/python -c 'from kvferry.codec.mlx.openblas import model
 
 unit: setup
 	env $(PRELOAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# What takes long, or goes wrong seldom.
+test-long: setup
+	env $(PRELOAD) $(BIN)/python -m pytest -m "long or faults" $(PYTEST_ARGS)
 
 # Needs root, and Debian's packages of Ceph, which it installs.
 test-ceph: setup

@@ -13,6 +13,22 @@ if TYPE_CHECKING:
     from kvferry.cli.demo.cluster import Cluster
 
 
+LATER = ("long", "faults", "ceph")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What carries a marker of `LATER` runs where it is asked for: ``pytest -m long``."""
+    asked = config.option.markexpr
+    left = [item for item in items if _later(item, asked)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def _later(item: pytest.Item, asked: str) -> bool:
+    markers = [name for name in LATER if item.get_closest_marker(name)]
+    return bool(markers) and not any(name in asked for name in markers)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's own configuration, cache or state."""

@@ -123,6 +123,7 @@ def test_plots_are_pngs(calibrated: Path, tmp_path: Path) -> None:
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_bench_codec_prints_its_contract(calibrated: Path) -> None:
     found = ok("bench", "codec", "--rounds", "3", "--prefills", "1")
     for name in (

@@ -8,6 +8,7 @@ from kvferry.cli.cluster_bench.failover import measure
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
+@pytest.mark.long
 def test_both_failovers_are_measured() -> None:
     program("etcd", "etcd-server")
     found = measure(rounds=1)

@@ -33,6 +33,7 @@ def test_growth_is_the_last_quarter_against_the_second() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
     found = measure(0.15, nodes=2, kill_every_s=2.0, ops_per_s=20, plot=tmp_path / "memory.png")
     assert found["wrong_bytes"] == found["lost_blobs"] == 0, found

@@ -21,7 +21,7 @@ from kvferry.errors import NotLeaderError, StoreUnavailableError
 from kvferry.node.client import NodeClient
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.long]
 TTL_S = 3.0
 
 

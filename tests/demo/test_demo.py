@@ -21,6 +21,7 @@ FIELDS = {
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_demo_restores_on_every_split_and_without_the_store(
     calibrated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

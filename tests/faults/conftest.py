@@ -8,15 +8,6 @@ import pytest
 from faults_harness import Hook, small_model
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked ``faults`` runs where it is asked for: ``pytest -m faults``."""
-    if "faults" in config.option.markexpr:
-        return
-    left = [item for item in items if item.get_closest_marker("faults")]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in left]
-
-
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """See `small_model`."""

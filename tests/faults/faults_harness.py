@@ -221,6 +221,7 @@ class Site:
         self._stack = ExitStack()
         self._services: list[Service] = []
         self._truth: dict[int, Reply] = {}
+        self._lost: dict[str, int] = {}  # offers of each node that its hook counted as dropped
         self.links: dict[str, Link] = {}
 
     def __enter__(self) -> Self:
@@ -322,7 +323,9 @@ class Site:
 
         def taken() -> Reply | None:
             reply = self.request(name, number, offer=True, flush=flush)
-            there = reply["reason"] not in ("unavailable", "timeout")
+            lost = sum(reply["counters"].get(reason, 0) for reason in ("unavailable", "timeout"))
+            before, self._lost[name] = self._lost.get(name, 0), lost
+            there = reply["reason"] not in ("unavailable", "timeout") and lost <= before
             return reply if there and (reply["flushed"] or not flush) else None
 
         return wait_for(taken, 60, f"for {name} to offer prompt {number}")

@@ -8,7 +8,7 @@ import pytest
 from faults_harness import Hook, Site
 from faults_scenarios import DAILY, QUEUE_BYTES, Scenario, queue_full
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 
 @pytest.fixture(scope="module", params=["exact", "default"])

@@ -13,6 +13,7 @@ from kvferry.node.hooks.bench_plot import draw_restore
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
+@pytest.mark.long
 def test_what_is_printed_and_drawn_was_restored(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

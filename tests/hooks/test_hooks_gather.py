@@ -143,6 +143,7 @@ def test_with_idle_time_weights_and_curve_are_measured_and_old_pages_stay(
 
 
 @pytest.mark.model
+@pytest.mark.long
 def test_the_real_model_gets_one_too(cluster: Cluster, tmp_path: Path) -> None:
     model = load_model("smollm2")
     text = default_text()

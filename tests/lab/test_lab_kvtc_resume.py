@@ -121,6 +121,7 @@ class Command:
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_interrupted_and_resumed_it_writes_the_same_bytes(tmp_path: Path) -> None:
     command = Command(tmp_path)
     whole = command.start("whole")

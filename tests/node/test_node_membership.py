@@ -18,7 +18,7 @@ from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import QueueFullError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 T = TypeVar("T")
 
 

@@ -18,7 +18,7 @@ from kvferry.node.client import NodeClient
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 NODES = ("n0", "n1", "n2")
 # Longer than it takes to look, so that heartbeats can be counted.
 BEAT = ("--heartbeat-interval-s", "2")
