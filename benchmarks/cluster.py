@@ -1,4 +1,4 @@
-"""The cluster's figures: policy, transfers, lookups, failover, several stores and peers; a soak."""
+"""The cluster's figures: policy, transfers, lookups, failover, several stores and peers."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.record import write_result
 
-COMMAND = "kvferry bench cluster --soak-minutes 30 --json -"
+COMMAND = "kvferry bench cluster --json -"
 
 
 def main() -> None:
