@@ -24,7 +24,7 @@ from kvferry.cluster.repository import (
     ScrubReport,
 )
 from kvferry.cluster.throttle import Throttle
-from kvferry.errors import FerryError
+from kvferry.errors import FerryError, StoreTimeoutError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
 
@@ -176,8 +176,10 @@ class SyncBlobStoreClient:
 
         async def one(index: int) -> None:
             async with slots:
-                left = None if end is None else max(0.0, end - loop.time())
+                left = None if end is None else end - loop.time()
                 try:
+                    if left is not None and left <= 0:  # grpc may answer even then
+                        raise StoreTimeoutError(self.address, "the time for all of them is over")
                     found = await self._client.get(keys[index], verify=verify, timeout_s=left)
                 except FerryError as exc:
                     deliver((index, exc))
