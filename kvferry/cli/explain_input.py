@@ -44,7 +44,6 @@ def asked(model: str, prompt: str, *, chat: bool) -> Asked:
         raise ModelError(f"{reason}: pip install 'kvferry[mlx]'")
     from kvferry.codec.mlx.load import load_model
     from kvferry.codec.mlx.weights import fingerprint
-    from kvferry.node.coding import Shard
     from kvferry.node.hooks.part import Part
     from kvferry.proto.identity import model_id
     from kvferry.settings import user_dir
@@ -53,17 +52,7 @@ def asked(model: str, prompt: str, *, chat: bool) -> Asked:
     loaded = load_model(model, layers=(0, 1))
     part = Part.of(loaded)
     digests = fingerprint(part.loaded, part.layers, cache_dir=user_dir("cache"))
-    shard = Shard(
-        model_id=model_id(digests),
-        model_layers=part.shape.layers,
-        model_heads=part.shape.kv_heads,
-        head_dim=part.shape.head_dim,
-        layers=part.span.pages,
-        heads=part.tensor.heads,
-        model_states=len(part.shape.states),
-        states=part.span.states,
-        state_part=part.tensor.place,
-    )
+    shard = part.shard(model_id(digests))
     return Asked(shard, part.layout, tokens_of(loaded, text, chat=chat))
 
 

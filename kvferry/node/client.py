@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import grpc.aio
 
 from kvferry.cluster import wire
+from kvferry.cluster.backoff import Backoff
 from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.convert import MAX_KEYS
 from kvferry.cluster.loop_thread import LoopThread
@@ -30,7 +31,6 @@ from kvferry.errors import (
     StoreTimeoutError,
     StoreUnavailableError,
 )
-from kvferry.node.backoff import Backoff
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import coordinator_pb2, node_pb2
 from kvferry.proto.v1.node_pb2_grpc import NodeStub

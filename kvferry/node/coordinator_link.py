@@ -9,10 +9,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
+from kvferry.cluster.backoff import Backoff
 from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.errors import FencedError, FerryError, StoreUnavailableError
-from kvferry.node.backoff import Backoff
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)

@@ -4,10 +4,10 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from kvferry.cluster.backoff import Breaker
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.errors import StoreUnavailableError
-from kvferry.node.backoff import Breaker
 from kvferry.node.link_meter import FORGET_S, MEASURED_BYTES, LinkMeter, smooth
 from kvferry.node.peer_client import PeerClient
 from kvferry.node.sources import Source

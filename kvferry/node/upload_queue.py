@@ -10,8 +10,8 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 
+from kvferry.cluster.backoff import Backoff
 from kvferry.errors import FerryError, QueueFullError, StoreUnavailableError
-from kvferry.node.backoff import Backoff
 from kvferry.node.journal import Journal, Pending
 from kvferry.node.remotes import Remote
 from kvferry.proto.keys import BlobKey

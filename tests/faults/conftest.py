@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults_harness import Hook, small_model
+from faults_harness import Hook, Site, small_model
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +20,16 @@ def hook(model: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     made = Hook(model[0], tmp_path_factory.mktemp("hook"), model[1])
     yield made
     made.kill()
+
+
+@pytest.fixture(scope="module", params=["exact", "default"])
+def site(request: pytest.FixtureRequest, hook: Hook) -> Iterator[Site]:
+    """Under either policy; one for the tests of a module."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kvf-") as folder,
+        Site(Path(folder), hook, request.param) as made,
+    ):
+        yield made
 
 
 @pytest.fixture

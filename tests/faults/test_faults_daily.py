@@ -1,7 +1,5 @@
 """Faults that happen every day, one after the other on one site: part of every test run."""
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,15 +7,6 @@ from faults_harness import Hook, Site
 from faults_scenarios import DAILY, QUEUE_BYTES, Scenario, queue_full
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
-
-
-@pytest.fixture(scope="module", params=["exact", "default"])
-def site(request: pytest.FixtureRequest, hook: Hook) -> Iterator[Site]:
-    with (
-        tempfile.TemporaryDirectory(prefix="kvf-") as folder,
-        Site(Path(folder), hook, request.param) as made,
-    ):
-        yield made
 
 
 @pytest.mark.parametrize("scenario", DAILY, ids=lambda scenario: scenario.__name__)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import faults_machine
@@ -16,15 +14,6 @@ from kvferry.cluster.authority import Authority
 
 pytestmark = [pytest.mark.processes, pytest.mark.faults]
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module", params=["exact", "default"])
-def site(request: pytest.FixtureRequest, hook: Hook) -> Iterator[Site]:
-    with (
-        tempfile.TemporaryDirectory(prefix="kvf-") as folder,
-        Site(Path(folder), hook, request.param) as made,
-    ):
-        yield made
 
 
 @pytest.mark.parametrize("scenario", RARE, ids=lambda scenario: scenario.__name__)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from node_samples import blob
 
+from kvferry.cluster.backoff import Backoff, Breaker
 from kvferry.errors import BlobNotFoundError, ConfigError
-from kvferry.node.backoff import Backoff, Breaker
 from kvferry.node.events import QUEUE_LENGTH, EventHub
 from kvferry.node.journal import Journal, Pending
 from kvferry.node.pressure import IdleWatch, PressureWatch, memory_used_share

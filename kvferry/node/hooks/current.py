@@ -43,7 +43,7 @@ class CurrentCoding:
         alone: bool,
     ) -> None:
         self._standing = standing
-        self._shape, self._span, self._tensor = part.shape, part.span, part.tensor
+        self._part = part
         self._client, self._cache_dir, self._alone = client, cache_dir, alone
         self.calibrations = Calibrations(client, cache_dir)
         self._lock = threading.Lock()
@@ -68,21 +68,6 @@ class CurrentCoding:
                 self._made = self._make(model_id, policy, calibration)
                 self._made_for = basis
             return self._made
-
-    def shard(self, model_id: bytes) -> Shard:
-        """What this rank holds."""
-        return Shard(
-            model_id=model_id,
-            model_layers=self._shape.layers,
-            model_heads=self._shape.kv_heads,
-            head_dim=self._shape.head_dim,
-            layers=self._span.pages,
-            heads=self._tensor.heads,
-            model_states=len(self._shape.states),
-            states=self._span.states,
-            state_part=self._tensor.place,
-            writes_rows=self._tensor.writes_rows,
-        )
 
     def renew(self) -> None:
         """A calibration was saved on this machine: use and publish it from now on."""
@@ -116,7 +101,7 @@ class CurrentCoding:
     def _make(
         self, model_id: bytes, policy: pb.Policy, calibration: CalibrationSet | None
     ) -> Coding:
-        shard = self.shard(model_id)
+        shard = self._part.shard(model_id)
         self._tell(shard, calibration)
         node = self._standing.node_id
         pages = page_coding(policy, shard, calibration, self.calibrations.cut, node)

@@ -14,6 +14,7 @@ from kvferry.codec.mlx.state_layout import state_layout
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.state_parts import StateLayout
 from kvferry.errors import ModelError
+from kvferry.node.coding import Shard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +77,21 @@ class Part:
     def rope(self) -> dict[int, bytes]:
         """Page layer of this rank -> what its rotation is known by."""
         return {layer: self.specs[layer].fingerprint() for layer in range(*self.span.pages)}
+
+    def shard(self, model_id: bytes) -> Shard:
+        """What blobs of this part say of it."""
+        return Shard(
+            model_id=model_id,
+            model_layers=self.shape.layers,
+            model_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            layers=self.span.pages,
+            heads=self.tensor.heads,
+            model_states=len(self.shape.states),
+            states=self.span.states,
+            state_part=self.tensor.place,
+            writes_rows=self.tensor.writes_rows,
+        )
 
     def snapshot(self, cache: Sequence[Any], tokens: int, *, packed: bool) -> CacheSnapshot:
         """The first ``tokens`` of a cache of this part.

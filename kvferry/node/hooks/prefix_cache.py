@@ -188,7 +188,7 @@ class PrefixCache:
         return cache, tokens[agreed:]
 
     def _loader(self) -> Loader:
-        shard = self._current.shard(self._standing.require())
+        shard = self._part.shard(self._standing.require())
         return Loader(
             client=self._client,
             calibrations=self._current.calibrations,

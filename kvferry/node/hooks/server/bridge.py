@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from kvferry.cluster.backoff import Breaker
 from kvferry.errors import FerryError
-from kvferry.node.backoff import Breaker
 from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.server.ahead import Ahead
