@@ -53,7 +53,7 @@ def open_channel(
 
     Raises: ConfigError: credentials that cannot be used for this address.
     """
-    options = channel_options(max_receive_bytes)
+    options = channel_options(max_receive_bytes, near=address.startswith("unix:"))
     secure = credentials.channel(address)
     if secure is None:
         channel = grpc.aio.insecure_channel(address, options=options)

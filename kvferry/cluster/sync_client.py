@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Self, TypeVar
 
+import grpc.aio
+
 from kvferry.cluster import wire
 from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
@@ -68,6 +70,11 @@ class SyncBlobStoreClient:
         self._thread.run(self._client.aclose())
         if self._own:
             self._thread.close()
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection; belongs to this client's event loop."""
+        return self._client.channel
 
     def has(self, keys: Sequence[BlobKey], *, timeout_s: float | None = None) -> list[bool]:
         """Which are held, in the order asked."""

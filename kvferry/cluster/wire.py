@@ -116,11 +116,11 @@ def chunks_of(data: Chunk, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
         yield view[start : start + size]
 
 
-def channel_options(max_receive_bytes: int) -> list[tuple[str, int]]:
+def channel_options(max_receive_bytes: int, *, near: bool = False) -> list[tuple[str, int]]:
     """Options of channels and servers alike.
 
     No proxy from the environment, no compression, quick reconnects, and a socket of
-    its own for each channel.
+    its own for each channel. ``near``: over a Unix socket, where trying costs nothing.
     """
     return [
         ("grpc.max_receive_message_length", max_receive_bytes),
@@ -132,6 +132,6 @@ def channel_options(max_receive_bytes: int) -> list[tuple[str, int]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         # Also how long one attempt to connect may take.
         ("grpc.min_reconnect_backoff_ms", 3000),
-        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.max_reconnect_backoff_ms", 200 if near else 2000),
         ("grpc.max_metadata_size", 16 * 1024),
     ]

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -19,6 +20,7 @@ import grpc.aio
 
 from kvferry.cluster import wire
 from kvferry.cluster.backoff import Backoff
+from kvferry.cluster.channel import open_channel
 from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.convert import MAX_KEYS
 from kvferry.cluster.loop_thread import LoopThread
@@ -46,6 +48,7 @@ REPORTS_UNDER_WAY = 32
 BLOBS_ASKED_FOR = 16
 # Beyond grpc's own deadline, for the way between the threads.
 _SLACK_S = 1.0
+_LOOK_S = 0.05
 
 
 class NodeClient:
@@ -92,8 +95,7 @@ class NodeClient:
         self._watches: list[asyncio.Task[None]] = []
 
     async def _connect(self) -> "tuple[grpc.aio.Channel, NodeAsyncStub]":
-        options = wire.channel_options(wire.MAX_REQUEST_BYTES)
-        channel = grpc.aio.insecure_channel(self.address, options=options)
+        channel = open_channel(self.address, wire.MAX_REQUEST_BYTES)
         stub: NodeAsyncStub = NodeStub(channel)
         return channel, stub
 
@@ -220,6 +222,17 @@ class NodeClient:
         self._check_open()
         return [info for batch in self._blobs.list(query, timeout_s=timeout_s) for info in batch]
 
+    # -- a daemon that restarts -----------------------------------------------------
+
+    def lost(self, error: FerryError) -> bool:
+        """Whether ``error`` says that the daemon itself was not there, or went away."""
+        return type(error) is StoreUnavailableError and error.where == self.address
+
+    def connected(self, timeout_s: float) -> bool:
+        """Wait until the daemon is there. False: it is not, after that time."""
+        self._check_open()
+        return self._thread.run(self._connected(timeout_s))
+
     # -- the daemon ---------------------------------------------------------------
 
     def hello(
@@ -319,6 +332,18 @@ class NodeClient:
             return self._thread.run(run(), deadline_s + _SLACK_S)
         except TimeoutError as exc:
             raise StoreTimeoutError(self.address, f"no answer in {deadline_s:.1f} s") from exc
+
+    async def _connected(self, timeout_s: float) -> bool:
+        end = time.monotonic() + timeout_s
+        ready = grpc.ChannelConnectivity.READY
+        while True:
+            # Both are asked each time: asking is what makes them connect.
+            states = [c.get_state(True) for c in (self._channel, self._blobs.channel)]
+            if all(state is ready for state in states):
+                return True
+            if time.monotonic() >= end:
+                return False
+            await asyncio.sleep(_LOOK_S)
 
     async def _report_later(self, report: node_pb2.HookReport) -> None:
         task = asyncio.ensure_future(self._send(report))

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from kvferry.cluster.repository import LookupQuery, LookupResult
 from kvferry.codec.base import Codec, PageTensors
+from kvferry.errors import FerryError
 from kvferry.node.coding import CodedRange, Shard
 from kvferry.proto.keys import BlobKey, Medium, media_within
 from kvferry.proto.v1 import node_pb2
@@ -38,6 +39,12 @@ class OfferClient(Protocol):
         self, key: BlobKey, data: bytes, *, ttl_s: int = 0, replaces: BlobKey | None = None
     ) -> Future[bool]:
         """Whether it was new, once it is durable. Raises, also later: FerryError."""
+
+    def lost(self, error: FerryError) -> bool:
+        """Whether ``error`` says that the daemon itself was not there."""
+
+    def connected(self, timeout_s: float) -> bool:
+        """Wait until the daemon is there; whether it is."""
 
 
 @dataclass(frozen=True, slots=True)

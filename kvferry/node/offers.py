@@ -9,9 +9,8 @@ import contextlib
 import logging
 import queue
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvferry.cluster.repository import BlobInfo
@@ -23,15 +22,10 @@ from kvferry.node.background import Background, OneThread, lower_priority
 from kvferry.node.coding import CodedRange, state_codec
 from kvferry.node.offer import Coding, Offer, OfferClient, TensorSource
 from kvferry.node.pace import SHARE
+from kvferry.node.patience import RESTART_S, Patience
 from kvferry.node.puts import Puts
-from kvferry.proto.keys import (
-    BlobKey,
-    media_by_page,
-    media_within,
-    page_keys,
-    state_key,
-    tail_key,
-)
+from kvferry.node.tails import Tail, Tails, key_of_tail
+from kvferry.proto.keys import BlobKey, media_by_page, page_keys, state_key
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.proto.v1 import node_pb2
 
@@ -39,7 +33,6 @@ log = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 4
 DEFERRED_LENGTH = 4
-REMEMBERED_TAILS = 64
 EVENTS = {
     "prefix": pb.TRIGGER_AFTER_PREFILL,
     "prefill": pb.TRIGGER_AFTER_PREFILL,
@@ -47,24 +40,13 @@ EVENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Tail:
-    """A tail that was put, with its states, to be replaced when its conversation goes on."""
-
-    start: int
-    previous: bytes
-    tail_key: bytes
-    tokens: int
-    key: BlobKey | None
-    states: Mapping[tuple[int, int], BlobKey]
-
-
 class Offers:
     """The queue, its thread, and what waits for a trigger.
 
     ``coding`` is asked before each offer is encoded, so that a policy change takes hold
     at once; it may return None (nothing is to be stored now) or raise a FerryError.
-    ``busy_share`` is what encoding takes of the time where all cores are busy.
+    ``busy_share`` is what encoding takes of the time where all cores are busy. Where the
+    daemon restarts, an offer waits for it ``restart_wait_s``, and those behind it queue up.
     """
 
     def __init__(
@@ -73,11 +55,14 @@ class Offers:
         coding: Callable[[], Coding | None],
         counters: Counter[str],
         busy_share: float = SHARE,
+        restart_wait_s: float = RESTART_S,
     ) -> None:
         self._client, self._coding, self._counters = client, coding, counters
+        self._patience = Patience(client, restart_wait_s)
+        self._told: dict[BlobKey, node_pb2.Admission.ValueType] = {}
         self._queue: queue.Queue[Offer | None] = queue.Queue(QUEUE_LENGTH)
         self._deferred: list[Offer] = []
-        self._tails: OrderedDict[bytes, _Tail] = OrderedDict()
+        self._tails = Tails()
         self._lock = threading.Lock()
         self._one_thread, self._background = OneThread(), Background(share=busy_share)
         self._thread = threading.Thread(target=self._run, name="kvferry-offers", daemon=True)
@@ -104,13 +89,21 @@ class Offers:
             waiting, self._deferred = self._deferred, []
         return sum(self.submit(offer) for offer in waiting)
 
-    def wait(self) -> None:
-        """Until all that was submitted is encoded and handed to the daemon."""
-        with self._background.hurry():
-            self._queue.join()
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until all that was submitted is encoded and handed to the daemon, or dropped.
+
+        False: it is not, after that time.
+        """
+        ended, queued = self._queue.all_tasks_done, self._queue
+        with self._background.hurry(), ended:
+            return ended.wait_for(lambda: not queued.unfinished_tasks, timeout_s)
 
     def close(self, timeout_s: float) -> bool:
-        """Encode what is queued, then stop. False: the time was not enough."""
+        """Encode what is queued, then stop. False: the time was not enough.
+
+        A daemon that is away is not waited for.
+        """
+        self._patience.close()
         with self._background.hurry():
             with contextlib.suppress(queue.Full):
                 self._queue.put(None, timeout=timeout_s)
@@ -122,8 +115,8 @@ class Offers:
         lower_priority()
         while (offer := self._queue.get()) is not None:
             try:
-                with self._one_thread:
-                    self._process(offer)
+                self._told.clear()
+                self._patience.run(partial(self._process, offer))
             except FerryError as exc:
                 self._counters[exc.reason] += 1
                 log.info("offer of %d tokens dropped: %s", len(offer.tokens), exc)
@@ -136,6 +129,10 @@ class Offers:
         self._queue.task_done()
 
     def _process(self, offer: Offer) -> None:
+        with self._one_thread:
+            self._store(offer)
+
+    def _store(self, offer: Offer) -> None:
         coding = self._coding()
         if coding is None or not coding.enabled:
             self._counters["policy"] += 1
@@ -168,7 +165,7 @@ class Offers:
                 key = blob_key(coded.codec, meta, coded.layers, shard.heads)
                 jobs.append((key, coded, index, meta))
         asked = [job[0] for job in jobs]
-        answers = self._client.admit(asked, again=offer.again) if jobs else []
+        answers = self._admit(asked, offer.again) if jobs else []
         known: Sequence[Sequence[BlobInfo]] = []
         if any(answer != node_pb2.ADMISSION_HELD for answer in answers):
             known = complete_pages(self._client, coding.root, keys, shard, coding.accept)
@@ -189,16 +186,25 @@ class Offers:
                 whole = False
         return whole
 
+    def _admit(self, keys: Sequence[BlobKey], again: bool) -> "list[node_pb2.Admission.ValueType]":
+        """What the daemon wants; done again, an offer is told what it was told before."""
+        held = node_pb2.ADMISSION_HELD
+        answers = self._client.admit(keys, again=again)
+        return [
+            answer if answer == held else self._told.setdefault(key, answer)
+            for key, answer in zip(keys, answers, strict=True)
+        ]
+
     def _wants_tail(self, offer: Offer, coding: Coding, previous: bytes) -> bool:
         """Whether a tail without pages before it is to be put."""
         shard, codec = coding.shard, coding.tail
-        identity = _tail_key(previous, offer, 0, len(offer.tokens))
+        identity = key_of_tail(previous, offer, 0, len(offer.tokens))
         layers = shard.layers if shard.layers[0] < shard.layers[1] else shard.states
         if codec is None or layers[0] >= layers[1]:
             return True
         heads = shard.heads if shard.heads[0] < shard.heads[1] else (0, 1)
         key = blob_key(codec, _meta(coding, "tail", identity, previous), layers, heads)
-        (answer,) = self._client.admit([key], again=offer.again)
+        (answer,) = self._admit([key], offer.again)
         if answer == node_pb2.ADMISSION_DECLINED:
             self._counters["declined"] += 1
         return answer != node_pb2.ADMISSION_DECLINED
@@ -210,8 +216,8 @@ class Offers:
         shard, codec = coding.shard, coding.tail
         assert codec is not None  # noqa: S101 - narrowed by the caller
         span = pages * shard.page_tokens, len(offer.tokens)
-        identity = _tail_key(previous, offer, *span)
-        old = self._outdated(offer)
+        identity = key_of_tail(previous, offer, *span)
+        old = self._tails.outdated(offer)
         key, states = None, {}
         if shard.writes_rows and shard.layers[0] < shard.layers[1]:
             meta = _meta(coding, "tail", identity, previous)
@@ -227,11 +233,11 @@ class Offers:
                 put = self._put_short(coded, page, meta, coding, replaces, puts)
                 states[page.layers] = put
         puts.finish()
+        self._tails.replaced(old)
         if offer.lasting:
             return
-        self._tails[identity] = _Tail(span[0], previous, identity, span[1] - span[0], key, states)
-        while len(self._tails) > REMEMBERED_TAILS:
-            self._tails.popitem(last=False)
+        tail = Tail(span[0], previous, identity, span[1] - span[0], key, states)
+        self._tails.put(tail)
 
     def _put_short(
         self,
@@ -246,20 +252,6 @@ class Offers:
         put = self._client.put_later(key, data, ttl_s=coding.tail_ttl_s, replaces=replaces)
         puts.add(put, len(data), page.raw_bytes_fp16)
         return key
-
-    def _outdated(self, offer: Offer) -> _Tail | None:
-        """The newest tail of ours that an offer goes on from; forgotten here."""
-        for identity, tail in reversed(self._tails.items()):
-            end = tail.start + tail.tokens
-            longer = end < len(offer.tokens)
-            if longer and _tail_key(tail.previous, offer, tail.start, end) == identity:
-                del self._tails[identity]
-                return tail
-        return None
-
-
-def _tail_key(previous: bytes, offer: Offer, start: int, end: int) -> bytes:
-    return tail_key(previous, offer.tokens[start:end], media_within(offer.media, start, end))
 
 
 def _encode(

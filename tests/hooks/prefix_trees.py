@@ -177,6 +177,12 @@ class StoreAtHand:
         spec = PutSpec(key=key, size=len(data), ttl_s=ttl_s, replaces=replaces)
         return self._thread.start(self._put(spec, data))
 
+    def lost(self, error: FerryError) -> bool:
+        return False
+
+    def connected(self, timeout_s: float) -> bool:
+        return True
+
     async def _put(self, spec: PutSpec, data: bytes) -> bool:
         session = await self.store.open_put(spec)
         if session is None:

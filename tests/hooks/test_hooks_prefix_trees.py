@@ -15,7 +15,8 @@ from kvferry.codec.raw import ZstdCodec
 from kvferry.node.coding import CodedRange, Shard
 from kvferry.node.hooks.loader import Loader
 from kvferry.node.offer import Coding, Offer
-from kvferry.node.offers import REMEMBERED_TAILS, Offers
+from kvferry.node.offers import Offers
+from kvferry.node.tails import REMEMBERED_TAILS
 
 PAGE, LONGEST = 16, 220
 TREES = {"kk": 300, "kkk": 100, "kra": 300, "ra": 320}

@@ -89,6 +89,12 @@ class Daemon:
             put.set_result(new)
         return put
 
+    def lost(self, error: FerryError) -> bool:
+        return False
+
+    def connected(self, timeout_s: float) -> bool:
+        return True
+
     def answer_oldest(self) -> None:
         next(put for put in self.under_way if not put.done()).set_result(True)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvferry.node.pace import SHARE
+from kvferry.node.patience import RESTART_S
 from kvferry.settings import GIB, NodeSettings, user_dir
 
 
@@ -29,6 +30,8 @@ class HookOptions:
         busy_share: of the time that encoding takes while all cores are busy, with the
             model most likely; above 0, and 1 for no rests. Where a core is idle it has all
             of that one.
+        restart_wait_s: so long an offer waits for a daemon that is not there; meanwhile a
+            few more queue up, and further ones are dropped and counted.
         close_timeout_s: for offers still queued when the hook closes.
         gather_tokens: a model without a calibration gets one from so many tokens of
             live traffic; 0: never.
@@ -47,6 +50,7 @@ class HookOptions:
     always_restore: bool = False
     link_retry_s: float = 10.0
     busy_share: float = SHARE
+    restart_wait_s: float = RESTART_S
     close_timeout_s: float = 60.0
     gather_tokens: int = 8192
     gather_passes: int = 8

@@ -88,7 +88,11 @@ class PrefixCache:
             self._standing, part, self._client, self.options.cache_dir, alone=alone
         )
         self._offers = Offers(
-            self._client, self._current.now, self.counters, self.options.busy_share
+            self._client,
+            self._current.now,
+            self.counters,
+            self.options.busy_share,
+            self.options.restart_wait_s,
         )
         self._live = Live(
             part.loaded.model,
@@ -288,9 +292,11 @@ class PrefixCache:
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until all that was offered is in the store. False: not within the time."""
-        self._offers.wait()
+        end = time.monotonic() + timeout_s
+        if not self._offers.wait(timeout_s):
+            return False
         try:
-            return self._client.flush(timeout_s)
+            return self._client.flush(max(0.0, end - time.monotonic()))
         except FerryError as exc:
             log.info("flush: %s", exc)
             return False
