@@ -19,6 +19,7 @@
     │   │   ├── TokenRefusedError  a server does not know this caller's token
     │   │   └── NotLeaderError     a coordinator that stands by: ask the leader
     │   ├── NotAllowedError        a token without the right that a call needs
+    │   │   └── WrongNamespaceError  a blob that claims to be another namespace's
     │   ├── StoreFullError         the byte budget or the disk reserve is reached
     │   └── QueueFullError         bounded queue: the offer is dropped
     ├── ModelError                 a model that cannot be loaded, keyed or hooked
@@ -239,6 +240,28 @@ class NotAllowedError(StoreError):
         return (
             f"{self.what} needs the right to {self.needed}, this caller's token has {self.held}: "
             "use another token (token_file), or issue one with `kvferry certs token`"
+        )
+
+
+class WrongNamespaceError(NotAllowedError):
+    """A blob with the tag of a namespace that the writer's token is not for.
+
+    ``namespace``: the tag's; empty: of none that is bound. ``writer``: the token's.
+    """
+
+    reason = "wrong_namespace"
+
+    def __init__(self, tag: str, namespace: str, writer: str) -> None:
+        super().__init__("Put", f"write in {namespace or 'another namespace'}", writer)
+        self.args = (tag, namespace, writer)
+        self.tag, self.namespace, self.writer = tag, namespace, writer
+
+    def __str__(self) -> str:
+        whose = f"namespace {self.namespace}" if self.namespace else "another namespace"
+        return (
+            f"a blob with the tag of {whose} ({self.tag}), and this caller's token writes in "
+            f"{self.writer} only: use a token of the blob's namespace, or, where the secret of "
+            f"{self.writer} is a new one, bind it again (`kvferry certs bind {self.writer}`)"
         )
 
 

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(
         no_args_is_help=True, help="Certificates and tokens, to leave loopback with."
     )
-    for command in (init, issue, show, token, revoke):
+    for command in (init, issue, show, token, bind, revoke):
         group.command()(command)
     app.add_typer(group, name="certs")
 
@@ -110,6 +110,7 @@ def show(
                 "right": entry.bearer.right.name.lower(),
                 "label": entry.bearer.label,
                 "issued": entry.issued,
+                "writes_tag": f"{entry.bearer.tag:016x}" if entry.bearer.tag else "",
             }
             for entry in made.entries()
         ]
@@ -157,6 +158,35 @@ def token(
         return
     typer.echo(f"wrote {out}" if out else text.strip())
     typer.echo(f"Copy {made.folder / 'tokens.json'} to the tls_dir of all servers.", err=True)
+
+
+def bind(
+    namespace: Annotated[str, typer.Argument(metavar="NAMESPACE")],
+    tag: Annotated[
+        str, typer.Option(metavar="TAG", help="As `kvferry quota show` has it; none: unbind.")
+    ] = "",
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Knows the tag, if none is given.")
+    ] = None,
+    ca: CaOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Have tokens of a namespace store blobs of this namespace only.
+
+    Until then servers believe a writer that says whose its blobs are, so that it can spend
+    another's quota. Tokens that are made later are bound too; those of admins never are.
+    """
+    from kvferry.cli.quota import tag_of
+
+    made = _authority(ca)
+    value = 0 if tag == "none" else tag_of(tag or namespace, coordinator)
+    count = made.bind(namespace, value)
+    if json:
+        write_json({"namespace": namespace, "tag": f"{value:016x}", "tokens": count}, json)
+    if json != "-":
+        done = f"bound to the tag {value:016x}" if value else "bound no more"
+        typer.echo(f"{count} tokens of {namespace} are {done}")
+        typer.echo(f"Copy {made.folder / 'tokens.json'} to the tls_dir of all servers.", err=True)
 
 
 def revoke(

@@ -7,6 +7,7 @@ The folder: ``ca.pem`` and ``ca.key``; ``tokens.json`` with the tokens of the cl
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kvferry.cluster import certificate, tokens
@@ -99,10 +100,36 @@ class Authority:
 
     def token(self, namespace: str, right: Right, label: str = "") -> str:
         """A new token; its hash is added to ``tokens.json`` here and in all machines' folders."""
-        text, entry = tokens.issue_token(namespace, right, label)
-        tokens.save_entries(self.folder / TOKENS_FILE, [*self.entries(), entry])
+        entries = self.entries()
+        tags = {name: tag for tag, name in tokens.bound_tags(entries).items()}
+        text, entry = tokens.issue_token(namespace, right, label, tags.get(namespace, 0))
+        tokens.save_entries(self.folder / TOKENS_FILE, [*entries, entry])
         self._spread()
         return text + "\n"
+
+    def bind(self, namespace: str, tag: int) -> int:
+        """Have the tokens of a namespace write blobs with its tag only; how many these are.
+
+        Args:
+            tag: see `kvferry.proto.keys.namespace_tag`; 0: they write what they say, as before.
+        Raises: ConfigError: it has no token, or the tag is another's.
+        """
+        entries = self.entries()
+        names = sorted({entry.bearer.namespace for entry in entries})
+        if namespace not in names:
+            raise ConfigError("NAMESPACE", namespace, f"one that has tokens ({', '.join(names)})")
+        whose = tokens.bound_tags(entries).get(tag, namespace)
+        if whose != namespace:
+            raise ConfigError("--tag", f"{tag:016x}", f"its own: this one is that of {whose}")
+        bound = [
+            replace(entry, bearer=replace(entry.bearer, tag=tag))
+            if entry.bearer.namespace == namespace
+            else entry
+            for entry in entries
+        ]
+        tokens.save_entries(self.folder / TOKENS_FILE, bound)
+        self._spread()
+        return sum(entry.bearer.namespace == namespace for entry in entries)
 
     def revoke(self, digest: str) -> int:
         """Forget the tokens whose hash begins with ``digest`` (8 digits at least); how many."""

@@ -6,7 +6,7 @@ Pure and blocking; an object of these is used by one thread at a time.
 from blake3 import blake3
 
 from kvferry.cluster.convert import info_from_header
-from kvferry.cluster.repository import BlobInfo
+from kvferry.cluster.repository import BlobInfo, PutSpec
 from kvferry.errors import BlobTooLargeError, CorruptBlobError, IdentityMismatchError
 from kvferry.proto import container
 from kvferry.proto.keys import DIGEST_BYTES, BlobKey
@@ -60,18 +60,19 @@ class PutCheck:
         info: what the header says; None until it is here.
     """
 
-    def __init__(self, key: BlobKey, size: int, max_blob_bytes: int) -> None:
-        self._key, self._size = key, size
+    def __init__(self, spec: PutSpec, max_blob_bytes: int) -> None:
+        self._key, self._size, self._rule = spec.key, spec.size, spec.rule
         self._limits = container.Limits(max_blob=max_blob_bytes)
         self._early = bytearray()
-        self._digest = RunningDigest(size)
+        self._digest = RunningDigest(spec.size)
         self._taken = 0
         self.info: BlobInfo | None = None
 
     def take(self, chunk: Chunk) -> memoryview | None:
         """The bytes that may now be written; None while the header is not whole.
 
-        Raises: CorruptBlobError, IdentityMismatchError, BlobTooLargeError.
+        Raises: CorruptBlobError, IdentityMismatchError, BlobTooLargeError,
+        WrongNamespaceError.
         """
         if self.info is None:
             self._early += chunk
@@ -95,7 +96,10 @@ class PutCheck:
         if len(early) < need:
             return None
         header = container.read_header(bytes(early), size, self._limits)
-        return checked_info(header, self._key, size)
+        info = checked_info(header, self._key, size)
+        if self._rule is not None:
+            self._rule.check(info.namespace_tag)
+        return info
 
     def finish(self) -> BlobInfo:
         """After the last byte. Raises: CorruptBlobError."""

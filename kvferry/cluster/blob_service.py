@@ -9,7 +9,7 @@ import grpc
 
 from kvferry import __version__
 from kvferry.cluster import convert, convert_stat, wire
-from kvferry.cluster.guard import caller
+from kvferry.cluster.guard import caller, callers_rule
 from kvferry.cluster.handlers import stream, unary, upload
 from kvferry.cluster.mend import Replica, scrub_and_mend
 from kvferry.cluster.quotas import MAX_NAME_CHARS, MAX_QUOTA_BYTES, KeepsQuotas
@@ -132,6 +132,7 @@ class BlobStoreServicer:
             problem = first.problem if isinstance(first, wire.Malformed) else "want a PutHeader"
             raise ProtocolError(f"a put begins with its header: {problem}")
         spec = convert.spec_from_proto(first.header, self._max_blob_bytes)
+        spec = replace(spec, rule=callers_rule())
         session = await self._repository.open_put(spec)
         if session is None:
             return store_pb2.PutReply(stored=False)

@@ -11,6 +11,7 @@ import grpc.aio
 
 from kvferry.cluster.namespaces import DEFAULT_NAMESPACE
 from kvferry.cluster.status import error_metadata, status_code
+from kvferry.cluster.tag_rule import TagRule
 from kvferry.cluster.tokens import Bearer, Right, TokenBook
 from kvferry.errors import ConfigError, FerryError, NotAllowedError, TokenRefusedError
 
@@ -47,6 +48,14 @@ def callers_namespace() -> str:
     """The namespace that the caller's token names; callers choose none themselves."""
     bearer = caller()
     return DEFAULT_NAMESPACE if bearer is None else bearer.namespace
+
+
+def callers_rule() -> TagRule | None:
+    """The namespaces that the caller may put blobs into; None: all, as admins do."""
+    bearer = caller()
+    if bearer is None or bearer.right >= Right.ADMIN:
+        return None
+    return TagRule(bearer.namespace, bearer.tag, bearer.others)
 
 
 def right_for(method: str) -> Right:

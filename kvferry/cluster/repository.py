@@ -9,18 +9,23 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvferry.cluster.tag_rule import TagRule
 from kvferry.proto.keys import BlobKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutSpec:
-    """What a writer says before the bytes. ``size`` in bytes, ``ttl_s`` 0: no end."""
+    """What a writer says before the bytes. ``size`` in bytes, ``ttl_s`` 0: no end.
+
+    ``rule``: the namespaces that it may write in, which it does not say itself; None: all.
+    """
 
     key: BlobKey
     size: int
     stage: bool = False
     ttl_s: int = 0
     replaces: BlobKey | None = None
+    rule: TagRule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

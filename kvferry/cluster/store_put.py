@@ -21,7 +21,7 @@ class PutWork:
 
     def __init__(self, core: StoreCore, spec: PutSpec) -> None:
         self._core, self._spec = core, spec
-        self._check = PutCheck(spec.key, spec.size, core.limits.max_blob_bytes)
+        self._check = PutCheck(spec, core.limits.max_blob_bytes)
         self._info: BlobInfo | None = None
         self._writer: BlobWriter | None = None
         self._charged = 0

@@ -10,8 +10,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -25,6 +25,7 @@ MAX_TOKENS = 4096
 MAX_FILE_BYTES = 4 << 20
 FORMAT_VERSION = 1
 _TOKEN = re.compile(r"kvf_[A-Za-z0-9_-]{43}")
+_TAG = re.compile(r"[0-9a-f]{16}")
 _NAMESPACE = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
@@ -38,11 +39,18 @@ class Right(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Bearer:
-    """Whom a token stands for."""
+    """Whom a token stands for.
+
+    Attributes:
+        tag: of its namespace, which its blobs carry; 0: not bound to it.
+        others: tags that are bound to other namespaces; filled by `TokenBook`.
+    """
 
     namespace: str
     right: Right
     label: str = ""
+    tag: int = 0
+    others: Mapping[int, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +69,10 @@ def check_namespace(name: str) -> str:
     return name
 
 
-def issue_token(namespace: str, right: Right, label: str = "") -> tuple[str, Entry]:
+def issue_token(namespace: str, right: Right, label: str = "", tag: int = 0) -> tuple[str, Entry]:
     """A new token, and what servers keep of it. Raises: ConfigError: the namespace's name."""
     token = "kvf_" + secrets.token_urlsafe(TOKEN_BYTES)
-    bearer = Bearer(check_namespace(namespace), right, label[:64])
+    bearer = Bearer(check_namespace(namespace), right, label[:64], tag)
     return token, Entry(_digest(token), bearer, time.strftime("%Y-%m-%d", time.gmtime()))
 
 
@@ -97,7 +105,9 @@ def load_entries(path: Path) -> list[Entry]:
             raise ValueError(f"version {value['version']} is not known here")
         if len(value["tokens"]) > MAX_TOKENS:
             raise ValueError(f"more than {MAX_TOKENS:,} tokens")
-        return [_entry(item) for item in value["tokens"]]
+        entries = [_entry(item) for item in value["tokens"]]
+        bound_tags(entries)
+        return entries
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         allowed = f"as `kvferry certs token` writes it ({exc})"
         raise ConfigError("tokens_file", str(path), allowed) from exc
@@ -114,11 +124,24 @@ def save_entries(path: Path, entries: Sequence[Entry]) -> None:
             "right": entry.bearer.right.name.lower(),
             "label": entry.bearer.label,
             "issued": entry.issued,
+            **({"tag": f"{entry.bearer.tag:016x}"} if entry.bearer.tag else {}),
         }
         for entry in entries
     ]
     text = json.dumps({"version": FORMAT_VERSION, "tokens": tokens}, indent=1) + "\n"
     write_durably(path, text.encode(), 0o600)
+
+
+def bound_tags(entries: Iterable[Entry]) -> dict[int, str]:
+    """Tags that are bound, and the names of their namespaces.
+
+    Raises: ValueError: two tags for a namespace, or two namespaces for a tag.
+    """
+    pairs = {(entry.bearer.tag, entry.bearer.namespace) for entry in entries if entry.bearer.tag}
+    found = dict(pairs)
+    if len(found) < len(pairs) or len(set(found.values())) < len(pairs):
+        raise ValueError("a tag and a namespace belong together, and one has two")
+    return found
 
 
 class TokenBook:
@@ -127,7 +150,7 @@ class TokenBook:
     def __init__(self, path: Path) -> None:
         """Reads the file. Raises: ConfigError."""
         self.path = path
-        self._entries = load_entries(path)
+        self._entries = _knowing_others(load_entries(path))
         self._seen = _stamp(path)
 
     def __len__(self) -> int:
@@ -151,7 +174,7 @@ class TokenBook:
         if stamp == self._seen:
             return False
         self._seen = stamp  # a damaged file is told once
-        self._entries = load_entries(self.path)
+        self._entries = _knowing_others(load_entries(self.path))
         return True
 
 
@@ -159,14 +182,34 @@ def _digest(token: str) -> bytes:
     return blake3(token.encode("utf-8", "replace")).digest()
 
 
+def _knowing_others(entries: Sequence[Entry]) -> list[Entry]:
+    bound = bound_tags(entries)
+    others: dict[str, dict[int, str]] = {}
+    for name in {entry.bearer.namespace for entry in entries}:
+        others[name] = {tag: whose for tag, whose in bound.items() if whose != name}
+    return [
+        replace(entry, bearer=replace(entry.bearer, others=others[entry.bearer.namespace]))
+        for entry in entries
+    ]
+
+
 def _entry(item: dict[str, str]) -> Entry:
     digest = bytes.fromhex(item["hash"])
     if len(digest) != 32:
         raise ValueError("a hash of another length")
     bearer = Bearer(
-        check_namespace(item["namespace"]), Right[item["right"].upper()], str(item["label"])[:64]
+        namespace=check_namespace(item["namespace"]),
+        right=Right[item["right"].upper()],
+        label=str(item["label"])[:64],
+        tag=_tag(item["tag"]) if "tag" in item else 0,
     )
     return Entry(digest, bearer, str(item["issued"])[:32])
+
+
+def _tag(text: str) -> int:
+    if not _TAG.fullmatch(text):
+        raise ValueError("a tag that is not 16 hex digits")
+    return int(text, 16)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

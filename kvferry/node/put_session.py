@@ -47,7 +47,7 @@ class NodePut:
             raise
         room = tiers.memory.reserve(spec.size)
         try:
-            local = PutSpec(key=spec.key, size=spec.size, ttl_s=spec.ttl_s)
+            local = PutSpec(key=spec.key, size=spec.size, ttl_s=spec.ttl_s, rule=spec.rule)
             disk = await tiers.open_disk_put(local)
             if disk is None and room is None and not await tiers.on_disk(spec.key):
                 raise StoreFullError("the memory tier", spec.size, 0)

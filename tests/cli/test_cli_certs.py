@@ -16,6 +16,7 @@ from kvferry.cli import certs as command
 from kvferry.cli import doctor
 from kvferry.cluster.certificate import make_leaf
 from kvferry.cluster.credentials import Credentials
+from kvferry.cluster.tokens import load_entries
 from kvferry.errors import ConfigError, FerryError
 from kvferry.settings import CoordinatorSettings, NodeSettings, StoreSettings
 
@@ -80,6 +81,22 @@ def test_tokens_are_made_shown_once_and_revoked(ca: list[str], tmp_path: Path) -
         certs("revoke", "abc", *ca)
     with pytest.raises(ConfigError, match="one of the two"):
         certs("token", "guests", "--admin", "--read-only", *ca)
+
+
+def test_a_namespaces_tokens_are_bound_to_its_tag(ca: list[str], tmp_path: Path) -> None:
+    tag = "00000000000000ab"
+    certs("issue", "guest", "--namespace", "guests", *ca)
+    assert told("bind", "guests", "--tag", tag, *ca)["tokens"] == 1
+    certs("token", "guests", "--read-only", *ca)
+    listed = {(t["namespace"], t["writes_tag"]) for t in told("show", *ca)["tokens"]}
+    assert listed == {("default", ""), ("guests", tag)}
+    copied = load_entries(tmp_path / "ca" / "machines" / "guest" / "tokens.json")
+    assert {entry.bearer.tag for entry in copied} == {0, 0xAB}
+    out = certs("bind", "guests", "--tag", "none", *ca)
+    assert "bound no more" in out
+    assert {t["writes_tag"] for t in told("show", *ca)["tokens"]} == {""}
+    with pytest.raises(ConfigError, match="--coordinator"):
+        certs("bind", "guests", "--coordinator", "", *ca)
 
 
 def test_mistakes_are_told_in_one_line(ca: list[str], tmp_path: Path) -> None:

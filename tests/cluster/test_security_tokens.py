@@ -29,17 +29,20 @@ from kvferry.cluster.repository import ListQuery
 from kvferry.cluster.server import start_server
 from kvferry.cluster.tokens import Right, TokenBook, issue_token, load_entries, save_entries
 from kvferry.errors import (
+    BlobNotFoundError,
     ConfigError,
     FerryError,
     NotAllowedError,
     StoreUnavailableError,
     TokenRefusedError,
+    WrongNamespaceError,
 )
 from kvferry.proto.v1 import coordinator_pb2 as pb
 from kvferry.proto.v1 import link_pb2, peer_pb2, store_pb2
 from kvferry.settings import CoordinatorSettings
 
 KEY, DATA = blob()
+OURS, THEIRS = 0xFEDC_BA98_7654_3210, 0x0123_4567_89AB_CDEF
 
 
 @pytest.fixture
@@ -100,6 +103,109 @@ async def test_each_token_may_do_what_it_is_for(authority: Authority) -> None:
             assert [report async for report in admin.scrub()]
             assert await admin.delete([KEY]) == 1
     assert refused == ["not_allowed"] * 3  # the listing is counted by the service
+
+
+async def test_a_token_writes_in_its_own_namespace_only(authority: Authority) -> None:
+    ours, theirs, nobody = (
+        bearing(authority, Right.WRITE, name) for name in ("ours", "theirs", "nobody")
+    )
+    admin = bearing(authority, Right.ADMIN)
+    assert authority.bind("ours", OURS) == 1
+    assert authority.bind("theirs", THEIRS) == 1
+    later = bearing(authority, Right.WRITE, "ours")  # bound as those before
+    refused: list[str] = []
+    async with serving(authority, refused) as address:
+
+        async def put(shown: Credentials, namespace: int, size: int = 2000) -> bool:
+            key, data = blob(digest(shown.token, namespace, size), namespace=namespace, size=size)
+            async with BlobStoreClient(address, timeout_s=10.0, credentials=shown) as client:
+                try:
+                    return await client.put(key, data)
+                finally:
+                    async with BlobStoreClient(address, credentials=admin) as looking:
+                        held[namespace] = await looking.has([key]) == [True]
+
+        held: dict[int, bool] = {}
+        for shown in (ours, later):
+            assert await put(shown, OURS)
+            assert await put(shown, 0)  # of no namespace: as before
+            for tag, whose in ((THEIRS, "namespace theirs"), (77, "another namespace")):
+                for size in (2000, 9 << 20):
+                    with pytest.raises(WrongNamespaceError, match=whose) as found:
+                        await put(shown, tag, size)
+                    assert "certs bind ours" in str(found.value)
+                    assert not held[tag]
+        # A token of a namespace that nobody bound: what is not another's passes.
+        assert await put(nobody, 77)
+        assert await put(nobody, 0)
+        with pytest.raises(WrongNamespaceError, match="namespace ours"):
+            await put(nobody, OURS)
+        with pytest.raises(WrongNamespaceError, match="namespace ours"):
+            await put(theirs, OURS)
+        assert await put(admin, OURS)
+        assert await put(admin, THEIRS)
+        async with BlobStoreClient(address, credentials=admin) as client:
+            uses = {use.tag: use.blobs for use in (await client.stat()).namespaces}
+        assert uses == {0: 3, OURS: 3, THEIRS: 1, 77: 1}
+
+
+async def test_a_staged_blob_is_refused_as_well(authority: Authority) -> None:
+    ours = bearing(authority, Right.WRITE, "ours")
+    authority.bind("ours", OURS)
+    key, data = blob(namespace=THEIRS)
+    async with (
+        serving(authority, []) as address,
+        BlobStoreClient(address, timeout_s=10.0, credentials=ours) as client,
+    ):
+        with pytest.raises(WrongNamespaceError):
+            await client.put(key, data, stage=True)
+        with pytest.raises(BlobNotFoundError):
+            await client.commit([key])
+
+
+async def test_binding_is_followed_without_a_restart_and_undone(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "FOLLOW_S", 0.02)
+    ours = bearing(authority, Right.WRITE, "ours")
+    async with (
+        serving(authority, []) as address,
+        BlobStoreClient(address, timeout_s=10.0, credentials=ours) as client,
+    ):
+
+        async def taken() -> bool:
+            key, data = blob(digest(os.urandom(8)), namespace=THEIRS)
+            try:
+                return await client.put(key, data)
+            except WrongNamespaceError:
+                return False
+
+        assert await taken()
+        for tag, wanted in ((OURS, False), (0, True)):
+            authority.bind("ours", tag)
+            for _ in range(500):
+                if await taken() is wanted:
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                pytest.fail("the new list is not taken over")
+
+
+def test_a_tag_and_a_namespace_belong_together(authority: Authority, tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        authority.token(name, Right.WRITE)
+    authority.bind("ours", OURS)
+    with pytest.raises(ConfigError, match="that of ours"):
+        authority.bind("theirs", OURS)
+    with pytest.raises(ConfigError, match="has tokens"):
+        authority.bind("nobodys", 5)
+    entries = authority.entries()
+    tags = {entry.bearer.namespace: entry.bearer.tag for entry in entries}
+    assert tags == {"default": 0, "ours": OURS, "theirs": 0}
+    twice = [replace(e, bearer=replace(e.bearer, tag=OURS)) for e in entries]
+    save_entries(tmp_path / "t.json", twice)
+    with pytest.raises(ConfigError, match="belong together"):
+        load_entries(tmp_path / "t.json")
 
 
 async def test_no_token_and_a_wrong_one_are_refused_whole_uploads_too(
@@ -265,6 +371,8 @@ def test_machines_of_a_namespace_need_no_new_list_when_one_is_added(authority: A
         '"label": "", "issued": ""}]}',
         '{"version": 1, "tokens": [{"hash": "%s", "namespace": "..", "right": "read", '
         '"label": "", "issued": ""}]}' % ("0" * 64),
+        '{"version": 1, "tokens": [{"hash": "%s", "namespace": "x", "right": "read", '
+        '"label": "", "issued": "", "tag": "12"}]}' % ("0" * 64),
     ],
 )
 def test_damaged_lists_of_tokens_are_refused(tmp_path: Path, text: str) -> None:
@@ -289,7 +397,7 @@ def test_a_token_that_others_could_read_is_refused(authority: Authority) -> None
 
 
 def test_a_list_round_trips(tmp_path: Path) -> None:
-    entries = [issue_token(f"n{i}", right, "label")[1] for i, right in enumerate(Right)]
+    entries = [issue_token(f"n{i}", right, "label", i)[1] for i, right in enumerate(Right)]
     save_entries(tmp_path / "t.json", entries)
     assert load_entries(tmp_path / "t.json") == entries
     assert os.stat(tmp_path / "t.json").st_mode & 0o077 == 0  # noqa: PTH116

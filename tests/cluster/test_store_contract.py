@@ -20,6 +20,7 @@ from store_samples import (
     digest,
     local_store,
     pages,
+    put,
     query,
     served,
     tail,
@@ -29,6 +30,7 @@ from kvferry.cluster.client import BlobStoreClient
 from kvferry.cluster.redis.hot import HotOptions, HotStore
 from kvferry.cluster.redis.link import RedisLink
 from kvferry.cluster.repository import ListQuery
+from kvferry.cluster.tag_rule import TagRule
 from kvferry.errors import (
     BlobNotFoundError,
     BlobTooLargeError,
@@ -36,6 +38,7 @@ from kvferry.errors import (
     FerryError,
     IdentityMismatchError,
     ProtocolError,
+    WrongNamespaceError,
 )
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import blob_pb2
@@ -371,3 +374,19 @@ async def test_stat_and_scrub_of_a_healthy_store(store: Store) -> None:
     assert (reports[-1].checked, reports[-1].total) == (3, 3)
     assert all(not r.findings for r in reports)
     assert await store.has([key for key, _ in made]) == [True] * 3
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "bucket", "file behind redis"])
+async def test_a_writer_is_held_to_its_own_namespace(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, clock: Clock
+) -> None:
+    rule = TagRule("guests", own=7, others={8: "ours"})
+    async with opened(kind, request, tmp_path / "root", clock) as store:
+        for tag, stage in ((8, False), (9, False), (8, True)):
+            key, data = blob(digest(tag), namespace=tag, size=20_000)
+            with pytest.raises(WrongNamespaceError):
+                await put(store, key, data, chunk=3000, rule=rule, stage=stage)
+            assert await store.has([key]) == [False]
+        for tag in (0, 7):
+            assert await put(store, *blob(digest(tag), namespace=tag), rule=rule)
+        assert (await store.stat()).blobs == 2

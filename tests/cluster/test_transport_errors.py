@@ -27,6 +27,7 @@ SAMPLES: list[FerryError] = [
     errors.StoreTimeoutError("store:1", "late"),
     errors.TokenRefusedError("store:1", "not known there"),
     errors.NotAllowedError("Put", "write", "read"),
+    errors.WrongNamespaceError("0123456789abcdef", "ours", "guests"),
     errors.NotLeaderError("coordinator a:1", "b:2"),
     errors.StoreFullError("here", 10, 3),
     errors.QueueFullError("uploads", 7),

@@ -30,7 +30,7 @@ class BucketPut:
 
     def __init__(self, changes: Changes, spec: PutSpec) -> None:
         self._changes, self._spec = changes, spec
-        self._check = PutCheck(spec.key, spec.size, changes.limits.max_blob_bytes)
+        self._check = PutCheck(spec, changes.limits.max_blob_bytes)
         self._opened = time.monotonic()
         now = changes.clock()
         self._ends = int(now) + spec.ttl_s if spec.ttl_s else 0
