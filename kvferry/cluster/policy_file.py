@@ -41,7 +41,7 @@ DEFAULT_TTL_S = 86_400
 DEFAULT_HYSTERESIS = 0.05
 _POLICY_KEYS = (
     "name", "rules", "when", "tail", "accept", "idle_s", "memory_mark", "min_tokens",
-    "budget_nats", "switch", "tier",
+    "budget_nats", "switch", "tier", "tier_trigger",
 )  # fmt: skip
 _RULE_KEYS = ("layers", "model", "node", "codec", "options", "decided")
 _TAIL_KEYS = ("codec", "options", "ttl_s")
@@ -109,6 +109,7 @@ def _policy(table: Mapping[str, Any], name: str) -> pb.Policy:
         budget_nats=_number(table.get("budget_nats", 0), "budget_nats", "a number of nats"),
         switch=_switch(table["switch"]) if "switch" in table else None,
         tier=_text(table.get("tier", ""), "tier"),
+        tier_trigger=_flag(table.get("tier_trigger", False), "tier_trigger"),
     )
 
 
@@ -132,9 +133,7 @@ def _rules(table: Mapping[str, Any], where: str) -> list[pb.LayerRule]:
     options = _options(table.get("options", {}), f"{where}.options")
     model = _text(table.get("model", ""), f"{where}.model").lower()
     node = _text(table.get("node", ""), f"{where}.node")
-    decided = table.get("decided", False)
-    if not isinstance(decided, bool):
-        raise ConfigError(f"{where}.decided", decided, "true or false")
+    decided = _flag(table.get("decided", False), f"{where}.decided")
     spans = table.get("layers", "all")
     rules = []
     for span in spans if isinstance(spans, list) else [spans]:
@@ -204,6 +203,12 @@ def _whole(value: object, where: str, low: int, high: int) -> int:
     return value
 
 
+def _flag(value: object, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(where, value, "true or false")
+    return value
+
+
 def _number(value: object, where: str, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(where, value, allowed)
@@ -238,6 +243,8 @@ def dump_policy(policy: pb.Policy) -> str:
     ]
     if policy.tier:
         lines.append(f"tier = {json.dumps(policy.tier, ensure_ascii=False)}")
+    if policy.tier_trigger:
+        lines.append("tier_trigger = true")
     if policy.HasField("switch"):
         lines += ["", "[switch]"]
         lines += [f"{name} = {getattr(policy.switch, name)!r}" for name in _SWITCH_KEYS]

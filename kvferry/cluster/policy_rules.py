@@ -103,6 +103,8 @@ def check_policy(policy: pb.Policy) -> None:
         allowed = f"nats from 0 (rules stand as they are) to {MAX_BUDGET_NATS:g}"
         raise ConfigError("budget_nats", policy.budget_nats, allowed)
     _check_switch(policy.switch)
+    if policy.tier_trigger and pb.TRIGGER_MEMORY_PRESSURE not in policy.when:
+        raise ConfigError("tier_trigger", True, "left out: memory pressure decides it")
     if policy.tier and not _NAME.fullmatch(policy.tier):
         raise ConfigError("tier", policy.tier[:80], "left out: memory pressure decides it")
 

@@ -34,8 +34,13 @@ class Triggers:
 
     async def watch(self) -> None:
         """Tell hooks of memory pressure and idleness, for ever."""
+        named = False
         while True:
             policy = self._policy()
+            if pb.TRIGGER_MEMORY_PRESSURE not in policy.when:
+                named = False
+            elif not named:  # for a policy that comes to name it, pressure begins now
+                named, self._pressure = True, PressureWatch()
             if self._pressure.update(memory_used_share(), policy.memory_mark):
                 self.fire(pb.TRIGGER_MEMORY_PRESSURE)
             if self._idle.update(policy.idle_s):

@@ -161,6 +161,22 @@ def test_a_tier_has_the_larger_budget_also_for_models_without_a_curve() -> None:
     assert look(facts(back, *UNLIKE)).rings[0].now.kl <= 0.005 * 1.001
 
 
+def test_an_emergency_adds_the_pressure_trigger_and_takes_it_back() -> None:
+    base = policies.default_policy()
+    base.switch.CopyFrom(pb.PressureSwitch(memory_emergency=0.9, hysteresis=0.1))
+    policy = settled(base, *UNLIKE, memory_used_share=0.95)
+    assert policy.tier == "memory_emergency"
+    assert pb.TRIGGER_MEMORY_PRESSURE in policy.when
+    assert policies.parse_policy(policies.dump_policy(policy).encode()) == policy
+    assert base_of(policy) == base
+    assert list(settled(policy, *UNLIKE, memory_used_share=0.5).when) == list(base.when)
+    # An operator who named it himself keeps it.
+    base.when.append(pb.TRIGGER_MEMORY_PRESSURE)
+    held = settled(base, *UNLIKE, memory_used_share=0.95)
+    assert not held.tier_trigger
+    assert list(settled(held, *UNLIKE, memory_used_share=0.5).when) == list(base.when)
+
+
 def test_sets_of_nodes_are_found_whatever_their_splits() -> None:
     holders = [
         holder("a", (0, 4)), holder("b", (4, 8)), holder("c", (0, 8)),

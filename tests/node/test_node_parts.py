@@ -3,6 +3,7 @@
 import asyncio
 import stat
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kvferry.node.journal import Journal, Pending
 from kvferry.node.pressure import IdleWatch, PressureWatch, memory_used_share
 from kvferry.node.spool import Spool
 from kvferry.node.state import NodeState
+from kvferry.node.triggers import Triggers
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 
@@ -110,6 +112,20 @@ def test_pressure_is_said_once_until_it_is_over() -> None:
     ]  # fmt: skip
     assert not watch.update(0.99, 0.0)
     assert 0.0 < memory_used_share() < 1.0
+
+
+async def test_a_policy_that_comes_to_name_pressure_finds_it_beginning() -> None:
+    policy = pb.Policy(memory_mark=0.001, when=[pb.TRIGGER_TURN_END])
+    fired: Counter[str] = Counter()
+    triggers = Triggers(EventHub(), IdleWatch(), lambda: policy, fired)
+    watch = asyncio.create_task(triggers.watch())
+    await asyncio.sleep(0.1)
+    assert fired["trigger_memory_pressure"] == 1  # told once, and again only after it is over
+    policy.when.append(pb.TRIGGER_MEMORY_PRESSURE)
+    async with asyncio.timeout(20):
+        while fired["trigger_memory_pressure"] == 1:
+            await asyncio.sleep(0.05)
+    watch.cancel()
 
 
 def test_idle_is_said_once_after_activity() -> None:

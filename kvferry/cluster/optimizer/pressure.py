@@ -10,7 +10,8 @@ TIER_BUDGETS: Mapping[str, float] = {
     "high_compression": 0.02,
     "memory_emergency": 0.1,
 }
-SWITCHED = ("high_compression", "memory_emergency")
+EMERGENCY = "memory_emergency"
+SWITCHED = ("high_compression", EMERGENCY)
 
 
 def next_tier(marks: pb.PressureSwitch, tier: str, used_share: float) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvferry.cluster.optimizer.ladder import AFFINE_BITS, EXACT_BITS, Choice, Ints, Ladder
+from kvferry.cluster.optimizer.pressure import EMERGENCY
 from kvferry.cluster.optimizer.problem import Holder, Range
 from kvferry.cluster.policy_match import layer_rules
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -23,6 +24,9 @@ def base_of(policy: pb.Policy) -> pb.Policy:
     del base.rules[:]
     base.rules.extend(rule for rule in policy.rules if not rule.decided)
     base.tier = ""
+    if base.tier_trigger:
+        base.when.remove(pb.TRIGGER_MEMORY_PRESSURE)
+        base.tier_trigger = False
     return base
 
 
@@ -138,11 +142,16 @@ def compose(base: pb.Policy, decided: Decided, tier: str, tier_budget: float) ->
 
     Rules that leave the coding open are preceded, under a tier, by their like with the
     tier's budget: for models without a curve, and nodes that nothing was decided for.
+    In an emergency, what waits for another moment is stored under memory pressure too, as
+    the built-in policy of that name has it.
     """
     made = base_of(base)
     operators = list(made.rules)
     del made.rules[:]
     made.tier = tier
+    if tier == EMERGENCY and pb.TRIGGER_MEMORY_PRESSURE not in made.when:
+        made.when.append(pb.TRIGGER_MEMORY_PRESSURE)
+        made.tier_trigger = True
     for (node, model), runs in sorted(decided.runs.items()):
         for (start, end), choice in runs:
             made.rules.add(

@@ -214,6 +214,7 @@ class Policy(google.protobuf.message.Message):
     BUDGET_NATS_FIELD_NUMBER: builtins.int
     SWITCH_FIELD_NUMBER: builtins.int
     TIER_FIELD_NUMBER: builtins.int
+    TIER_TRIGGER_FIELD_NUMBER: builtins.int
     version: builtins.int
     name: builtins.str
     idle_s: builtins.int
@@ -228,6 +229,8 @@ class Policy(google.protobuf.message.Message):
     """What the optimizer may spend, in nats of mean KL; 0: rules stand as they are."""
     tier: builtins.str
     """held for memory pressure now; empty: none"""
+    tier_trigger: builtins.bool
+    """the tier has added memory_pressure to `when`"""
     @property
     def rules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LayerRule]: ...
     @property
@@ -256,9 +259,10 @@ class Policy(google.protobuf.message.Message):
         budget_nats: builtins.float = ...,
         switch: Global___PressureSwitch | None = ...,
         tier: builtins.str = ...,
+        tier_trigger: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["switch", b"switch", "tail", b"tail"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["accept", b"accept", "budget_nats", b"budget_nats", "idle_s", b"idle_s", "memory_mark", b"memory_mark", "min_tokens", b"min_tokens", "name", b"name", "rules", b"rules", "switch", b"switch", "tail", b"tail", "term", b"term", "tier", b"tier", "version", b"version", "when", b"when"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accept", b"accept", "budget_nats", b"budget_nats", "idle_s", b"idle_s", "memory_mark", b"memory_mark", "min_tokens", b"min_tokens", "name", b"name", "rules", b"rules", "switch", b"switch", "tail", b"tail", "term", b"term", "tier", b"tier", "tier_trigger", b"tier_trigger", "version", b"version", "when", b"when"]) -> None: ...
 
 Global___Policy: typing_extensions.TypeAlias = Policy
 
@@ -497,6 +501,22 @@ class HeartbeatRequest(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class DecodeValuesPerSEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NODE_ID_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     MEMORY_USED_SHARE_FIELD_NUMBER: builtins.int
@@ -512,6 +532,8 @@ class HeartbeatRequest(google.protobuf.message.Message):
     DRAINED_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
     EXO_FIELD_NUMBER: builtins.int
+    DECODE_VALUES_PER_S_FIELD_NUMBER: builtins.int
+    NEAR_BYTES_PER_S_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     incarnation: builtins.int
     memory_used_share: builtins.float
@@ -526,6 +548,8 @@ class HeartbeatRequest(google.protobuf.message.Message):
     """Grows within an incarnation, over heartbeats and goodbyes; a late one changes nothing.
     0: not counted.
     """
+    near_bytes_per_s: builtins.float
+    """what restores read out of the node's own tiers"""
     @property
     def links(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___LinkSample]: ...
     @property
@@ -539,6 +563,10 @@ class HeartbeatRequest(google.protobuf.message.Message):
     @property
     def exo(self) -> Global___ExoState:
         """left out: as before"""
+
+    @property
+    def decode_values_per_s(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Codec -> values that restores decode in a second; those that were measured."""
 
     def __init__(
         self,
@@ -558,9 +586,11 @@ class HeartbeatRequest(google.protobuf.message.Message):
         drained: builtins.bool = ...,
         sequence: builtins.int = ...,
         exo: Global___ExoState | None = ...,
+        decode_values_per_s: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        near_bytes_per_s: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["exo", b"exo"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["counters", b"counters", "curves", b"curves", "decode_tokens_per_s", b"decode_tokens_per_s", "drained", b"drained", "exo", b"exo", "free_disk_bytes", b"free_disk_bytes", "incarnation", b"incarnation", "links", b"links", "memory_used_share", b"memory_used_share", "node_id", b"node_id", "phase", b"phase", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "sequence", b"sequence", "shards", b"shards"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["counters", b"counters", "curves", b"curves", "decode_tokens_per_s", b"decode_tokens_per_s", "decode_values_per_s", b"decode_values_per_s", "drained", b"drained", "exo", b"exo", "free_disk_bytes", b"free_disk_bytes", "incarnation", b"incarnation", "links", b"links", "memory_used_share", b"memory_used_share", "near_bytes_per_s", b"near_bytes_per_s", "node_id", b"node_id", "phase", b"phase", "policy_version", b"policy_version", "prefill_tokens_per_s", b"prefill_tokens_per_s", "sequence", b"sequence", "shards", b"shards"]) -> None: ...
 
 Global___HeartbeatRequest: typing_extensions.TypeAlias = HeartbeatRequest
 
@@ -973,6 +1003,10 @@ class Decision(google.protobuf.message.Message):
     NODES_FIELD_NUMBER: builtins.int
     PARTS_FIELD_NUMBER: builtins.int
     TIER_FIELD_NUMBER: builtins.int
+    PREFILL_S_FIELD_NUMBER: builtins.int
+    PAYS_FROM_TOKENS_FIELD_NUMBER: builtins.int
+    NEVER_PAYS_FIELD_NUMBER: builtins.int
+    NOT_STORED_FIELD_NUMBER: builtins.int
     model_id: builtins.bytes
     budget_nats: builtins.float
     kl_nats: builtins.float
@@ -984,6 +1018,14 @@ class Decision(google.protobuf.message.Message):
     why: builtins.str
     """in one sentence, what holds"""
     tier: builtins.str
+    prefill_s: builtins.float
+    """of as many tokens; 0: not measured"""
+    pays_from_tokens: builtins.int
+    """A restore of fewer is computed sooner; 0: not known."""
+    never_pays: builtins.bool
+    """whatever the length"""
+    not_stored: builtins.bool
+    """for that reason"""
     @property
     def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___NodeShare]: ...
     @property
@@ -1001,8 +1043,12 @@ class Decision(google.protobuf.message.Message):
         nodes: collections.abc.Iterable[Global___NodeShare] | None = ...,
         parts: collections.abc.Iterable[Global___PartChoice] | None = ...,
         tier: builtins.str = ...,
+        prefill_s: builtins.float = ...,
+        pays_from_tokens: builtins.int = ...,
+        never_pays: builtins.bool = ...,
+        not_stored: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["budget_nats", b"budget_nats", "kl_nats", b"kl_nats", "model_id", b"model_id", "nodes", b"nodes", "parts", b"parts", "seconds", b"seconds", "slowest", b"slowest", "tier", b"tier", "tokens", b"tokens", "why", b"why"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget_nats", b"budget_nats", "kl_nats", b"kl_nats", "model_id", b"model_id", "never_pays", b"never_pays", "nodes", b"nodes", "not_stored", b"not_stored", "parts", b"parts", "pays_from_tokens", b"pays_from_tokens", "prefill_s", b"prefill_s", "seconds", b"seconds", "slowest", b"slowest", "tier", b"tier", "tokens", b"tokens", "why", b"why"]) -> None: ...
 
 Global___Decision: typing_extensions.TypeAlias = Decision
 
@@ -1017,6 +1063,8 @@ class NodeShare(google.protobuf.message.Message):
     BYTES_FIELD_NUMBER: builtins.int
     SECONDS_FIELD_NUMBER: builtins.int
     MEASURED_FIELD_NUMBER: builtins.int
+    BEST_SOURCE_FIELD_NUMBER: builtins.int
+    BEST_BYTES_PER_S_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     bytes_per_s: builtins.float
     """as decided with, from and to the store"""
@@ -1026,6 +1074,11 @@ class NodeShare(google.protobuf.message.Message):
     seconds: builtins.float
     measured: builtins.bool
     """false: its link is taken to be as the others'"""
+    best_source: builtins.str
+    """The quickest that may have its part, by which it is judged whether restores pay.
+    "store", "itself", or a node
+    """
+    best_bytes_per_s: builtins.float
     def __init__(
         self,
         *,
@@ -1036,8 +1089,10 @@ class NodeShare(google.protobuf.message.Message):
         bytes: builtins.int = ...,
         seconds: builtins.float = ...,
         measured: builtins.bool = ...,
+        best_source: builtins.str = ...,
+        best_bytes_per_s: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "bytes_per_s", b"bytes_per_s", "decode_s", b"decode_s", "latency_s", b"latency_s", "measured", b"measured", "node_id", b"node_id", "seconds", b"seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["best_bytes_per_s", b"best_bytes_per_s", "best_source", b"best_source", "bytes", b"bytes", "bytes_per_s", b"bytes_per_s", "decode_s", b"decode_s", "latency_s", b"latency_s", "measured", b"measured", "node_id", b"node_id", "seconds", b"seconds"]) -> None: ...
 
 Global___NodeShare: typing_extensions.TypeAlias = NodeShare
 

@@ -26,7 +26,7 @@ from kvferry.proto.v1 import blob_pb2 as kvferry_dot_proto_dot_v1_dot_blob__pb2
 from kvferry.proto.v1 import coordinator_pb2 as kvferry_dot_proto_dot_v1_dot_coordinator__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvferry/proto/v1/node.proto\x12\nkvferry.v1\x1a\x1bkvferry/proto/v1/blob.proto\x1a\"kvferry/proto/v1/coordinator.proto\"@\n\x0c\x41\x64mitRequest\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.kvferry.v1.BlobKey\x12\r\n\x05\x61gain\x18\x02 \x01(\x08\"4\n\nAdmitReply\x12&\n\x07\x61nswers\x18\x01 \x03(\x0e\x32\x15.kvferry.v1.Admission\"2\n\rLocateRequest\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.kvferry.v1.BlobKey\"\x18\n\x06Places\x12\x0e\n\x06places\x18\x01 \x03(\t\"@\n\x0bLocateReply\x12!\n\x05\x62lobs\x18\x01 \x03(\x0b\x32\x12.kvferry.v1.Places\x12\x0e\n\x06silent\x18\x02 \x03(\t\"D\n\x0cHelloRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12$\n\x05shard\x18\x02 \x01(\x0b\x32\x15.kvferry.v1.ShardInfo\"\x82\x01\n\nHelloReply\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x16\n\x0enamespace_salt\x18\x02 \x01(\x0c\x12\"\n\x06policy\x18\x03 \x01(\x0b\x32\x12.kvferry.v1.Policy\x12\x16\n\x0emax_blob_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07version\x18\x05 \x01(\t\"$\n\x12WatchEventsRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\"|\n\tNodeEvent\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x12.kvferry.v1.PolicyH\x00\x12&\n\x07trigger\x18\x02 \x01(\x0e\x32\x13.kvferry.v1.TriggerH\x00\x12\x18\n\x0enamespace_salt\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"\x93\x03\n\nHookReport\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12*\n\x07restore\x18\x02 \x01(\x0b\x32\x19.kvferry.v1.RestoreReport\x12\x32\n\x06misses\x18\x03 \x03(\x0b\x32\".kvferry.v1.HookReport.MissesEntry\x12\x30\n\x05\x64rops\x18\x04 \x03(\x0b\x32!.kvferry.v1.HookReport.DropsEntry\x12\x1c\n\x14prefill_tokens_per_s\x18\x05 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x06 \x01(\x01\x12$\n\x05shard\x18\x07 \x01(\x0b\x32\x15.kvferry.v1.ShardInfo\x12%\n\x05\x63urve\x18\x14 \x01(\x0b\x32\x16.kvferry.v1.ModelCurve\x1a-\n\x0bMissesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nDropsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\'\n\x0fHookReportReply\x12\x14\n\x0c\x63urve_wanted\x18\x14 \x01(\x08\"\"\n\x0c\x46lushRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"+\n\nFlushReply\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\x0f\n\x07pending\x18\x02 \x01(\r\"\x13\n\x11NodeStatusRequest\"N\n\nTierStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62lobs\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\"\xa9\x05\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12%\n\x05tiers\x18\x04 \x03(\x0b\x32\x16.kvferry.v1.TierStatus\x12\x17\n\x0fuploads_pending\x18\x05 \x01(\r\x12\x1d\n\x15uploads_pending_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fstore_reachable\x18\x07 \x01(\x08\x12\x1d\n\x15\x63oordinator_reachable\x18\x08 \x01(\x08\x12\x16\n\x0epolicy_version\x18\t \x01(\x04\x12\x13\n\x0bpolicy_name\x18\n \x01(\t\x12&\n\x05peers\x18\x0b \x03(\x0b\x32\x17.kvferry.v1.NodeAddress\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\x12\x36\n\x08\x63ounters\x18\r \x03(\x0b\x32$.kvferry.v1.NodeStatus.CountersEntry\x12\x1c\n\x14prefill_tokens_per_s\x18\x0e \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x0f \x01(\x01\x12%\n\x05links\x18\x10 \x03(\x0b\x32\x16.kvferry.v1.LinkSample\x12\x0e\n\x06unix_s\x18\x11 \x01(\x01\x12$\n\x05phase\x18\x1e \x01(\x0e\x32\x15.kvferry.v1.NodePhase\x12\x0f\n\x07\x64rained\x18\x1f \x01(\x08\x12!\n\x03\x65xo\x18  \x01(\x0b\x32\x14.kvferry.v1.ExoState\x12+\n\x0b\x64isk_writes\x18\x32 \x01(\x0b\x32\x16.kvferry.v1.DiskWrites\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"~\n\nDiskWrites\x12\r\n\x05today\x18\x01 \x01(\x04\x12\x16\n\x0e\x62udget_per_day\x18\x02 \x01(\x04\x12\x0f\n\x07per_day\x18\x03 \x01(\x01\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x11\n\tendurance\x18\x05 \x01(\x04\x12\x16\n\x0elifetime_years\x18\x06 \x01(\x01*h\n\tAdmission\x12\x19\n\x15\x41\x44MISSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x44MISSION_WANTED\x10\x01\x12\x12\n\x0e\x41\x44MISSION_HELD\x10\x02\x12\x16\n\x12\x41\x44MISSION_DECLINED\x10\x03\x32\xbd\x03\n\x04Node\x12\x39\n\x05Hello\x12\x18.kvferry.v1.HelloRequest\x1a\x16.kvferry.v1.HelloReply\x12\x46\n\x0bWatchEvents\x12\x1e.kvferry.v1.WatchEventsRequest\x1a\x15.kvferry.v1.NodeEvent0\x01\x12=\n\x06Report\x12\x16.kvferry.v1.HookReport\x1a\x1b.kvferry.v1.HookReportReply\x12\x39\n\x05\x46lush\x12\x18.kvferry.v1.FlushRequest\x1a\x16.kvferry.v1.FlushReply\x12?\n\x06Status\x12\x1d.kvferry.v1.NodeStatusRequest\x1a\x16.kvferry.v1.NodeStatus\x12<\n\x06Locate\x12\x19.kvferry.v1.LocateRequest\x1a\x17.kvferry.v1.LocateReply\x12\x39\n\x05\x41\x64mit\x12\x18.kvferry.v1.AdmitRequest\x1a\x16.kvferry.v1.AdmitReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvferry/proto/v1/node.proto\x12\nkvferry.v1\x1a\x1bkvferry/proto/v1/blob.proto\x1a\"kvferry/proto/v1/coordinator.proto\"@\n\x0c\x41\x64mitRequest\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.kvferry.v1.BlobKey\x12\r\n\x05\x61gain\x18\x02 \x01(\x08\"4\n\nAdmitReply\x12&\n\x07\x61nswers\x18\x01 \x03(\x0e\x32\x15.kvferry.v1.Admission\"2\n\rLocateRequest\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.kvferry.v1.BlobKey\"\x18\n\x06Places\x12\x0e\n\x06places\x18\x01 \x03(\t\"@\n\x0bLocateReply\x12!\n\x05\x62lobs\x18\x01 \x03(\x0b\x32\x12.kvferry.v1.Places\x12\x0e\n\x06silent\x18\x02 \x03(\t\"D\n\x0cHelloRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12$\n\x05shard\x18\x02 \x01(\x0b\x32\x15.kvferry.v1.ShardInfo\"\x82\x01\n\nHelloReply\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x16\n\x0enamespace_salt\x18\x02 \x01(\x0c\x12\"\n\x06policy\x18\x03 \x01(\x0b\x32\x12.kvferry.v1.Policy\x12\x16\n\x0emax_blob_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07version\x18\x05 \x01(\t\"$\n\x12WatchEventsRequest\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\"|\n\tNodeEvent\x12$\n\x06policy\x18\x01 \x01(\x0b\x32\x12.kvferry.v1.PolicyH\x00\x12&\n\x07trigger\x18\x02 \x01(\x0e\x32\x13.kvferry.v1.TriggerH\x00\x12\x18\n\x0enamespace_salt\x18\x03 \x01(\x0cH\x00\x42\x07\n\x05\x65vent\"\xb1\x04\n\nHookReport\x12\x0e\n\x06\x63lient\x18\x01 \x01(\t\x12*\n\x07restore\x18\x02 \x01(\x0b\x32\x19.kvferry.v1.RestoreReport\x12\x32\n\x06misses\x18\x03 \x03(\x0b\x32\".kvferry.v1.HookReport.MissesEntry\x12\x30\n\x05\x64rops\x18\x04 \x03(\x0b\x32!.kvferry.v1.HookReport.DropsEntry\x12\x1c\n\x14prefill_tokens_per_s\x18\x05 \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x06 \x01(\x01\x12$\n\x05shard\x18\x07 \x01(\x0b\x32\x15.kvferry.v1.ShardInfo\x12%\n\x05\x63urve\x18\x14 \x01(\x0b\x32\x16.kvferry.v1.ModelCurve\x12I\n\x13\x64\x65\x63ode_values_per_s\x18\x15 \x03(\x0b\x32,.kvferry.v1.HookReport.DecodeValuesPerSEntry\x12\x18\n\x10near_bytes_per_s\x18\x16 \x01(\x01\x1a-\n\x0bMissesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a,\n\nDropsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a\x37\n\x15\x44\x65\x63odeValuesPerSEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\'\n\x0fHookReportReply\x12\x14\n\x0c\x63urve_wanted\x18\x14 \x01(\x08\"\"\n\x0c\x46lushRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"+\n\nFlushReply\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\x0f\n\x07pending\x18\x02 \x01(\r\"\x13\n\x11NodeStatusRequest\"N\n\nTierStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62lobs\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x04\"\xa9\x05\n\nNodeStatus\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12%\n\x05tiers\x18\x04 \x03(\x0b\x32\x16.kvferry.v1.TierStatus\x12\x17\n\x0fuploads_pending\x18\x05 \x01(\r\x12\x1d\n\x15uploads_pending_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fstore_reachable\x18\x07 \x01(\x08\x12\x1d\n\x15\x63oordinator_reachable\x18\x08 \x01(\x08\x12\x16\n\x0epolicy_version\x18\t \x01(\x04\x12\x13\n\x0bpolicy_name\x18\n \x01(\t\x12&\n\x05peers\x18\x0b \x03(\x0b\x32\x17.kvferry.v1.NodeAddress\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\x12\x36\n\x08\x63ounters\x18\r \x03(\x0b\x32$.kvferry.v1.NodeStatus.CountersEntry\x12\x1c\n\x14prefill_tokens_per_s\x18\x0e \x01(\x01\x12\x1b\n\x13\x64\x65\x63ode_tokens_per_s\x18\x0f \x01(\x01\x12%\n\x05links\x18\x10 \x03(\x0b\x32\x16.kvferry.v1.LinkSample\x12\x0e\n\x06unix_s\x18\x11 \x01(\x01\x12$\n\x05phase\x18\x1e \x01(\x0e\x32\x15.kvferry.v1.NodePhase\x12\x0f\n\x07\x64rained\x18\x1f \x01(\x08\x12!\n\x03\x65xo\x18  \x01(\x0b\x32\x14.kvferry.v1.ExoState\x12+\n\x0b\x64isk_writes\x18\x32 \x01(\x0b\x32\x16.kvferry.v1.DiskWrites\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"~\n\nDiskWrites\x12\r\n\x05today\x18\x01 \x01(\x04\x12\x16\n\x0e\x62udget_per_day\x18\x02 \x01(\x04\x12\x0f\n\x07per_day\x18\x03 \x01(\x01\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x11\n\tendurance\x18\x05 \x01(\x04\x12\x16\n\x0elifetime_years\x18\x06 \x01(\x01*h\n\tAdmission\x12\x19\n\x15\x41\x44MISSION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x41\x44MISSION_WANTED\x10\x01\x12\x12\n\x0e\x41\x44MISSION_HELD\x10\x02\x12\x16\n\x12\x41\x44MISSION_DECLINED\x10\x03\x32\xbd\x03\n\x04Node\x12\x39\n\x05Hello\x12\x18.kvferry.v1.HelloRequest\x1a\x16.kvferry.v1.HelloReply\x12\x46\n\x0bWatchEvents\x12\x1e.kvferry.v1.WatchEventsRequest\x1a\x15.kvferry.v1.NodeEvent0\x01\x12=\n\x06Report\x12\x16.kvferry.v1.HookReport\x1a\x1b.kvferry.v1.HookReportReply\x12\x39\n\x05\x46lush\x12\x18.kvferry.v1.FlushRequest\x1a\x16.kvferry.v1.FlushReply\x12?\n\x06Status\x12\x1d.kvferry.v1.NodeStatusRequest\x1a\x16.kvferry.v1.NodeStatus\x12<\n\x06Locate\x12\x19.kvferry.v1.LocateRequest\x1a\x17.kvferry.v1.LocateReply\x12\x39\n\x05\x41\x64mit\x12\x18.kvferry.v1.AdmitRequest\x1a\x16.kvferry.v1.AdmitReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,10 +37,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOOKREPORT_MISSESENTRY']._serialized_options = b'8\001'
   _globals['_HOOKREPORT_DROPSENTRY']._loaded_options = None
   _globals['_HOOKREPORT_DROPSENTRY']._serialized_options = b'8\001'
+  _globals['_HOOKREPORT_DECODEVALUESPERSENTRY']._loaded_options = None
+  _globals['_HOOKREPORT_DECODEVALUESPERSENTRY']._serialized_options = b'8\001'
   _globals['_NODESTATUS_COUNTERSENTRY']._loaded_options = None
   _globals['_NODESTATUS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_ADMISSION']._serialized_start=2180
-  _globals['_ADMISSION']._serialized_end=2284
+  _globals['_ADMISSION']._serialized_start=2338
+  _globals['_ADMISSION']._serialized_end=2442
   _globals['_ADMITREQUEST']._serialized_start=108
   _globals['_ADMITREQUEST']._serialized_end=172
   _globals['_ADMITREPLY']._serialized_start=174
@@ -60,27 +62,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODEEVENT']._serialized_start=613
   _globals['_NODEEVENT']._serialized_end=737
   _globals['_HOOKREPORT']._serialized_start=740
-  _globals['_HOOKREPORT']._serialized_end=1143
-  _globals['_HOOKREPORT_MISSESENTRY']._serialized_start=1052
-  _globals['_HOOKREPORT_MISSESENTRY']._serialized_end=1097
-  _globals['_HOOKREPORT_DROPSENTRY']._serialized_start=1099
-  _globals['_HOOKREPORT_DROPSENTRY']._serialized_end=1143
-  _globals['_HOOKREPORTREPLY']._serialized_start=1145
-  _globals['_HOOKREPORTREPLY']._serialized_end=1184
-  _globals['_FLUSHREQUEST']._serialized_start=1186
-  _globals['_FLUSHREQUEST']._serialized_end=1220
-  _globals['_FLUSHREPLY']._serialized_start=1222
-  _globals['_FLUSHREPLY']._serialized_end=1265
-  _globals['_NODESTATUSREQUEST']._serialized_start=1267
-  _globals['_NODESTATUSREQUEST']._serialized_end=1286
-  _globals['_TIERSTATUS']._serialized_start=1288
-  _globals['_TIERSTATUS']._serialized_end=1366
-  _globals['_NODESTATUS']._serialized_start=1369
-  _globals['_NODESTATUS']._serialized_end=2050
-  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_start=2003
-  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_end=2050
-  _globals['_DISKWRITES']._serialized_start=2052
-  _globals['_DISKWRITES']._serialized_end=2178
-  _globals['_NODE']._serialized_start=2287
-  _globals['_NODE']._serialized_end=2732
+  _globals['_HOOKREPORT']._serialized_end=1301
+  _globals['_HOOKREPORT_MISSESENTRY']._serialized_start=1153
+  _globals['_HOOKREPORT_MISSESENTRY']._serialized_end=1198
+  _globals['_HOOKREPORT_DROPSENTRY']._serialized_start=1200
+  _globals['_HOOKREPORT_DROPSENTRY']._serialized_end=1244
+  _globals['_HOOKREPORT_DECODEVALUESPERSENTRY']._serialized_start=1246
+  _globals['_HOOKREPORT_DECODEVALUESPERSENTRY']._serialized_end=1301
+  _globals['_HOOKREPORTREPLY']._serialized_start=1303
+  _globals['_HOOKREPORTREPLY']._serialized_end=1342
+  _globals['_FLUSHREQUEST']._serialized_start=1344
+  _globals['_FLUSHREQUEST']._serialized_end=1378
+  _globals['_FLUSHREPLY']._serialized_start=1380
+  _globals['_FLUSHREPLY']._serialized_end=1423
+  _globals['_NODESTATUSREQUEST']._serialized_start=1425
+  _globals['_NODESTATUSREQUEST']._serialized_end=1444
+  _globals['_TIERSTATUS']._serialized_start=1446
+  _globals['_TIERSTATUS']._serialized_end=1524
+  _globals['_NODESTATUS']._serialized_start=1527
+  _globals['_NODESTATUS']._serialized_end=2208
+  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_start=2161
+  _globals['_NODESTATUS_COUNTERSENTRY']._serialized_end=2208
+  _globals['_DISKWRITES']._serialized_start=2210
+  _globals['_DISKWRITES']._serialized_end=2336
+  _globals['_NODE']._serialized_start=2445
+  _globals['_NODE']._serialized_end=2890
 # @@protoc_insertion_point(module_scope)

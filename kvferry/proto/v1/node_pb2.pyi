@@ -267,6 +267,22 @@ class HookReport(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class DecodeValuesPerSEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     CLIENT_FIELD_NUMBER: builtins.int
     RESTORE_FIELD_NUMBER: builtins.int
     MISSES_FIELD_NUMBER: builtins.int
@@ -275,9 +291,12 @@ class HookReport(google.protobuf.message.Message):
     DECODE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     SHARD_FIELD_NUMBER: builtins.int
     CURVE_FIELD_NUMBER: builtins.int
+    DECODE_VALUES_PER_S_FIELD_NUMBER: builtins.int
+    NEAR_BYTES_PER_S_FIELD_NUMBER: builtins.int
     client: builtins.str
     prefill_tokens_per_s: builtins.float
     decode_tokens_per_s: builtins.float
+    near_bytes_per_s: builtins.float
     @property
     def restore(self) -> kvferry.proto.v1.coordinator_pb2.RestoreReport: ...
     @property
@@ -292,6 +311,10 @@ class HookReport(google.protobuf.message.Message):
     def curve(self) -> kvferry.proto.v1.coordinator_pb2.ModelCurve:
         """the one that the shard names"""
 
+    @property
+    def decode_values_per_s(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """by codec"""
+
     def __init__(
         self,
         *,
@@ -303,9 +326,11 @@ class HookReport(google.protobuf.message.Message):
         decode_tokens_per_s: builtins.float = ...,
         shard: kvferry.proto.v1.coordinator_pb2.ShardInfo | None = ...,
         curve: kvferry.proto.v1.coordinator_pb2.ModelCurve | None = ...,
+        decode_values_per_s: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        near_bytes_per_s: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["curve", b"curve", "restore", b"restore", "shard", b"shard"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["client", b"client", "curve", b"curve", "decode_tokens_per_s", b"decode_tokens_per_s", "drops", b"drops", "misses", b"misses", "prefill_tokens_per_s", b"prefill_tokens_per_s", "restore", b"restore", "shard", b"shard"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client", b"client", "curve", b"curve", "decode_tokens_per_s", b"decode_tokens_per_s", "decode_values_per_s", b"decode_values_per_s", "drops", b"drops", "misses", b"misses", "near_bytes_per_s", b"near_bytes_per_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "restore", b"restore", "shard", b"shard"]) -> None: ...
 
 Global___HookReport: typing_extensions.TypeAlias = HookReport
 
