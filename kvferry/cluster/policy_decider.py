@@ -14,7 +14,7 @@ from kvferry.cluster.curves import CurveBook
 from kvferry.cluster.optimizer.decide import Facts, Outlook, keys_of
 from kvferry.cluster.optimizer.deliberate import Deliberation
 from kvferry.cluster.optimizer.explain import explain_rings
-from kvferry.cluster.optimizer.problem import Holder
+from kvferry.cluster.optimizer.holder import Holder
 from kvferry.cluster.optimizer.rules import Decided
 from kvferry.cluster.policy_keeper import PolicyKeeper
 from kvferry.cluster.state import MemberState

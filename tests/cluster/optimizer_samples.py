@@ -1,10 +1,10 @@
 """Small curves and clusters for the optimizer's tests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kvferry.cluster.optimizer.problem import Holder
+from kvferry.cluster.optimizer.holder import Holder
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 MODEL = bytes(range(32))
@@ -50,6 +50,9 @@ def holder(
     heads: tuple[int, int] = (0, 1),
     latency_s: float = 0.0,
     decode: float = 0.0,
+    prefill: float = 0.0,
+    codecs: Mapping[str, float] | None = None,
+    nearer: Mapping[str, float] | None = None,
 ) -> Holder:
     """A node with one part."""
     return Holder(
@@ -58,6 +61,9 @@ def holder(
         bytes_per_s=bytes_per_s,
         latency_s=latency_s,
         decode_tokens_per_s=decode,
+        prefill_tokens_per_s=prefill,
+        decode_values_per_s=tuple((codecs or {}).items()),
+        nearer=tuple((nearer or {}).items()),
     )
 
 

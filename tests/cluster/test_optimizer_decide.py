@@ -13,8 +13,8 @@ from kvferry.cluster import policy as policies
 from kvferry.cluster.optimizer.decide import Facts, look
 from kvferry.cluster.optimizer.deliberate import PATIENCE, Deliberation
 from kvferry.cluster.optimizer.explain import explain_rings
+from kvferry.cluster.optimizer.holder import Holder
 from kvferry.cluster.optimizer.pressure import next_tier
-from kvferry.cluster.optimizer.problem import Holder
 from kvferry.cluster.optimizer.rings import make_rings, mixture
 from kvferry.cluster.optimizer.rules import base_of
 from kvferry.proto.v1 import coordinator_pb2 as pb

@@ -68,6 +68,47 @@ def test_no_choice_is_better_than_what_was_found(seed: int) -> None:
     assert plan.deadline == pytest.approx(best, rel=1e-6)
 
 
+def slowest_of(problem: Problem, node: int) -> dict[float, tuple[float, float]]:
+    """KL -> bits and least time of a node's choices: never less than those with fewer bits."""
+    held = np.flatnonzero(problem.share[node])
+    alone = replace(problem, share=problem.share * (np.arange(len(problem.share)) == node)[:, None])
+    found = []
+    for columns in itertools.product(range(len(problem.ladder.choices)), repeat=len(held)):
+        choice = np.zeros(problem.share.shape, dtype=np.int64)
+        choice[node, held] = columns
+        plan = plan_of(alone, choice)
+        found.append((plan.bits[node], plan.kl, plan.seconds[node]))
+    left, least, latest = {}, np.inf, 0.0
+    for bits, kl, seconds in sorted(found):
+        if kl < least:
+            least, latest = kl, max(latest, seconds)
+            left[kl] = (bits, latest)
+    return left
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_choice_is_better_where_codecs_take_unlike_long_to_decode(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    problem = unlike_codecs(small(rng, groups=int(rng.integers(1, 4)), choices=5), rng)
+    plan = solve(problem, spread=np.inf)
+    assert plan.kl <= problem.budget * (1 + LIMIT)
+    each = [slowest_of(problem, node) for node in range(len(problem.share))]
+    best = np.inf
+    for kls in itertools.product(*each):
+        if sum(kls) <= problem.budget:
+            best = min(best, max(of[kl][1] for of, kl in zip(each, kls, strict=True)))
+    assert plan.bound == pytest.approx(best, rel=1e-6)
+    assert plan.deadline <= plan.bound * (1 + 1e-12)
+
+
+def unlike_codecs(problem: Problem, rng: np.random.Generator) -> Problem:
+    """Nodes whose codecs differ by as much as a link does."""
+    codecs = sorted({choice.codec for choice in problem.ladder.choices})
+    each = 10 ** rng.uniform(-9.5, -6.5, (len(problem.share), len(codecs)))
+    column = [codecs.index(choice.codec) for choice in problem.ladder.choices]
+    return replace(problem, decode=each[:, column])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_walking_along_hulls_is_as_good_as_all_combinations_but_for_one_rung(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -115,10 +156,14 @@ def test_the_budget_is_kept(seed: int) -> None:
     assert kept(solve(cluster(seed)))
 
 
-@given(_cases, st.integers(0, 23), st.floats(1.0, 1000.0))
-@settings(max_examples=60, deadline=None)
-def test_more_bandwidth_never_makes_a_restore_slower(seed: int, which: int, more: float) -> None:
+@given(_cases, st.integers(0, 23), st.floats(1.0, 1000.0), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_more_bandwidth_never_makes_a_restore_slower(
+    seed: int, which: int, more: float, unlike: bool
+) -> None:
     problem = cluster(seed)
+    if unlike:
+        problem = unlike_codecs(problem, np.random.default_rng(seed))
     wider = problem.bandwidth.copy()
     wider[which % len(wider)] *= more
     before, after = solve(problem), solve(replace(problem, bandwidth=wider))
@@ -126,14 +171,19 @@ def test_more_bandwidth_never_makes_a_restore_slower(seed: int, which: int, more
     assert after.deadline <= after.bound
 
 
-@given(_cases, st.floats(1.0, 1000.0))
-@settings(max_examples=60, deadline=None)
-def test_a_larger_budget_never_gives_a_node_larger_blobs(seed: int, more: float) -> None:
+@given(_cases, st.floats(1.0, 1000.0), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_a_larger_budget_never_gives_a_node_larger_blobs(
+    seed: int, more: float, unlike: bool
+) -> None:
     problem = cluster(seed)
+    if unlike:
+        problem = unlike_codecs(problem, np.random.default_rng(seed))
     before = solve(problem)
     after = solve(replace(problem, budget=problem.budget * more))
     assert (after.bits <= before.bits * (1 + LIMIT)).all()
-    assert after.deadline <= before.deadline * (1 + LIMIT)
+    assert after.bound <= before.bound * (1 + LIMIT)
+    assert unlike or after.deadline <= before.deadline * (1 + LIMIT)
     assert kept(after)
 
 
@@ -192,6 +242,24 @@ def test_latency_and_decoding_count_as_much_as_bytes() -> None:
     unknown = [slow[0], holder("b", (4, 6), 10 * MB)]
     waits = make_problem(ladder, unknown, 0.01).waits
     assert waits.tolist() == pytest.approx([4096 / 8000, 4096 / 16000])
+
+
+def test_a_codec_is_judged_by_what_it_takes_this_node_to_decode() -> None:
+    made = curve()
+    made.groups[1].bits_per_token[:] = [9000.0, 9500.0, 9900.0]  # 8 bits are less, and better
+    ladder = make_ladder(made)
+    slow = holder("a", (0, 8), GB, decode=1e6, codecs={"ferry": 1e6, "affine": 1e9, "zstd": 1e8})
+    problem = make_problem(ladder, [slow], 0.02)
+    plan = solve(problem)
+    chosen = [ladder.choices[column].codec for column in plan.choice[0]]
+    assert chosen == ["ferry", "affine"]
+    carried = 4096 * plan.bits[0] / 8 / GB
+    assert plan.deadline == pytest.approx(carried + 4096 * (1000 / 1e6 + 1000 / 1e9))
+    # 8 bits would be here a hundred times sooner, and are larger all the same.
+    assert plan.bits[0] < 10_000
+    # Without a rate of its own a codec takes what all take together, or what others see.
+    both = [replace(slow, decode_values_per_s=()), holder("b", (4, 8), GB)]
+    assert not make_problem(ladder, both, 0.02).decode.size
 
 
 def test_a_link_that_nobody_measured_is_taken_to_be_as_the_others() -> None:

@@ -5,17 +5,21 @@ import time
 
 import numpy as np
 
+from kvferry.cluster.optimizer.holder import Holder
 from kvferry.cluster.optimizer.ladder import make_ladder
-from kvferry.cluster.optimizer.problem import Holder, make_problem
+from kvferry.cluster.optimizer.problem import make_problem
 from kvferry.cluster.optimizer.solve import solve
 from kvferry.proto.v1 import coordinator_pb2 as pb
+
+CODECS = ("affine", "ferry", "zstd")
 
 
 def measure(nodes: int = 64, groups: int = 100, repeats: int = 21) -> dict[str, float]:
     """Median milliseconds from curve and links to every node's choice for every group.
 
     The nodes share all layers (tensor-parallel), so that there are nodes x groups parts to
-    choose for: more than a pipeline of as many nodes has. Links and curves are random.
+    choose for: more than a pipeline of as many nodes has. Links, curves and what each codec
+    takes each node to decode are random.
 
     Returns: ``policy_ms``; ``policy_worst_ms``; ``policy_parts``.
     """
@@ -27,6 +31,7 @@ def measure(nodes: int = 64, groups: int = 100, repeats: int = 21) -> dict[str, 
             parts=(((0, groups), (node, node + 1)),),
             bytes_per_s=float(10 ** rng.uniform(6, 9)),
             latency_s=float(rng.uniform(1e-4, 1e-2)),
+            decode_values_per_s=tuple((name, float(10 ** rng.uniform(7, 9))) for name in CODECS),
         )
         for node in range(nodes)
     ]

@@ -4,10 +4,11 @@ The problem. Nodes n together hold a model; x[n,g] in [0, 1] is the share of lay
 (layers times heads) that n holds. For each part a choice r out of a ladder: ``ferry`` at one
 of the steps 2^(k/8), 8-bit ``affine``, or exact. Group g under r takes b[g,r] bits a token
 and costs k[g,r] nats of mean KL: its calibration's curve, scaled at every step so that the
-groups' sum is what the whole model was measured to lose there. A restore of t tokens has n
+groups' sum is what the whole model was measured to lose there. It has w[g] values a token,
+each of which takes n d[n,r] seconds to decode, by the codec. A restore of t tokens has n
 wait for
 
-    T[n] = latency[n] + decode[n] + t * sum_g x[n,g] * b[g,r(n,g)] / bandwidth[n]
+    T[n] = latency[n] + t * sum_g x[n,g] * (b[g,r(n,g)] / bandwidth[n] + w[g] * d[n,r(n,g)])
 
 and ends with the last of them, so that
 
@@ -21,6 +22,12 @@ slopes dk/db in all of its groups (the Lagrangian of its allowance), which is to
 groups' lower convex hulls in the order of their slopes: all nodes share that order, and one
 cumulative sum answers for every T. Nodes with up to three parts are solved exactly, as the
 set of all undominated combinations.
+
+Decoding counts, but larger blobs are never chosen for being decoded sooner: over a quick link
+8 bits often are, and all stores would fill several times as fast. So a node's choices are
+those that no other is better than in both bits and KL, whatever its link; and one of them
+never counts as sooner than one with fewer bits. Whoever wants that trade has a rule with
+``codec = "affine"`` for the node.
 
 What follows from that, and is tested: more bandwidth, less latency or a larger budget never
 gives a later deadline; a larger budget never gives any node larger blobs; the budget is

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvferry.cluster.optimizer.holder import Holder, Range
 from kvferry.cluster.optimizer.ladder import Ints, Ladder, make_ladder
 from kvferry.cluster.optimizer.pressure import budget_of, next_tier
-from kvferry.cluster.optimizer.problem import Holder, Problem, Range, make_problem
+from kvferry.cluster.optimizer.problem import Problem, make_problem
 from kvferry.cluster.optimizer.rings import Ring, make_rings, mixture
 from kvferry.cluster.optimizer.rules import (
     Decided,

@@ -5,31 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvferry.cluster.optimizer.holder import Holder, Range, decoding, links_of
 from kvferry.cluster.optimizer.ladder import Floats, Ints, Ladder
 
-Range = tuple[int, int]
-# Of links that nobody has measured, and where no other is known either.
-GUESSED_BYTES_PER_S = 100e6
 TOKENS = 4096  # of the restore that is made fast
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """A node, and its part of a model.
-
-    Attributes:
-        parts: (layers, heads), absolute, half-open; no two of them overlap.
-        bytes_per_s, latency_s: between it and the store; 0 bytes: not measured.
-        decode_tokens_per_s: for its part of the model; 0: not measured.
-        prefill_tokens_per_s: of all that hold the model with it; 0: not measured.
-    """
-
-    node_id: str
-    parts: tuple[tuple[Range, Range], ...]
-    bytes_per_s: float = 0.0
-    latency_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-    prefill_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,8 +20,10 @@ class Problem:
         share: (nodes, groups) 0 to 1, of what may be chosen.
         fixed_bits: (nodes,) a token, of layers that the operator's rules decide.
         bandwidth: (nodes,) bits per second.
-        waits: (nodes,) seconds that no choice changes: latency and decoding.
+        waits: (nodes,) seconds that no choice changes: latency, and decoding as far as it
+            takes as long under every codec.
         budget: nats.
+        decode: (nodes, choices) seconds a value that decoding takes beyond that; empty: none.
         tokens: of a restore.
     """
 
@@ -52,6 +33,7 @@ class Problem:
     waits: Floats
     budget: float
     fixed_bits: Floats = field(default_factory=lambda: np.zeros(0))
+    decode: Floats = field(default_factory=lambda: np.zeros((0, 0)))
     tokens: int = TOKENS
 
     def __post_init__(self) -> None:
@@ -63,9 +45,9 @@ class Problem:
         """(nodes,) values of a token that each node holds and that may be chosen."""
         return np.asarray(self.share @ self.ladder.widths)
 
-    def seconds(self, bits: Floats) -> Floats:
-        """(nodes,) until each has its part, at ``bits`` (nodes,) a token."""
-        carried = self.tokens * (bits + self.fixed_bits)
+    def seconds(self, cost: Floats) -> Floats:
+        """(nodes,) until each has its part, at ``cost`` (nodes,) bits a token."""
+        carried = self.tokens * (cost + self.fixed_bits)
         return np.asarray(self.waits + carried / self.bandwidth)
 
     def bits_of(self, choice: Ints) -> Floats:
@@ -73,36 +55,20 @@ class Problem:
         groups = np.arange(self.share.shape[1])
         return np.asarray((self.share * self.ladder.bits[groups, choice]).sum(axis=1))
 
+    def cost_of(self, choice: Ints) -> Floats:
+        """(nodes,) bits a token that could cross the link while these are sent and decoded."""
+        bits = self.bits_of(choice)
+        if not self.decode.size:
+            return bits
+        nodes = np.arange(len(self.share))[:, None]
+        values = self.share * self.ladder.widths
+        decoded = (values * self.decode[nodes, choice]).sum(axis=1)
+        return np.asarray(bits + self.bandwidth * decoded)
+
     def kl_of(self, choice: Ints) -> float:
         """Nats of (nodes, groups) columns of the ladder."""
         groups = np.arange(self.share.shape[1])
         return float((self.share * self.ladder.kl[groups, choice]).sum())
-
-
-def links_of(holders: Sequence[Holder]) -> Floats:
-    """(nodes,) bytes per second; a link that is not measured is as the others' median."""
-    known = [holder.bytes_per_s for holder in holders if holder.bytes_per_s > 0]
-    guess = float(np.median(known)) if known else GUESSED_BYTES_PER_S
-    return np.array([holder.bytes_per_s or guess for holder in holders])
-
-
-def _decoding(holders: Sequence[Holder], widths: Floats, tokens: int) -> Floats:
-    """(nodes,) seconds; a node that was not measured decodes as the others' median does."""
-    known = [
-        width * holder.decode_tokens_per_s
-        for holder, width in zip(holders, widths, strict=True)
-        if holder.decode_tokens_per_s > 0 and width > 0
-    ]
-    if not known:
-        return np.zeros(len(holders))
-    values_per_s = float(np.median(known))
-    rates = [holder.decode_tokens_per_s for holder in holders]
-    return np.array(
-        [
-            tokens / rate if rate > 0 else tokens * width / values_per_s
-            for rate, width in zip(rates, widths, strict=True)
-        ]
-    )
 
 
 def shares_of(ladder: Ladder, holders: Sequence[Holder], free: Sequence[Range]) -> Floats:
@@ -145,12 +111,16 @@ def make_problem(
     fits = np.flatnonzero(ladder.kl[:, : ladder.count].sum(axis=0) <= budget)
     alike = ladder.kl[:, fits[0]]  # the exact one costs nothing
     part = float(covered @ alike / alike.sum()) if alike.sum() > 0 else 1.0
-    decoding = _decoding(holders, share @ ladder.widths, tokens)
+    held = shares_of(ladder, holders, [whole]) @ ladder.widths
+    common, decode, longest = decoding(ladder, holders, held)
+    free_values = share @ ladder.widths
+    waits = np.array([h.latency_s for h in holders])
     return Problem(
         ladder=ladder,
         share=share,
         bandwidth=8.0 * links_of(holders),
-        waits=np.array([h.latency_s for h in holders]) + decoding,
+        waits=waits + tokens * (free_values * common + (held - free_values) * longest),
+        decode=decode,
         budget=budget * min(1.0, part),
         fixed_bits=np.zeros(len(holders)) if fixed_bits is None else fixed_bits,
         tokens=tokens,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvferry.cluster.coverage import covers
+from kvferry.cluster.optimizer.holder import Holder, Range
 from kvferry.cluster.optimizer.ladder import Floats, Ladder
-from kvferry.cluster.optimizer.problem import Holder, Range
 from kvferry.cluster.optimizer.solve import Plan
 
 Part = tuple[Range, Range]

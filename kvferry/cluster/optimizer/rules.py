@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvferry.cluster.optimizer.holder import Holder, Range
 from kvferry.cluster.optimizer.ladder import AFFINE_BITS, EXACT_BITS, Choice, Ints, Ladder
 from kvferry.cluster.optimizer.pressure import EMERGENCY
-from kvferry.cluster.optimizer.problem import Holder, Range
 from kvferry.cluster.policy_match import layer_rules
 from kvferry.proto.v1 import coordinator_pb2 as pb
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvferry.cluster.curves import check_curve
-from kvferry.cluster.optimizer.problem import Range
+from kvferry.cluster.optimizer.holder import Range
 from kvferry.errors import ConfigError, ProtocolError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from kvferry.cluster.optimizer.decide import Facts, Outlook
 from kvferry.cluster.optimizer.deliberate import Deliberation
+from kvferry.cluster.optimizer.holder import Holder
 from kvferry.cluster.optimizer.ladder import Floats, Ints, Ladder, make_ladder
 from kvferry.cluster.optimizer.pressure import budget_of
-from kvferry.cluster.optimizer.problem import Holder, shares_of
+from kvferry.cluster.optimizer.problem import shares_of
 from kvferry.cluster.optimizer.rings import Ring, make_rings
 from kvferry.cluster.optimizer.rules import Decided, base_of
 from kvferry.cluster.optimizer.scenario import MODEL_ID, Machine, Scenario

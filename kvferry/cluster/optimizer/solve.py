@@ -44,7 +44,7 @@ class Plan:
 def plan_of(problem: Problem, choice: Ints, bound: float = 0.0) -> Plan:
     """What a choice comes to."""
     bits = problem.bits_of(choice)
-    seconds = problem.seconds(bits)
+    seconds = problem.seconds(problem.cost_of(choice))
     kl = problem.kl_of(choice)
     return Plan(problem, choice, bits, seconds, kl, max(bound, float(seconds.max())))
 
@@ -52,22 +52,16 @@ def plan_of(problem: Problem, choice: Ints, bound: float = 0.0) -> Plan:
 def solve(problem: Problem, spread: float = SPREAD) -> Plan:
     """The choice with the least deadline within the budget. See the package."""
     frontier = make_frontier(problem)
-    coarsest, widths = frontier.bits[:, 0], np.maximum(problem.widths, 1e-30)
-    low = float(problem.seconds(coarsest).max())
-    finest = np.where(np.isfinite(frontier.bits), frontier.bits, 0.0).max(axis=1)
+    low = float(problem.seconds(frontier.cost[:, 0]).max())
+    finest = np.where(np.isfinite(frontier.cost), frontier.cost, 0.0).max(axis=1)
     high = float(problem.seconds(finest).max())
 
-    def allowed(deadline: float) -> Floats:
-        bits = (deadline - problem.waits) * problem.bandwidth / problem.tokens
-        bits = bits - problem.fixed_bits
-        dense = bits / widths
-        held = problem.widths > 0
-        scarcest = dense[held].min() if held.any() else 0.0
-        capped = widths * np.minimum(dense, spread * scarcest) if np.isfinite(spread) else bits
-        return np.asarray(np.maximum(capped, coarsest))
+    def reached(deadline: float) -> Ints:
+        cost = (deadline - problem.waits) * problem.bandwidth / problem.tokens
+        return frontier.within(cost - problem.fixed_bits, spread)
 
     def kept(deadline: float) -> bool:
-        kl = frontier.kl_at(frontier.within(allowed(deadline)))
+        kl = frontier.kl_at(reached(deadline))
         return kl <= problem.budget * (1 + 1e-9) + 1e-15
 
     if kept(low):
@@ -78,4 +72,4 @@ def solve(problem: Problem, spread: float = SPREAD) -> Plan:
             high = middle
         else:
             low = middle
-    return plan_of(problem, frontier.choose(frontier.within(allowed(high))), high)
+    return plan_of(problem, frontier.choose(reached(high)), high)
