@@ -18,6 +18,10 @@ def as_json(decision: pb.Decision) -> dict[str, Any]:
         "seconds": decision.seconds,
         "slowest": decision.slowest,
         "tier": decision.tier,
+        "prefill_s": decision.prefill_s,
+        "pays_from_tokens": decision.pays_from_tokens or None,
+        "never_pays": decision.never_pays,
+        "not_stored": decision.not_stored,
         "why": decision.why,
         "nodes": [
             {
@@ -28,6 +32,8 @@ def as_json(decision: pb.Decision) -> dict[str, Any]:
                 "decode_s": node.decode_s,
                 "bytes": node.bytes,
                 "seconds": node.seconds,
+                "best_source": node.best_source,
+                "best_bytes_per_s": node.best_bytes_per_s,
             }
             for node in decision.nodes
         ],
@@ -77,12 +83,21 @@ def print_decisions(decisions: Sequence[pb.Decision], node: str = "") -> None:
             f"model {decision.model_id.hex()[:12]}: {decision.tokens:,} tokens in "
             f"{decision.seconds:.3g} s, the slowest is {decision.slowest}; "
             f"{decision.kl_nats:.4f} of {decision.budget_nats:g} nats ({spent:.0%})"
-            + (f"; tier {decision.tier}" if decision.tier else ""),
+            + (f"; tier {decision.tier}" if decision.tier else "")
+            + ("; not stored" if decision.not_stored else ""),
             highlight=False,
         )
         console.print(decision.why, highlight=False)
         nodes = Table(
-            "node", "link", "latency", "decode", "bytes", "time", box=None, pad_edge=False
+            "node",
+            "link",
+            "latency",
+            "decode",
+            "bytes",
+            "time",
+            "quicker from",
+            box=None,
+            pad_edge=False,
         )
         for row in decision.nodes:
             if node in ("", row.node_id):
@@ -94,6 +109,7 @@ def print_decisions(decisions: Sequence[pb.Decision], node: str = "") -> None:
                     f"{1e3 * row.decode_s:.0f} ms",
                     _size(row.bytes),
                     f"{row.seconds:.3g} s",
+                    _nearer(row),
                 )
         console.print(nodes)
         table = Table("node", "layers", "heads", "coded as", "bytes", "of the budget", "finer",
@@ -113,6 +129,13 @@ def print_decisions(decisions: Sequence[pb.Decision], node: str = "") -> None:
         console.print(table)
         if len(parts) > MAX_ROWS:
             console.print(f"and {len(parts) - MAX_ROWS:,} parts more: see --json, or --node")
+
+
+def _nearer(row: "pb.NodeShare") -> str:
+    """Another place that may have its part, by which it is judged whether restores pay."""
+    if row.best_source in ("", "store"):
+        return "-"
+    return f"{row.best_source}, {_size(row.best_bytes_per_s)}/s"
 
 
 def _choice(codec: str, options: Mapping[str, str]) -> str:

@@ -63,6 +63,7 @@ class CoordinatorServicer:
         if request.HasField("exo"):
             check_exo(request.exo)
         rates = [request.prefill_tokens_per_s, request.decode_tokens_per_s]
+        rates += [request.near_bytes_per_s, *request.decode_values_per_s.values()]
         rates += [n for link in request.links for n in _figures(link)]
         _check_numbers(request.memory_used_share, *rates)
         if len(request.curves) > MAX_CURVES_TOLD:

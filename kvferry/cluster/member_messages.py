@@ -57,6 +57,8 @@ def _last(member: states.MemberState, age_s: float) -> pb.HeartbeatRequest:
         ],
         policy_version=vitals.policy_version,
         counters=vitals.counters,
+        decode_values_per_s=vitals.decode_values_per_s,
+        near_bytes_per_s=vitals.near_bytes_per_s,
         exo=member.exo,
     )
 

@@ -47,6 +47,8 @@ class Vitals:
     decode_tokens_per_s: float = 0.0
     policy_version: int = 0
     counters: Mapping[str, int] = field(default_factory=dict)
+    decode_values_per_s: Mapping[str, float] = field(default_factory=dict)
+    near_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from kvferry.cluster.curves import CurveBook
 from kvferry.cluster.optimizer.decide import Facts, Outlook, keys_of
@@ -94,14 +95,17 @@ class PolicyDecider:
     # -- what is known ------------------------------------------------------------
 
     def _facts(self, members: Sequence[tuple[MemberState, str, float]], now: float) -> Facts:
-        holders: dict[bytes, list[Holder]] = {}
+        found: dict[bytes, list[tuple[MemberState, str, Holder]]] = {}
         curves: dict[bytes, pb.ModelCurve] = {}
         for member, presence, _ in members:
             if presence != "gone":
                 for model_id, holder in self._held(member, curves):
-                    holders.setdefault(model_id, []).append(holder)
+                    found.setdefault(model_id, []).append((member, presence, holder))
+        holders = {model: with_peers(held) for model, held in found.items()}
         policy = self._keeper.policy
-        missing = Decided.of(policy).runs.keys() - keys_of(holders)
+        decided, there = Decided.of(policy), keys_of(holders)
+        missing = decided.runs.keys() - there
+        missing |= {("", model) for model in decided.unstored - {model for _, model in there}}
         self._absent = {key: self._absent.get(key, now) for key in missing}
         absent = frozenset(key for key, at in self._absent.items() if now - at < KEEP_ABSENT_S)
         awake = [m.vitals.memory_used_share for m, presence, _ in members if presence == "ready"]
@@ -131,10 +135,44 @@ class PolicyDecider:
                     latency_s=_rounded(link.latency_s) if link else 0.0,
                     decode_tokens_per_s=_rounded(member.vitals.decode_tokens_per_s),
                     prefill_tokens_per_s=_rounded(member.vitals.prefill_tokens_per_s),
+                    decode_values_per_s=tuple(
+                        (codec, _rounded(rate))
+                        for codec, rate in sorted(member.vitals.decode_values_per_s.items())
+                    ),
+                    nearer=_itself(member.vitals.near_bytes_per_s),
                 ),
             )
             for model_id, held in sorted(parts.items())
         ]
+
+
+def _itself(bytes_per_s: float) -> tuple[tuple[str, float], ...]:
+    return (("itself", _rounded(bytes_per_s)),) if bytes_per_s > 0 else ()
+
+
+def with_peers(held: Sequence[tuple[MemberState, str, Holder]]) -> list[Holder]:
+    """Holders of one model, each with the quickest link to a node that holds its part too."""
+    made = []
+    for member, _, holder in held:
+        peers = [
+            (other.node_id, _rounded(member.links[other.node_id].bytes_per_s))
+            for _, presence, other in held
+            if presence == "ready" and other.node_id in member.links and _holds(other, holder)
+        ]
+        best = max(peers, key=lambda peer: peer[1], default=("", 0.0))
+        made.append(replace(holder, nearer=(*holder.nearer, best)) if best[1] > 0 else holder)
+    return made
+
+
+def _holds(other: Holder, holder: Holder) -> bool:
+    """Whether another node holds all that a node does."""
+    return other.node_id != holder.node_id and all(
+        any(
+            a <= layers[0] and layers[1] <= b and c <= heads[0] and heads[1] <= d
+            for (a, b), (c, d) in other.parts
+        )
+        for layers, heads in holder.parts
+    )
 
 
 def _signature(facts: Facts) -> object:

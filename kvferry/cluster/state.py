@@ -193,6 +193,8 @@ def _beat(state: ClusterState, event: Beat) -> ClusterState:
         decode_tokens_per_s=request.decode_tokens_per_s,
         policy_version=request.policy_version,
         counters=dict(request.counters),
+        decode_values_per_s=dict(request.decode_values_per_s),
+        near_bytes_per_s=request.near_bytes_per_s,
     )
     usable = request.phase in _USABLE
     told = request.exo if request.HasField("exo") else None

@@ -274,6 +274,8 @@ class NodeClient:
         drops: Mapping[str, int] | None = None,
         prefill_tokens_per_s: float = 0.0,
         decode_tokens_per_s: float = 0.0,
+        decode_values_per_s: Mapping[str, float] | None = None,
+        near_bytes_per_s: float = 0.0,
         shard: coordinator_pb2.ShardInfo | None = None,
     ) -> None:
         """Tell the daemon what happened; in the background, lost where it is not there."""
@@ -286,6 +288,8 @@ class NodeClient:
             drops=dict(drops or {}),
             prefill_tokens_per_s=prefill_tokens_per_s,
             decode_tokens_per_s=decode_tokens_per_s,
+            decode_values_per_s=decode_values_per_s or {},
+            near_bytes_per_s=near_bytes_per_s,
             shard=shard or self._shard,
         )
         self._thread.run(self._report_later(report))

@@ -84,6 +84,8 @@ class Coordination:
             links=self._links.samples(),
             shards=list(facts.shards.values()),
             policy_version=facts.policy.version,
+            decode_values_per_s=facts.decode_values_per_s,
+            near_bytes_per_s=facts.near_bytes_per_s,
             counters=dict(self._counters.most_common(MAX_COUNTERS)),
             phase=self._departure.phase if facts.salt else pb.NODE_PHASE_JOINING,
             drained=self._departure.drained,

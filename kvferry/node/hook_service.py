@@ -12,6 +12,7 @@ from kvferry import __version__
 from kvferry.cluster.convert import keys_from_proto
 from kvferry.cluster.curves import check_curve, curve_id
 from kvferry.cluster.handlers import stream, unary
+from kvferry.cluster.policy_rules import CODEC_OPTIONS
 from kvferry.cluster.server import Service
 from kvferry.errors import FerryError
 from kvferry.node.departure import Departure
@@ -29,6 +30,7 @@ MAX_FLUSH_S = 600.0
 MAX_REASONS = 64
 MAX_REASON_CHARS = 64
 MAX_CURVES = 8
+MAX_CODECS = 16
 
 
 @dataclass(slots=True)
@@ -45,6 +47,8 @@ class NodeFacts:
     curves_wanted: tuple[bytes, ...] = ()  # by the coordinator, with the next heartbeat
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: float = 0.0
+    decode_values_per_s: dict[str, float] = field(default_factory=dict)
+    near_bytes_per_s: float = 0.0
 
 
 class HookServicer:
@@ -107,6 +111,11 @@ class HookServicer:
             self._facts.prefill_tokens_per_s = request.prefill_tokens_per_s
         if request.decode_tokens_per_s > 0:
             self._facts.decode_tokens_per_s = request.decode_tokens_per_s
+        if request.near_bytes_per_s > 0:
+            self._facts.near_bytes_per_s = request.near_bytes_per_s
+        for codec, rate in list(request.decode_values_per_s.items())[:MAX_CODECS]:
+            if codec in CODEC_OPTIONS and rate > 0:
+                self._facts.decode_values_per_s[codec] = rate
         if request.HasField("restore"):
             counters["hook_restores" if request.restore.tokens else "hook_misses"] += 1
             counters["hook_restored_tokens"] += request.restore.tokens

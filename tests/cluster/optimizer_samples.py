@@ -9,7 +9,7 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 MODEL = bytes(range(32))
 STEPS = (0.004, 0.002, 0.001)
-GB, MB = 1e9, 1e6
+GB, MB, KB = 1e9, 1e6, 1e3
 
 
 def curve(

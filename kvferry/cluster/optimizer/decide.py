@@ -4,7 +4,7 @@ What is in force stays unless something better by `GAIN` is to be had, as a chan
 means new blobs; only a budget that is not kept any more is mended in any case.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +25,7 @@ from kvferry.cluster.optimizer.rules import (
     too_many,
 )
 from kvferry.cluster.optimizer.solve import Plan, plan_of, solve
+from kvferry.cluster.optimizer.worth import BreakEven, break_even
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 # A restore that is quicker by less, or by less than anybody notices, is worth no new blobs.
@@ -43,7 +44,7 @@ class Facts:
         holders: model id -> nodes that hold some of it, asleep ones too.
         curves: model id -> its curve.
         absent: (node, model digits) that are not there and shall find their rules when they
-            come back.
+            come back; with an empty node, models that nobody holds now.
         memory_used_share: on the fullest node.
     """
 
@@ -63,6 +64,7 @@ class Judged:
         best: within the budget.
         gain: share of the deadline that the best would save; 0 where nothing is to change.
         urgent: what holds now does not keep the budget, or is not known.
+        worth: whether its restores pay at all.
     """
 
     ring: Ring
@@ -71,6 +73,7 @@ class Judged:
     best: Plan
     gain: float
     urgent: bool
+    worth: BreakEven
 
     @property
     def key(self) -> tuple[bytes, frozenset[str]]:
@@ -80,13 +83,20 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """All rings, and the operator's policy with the tier that pressure asks for."""
+    """All rings, and the operator's policy with the tier that pressure asks for.
+
+    Attributes:
+        unstored: models that are not stored now, as no restore pays.
+        turning: models that should be stored and are not, or the other way round.
+    """
 
     facts: Facts
     base: pb.Policy
     tier: str
     budget: float
     rings: tuple[Judged, ...]
+    unstored: frozenset[bytes]
+    turning: frozenset[bytes]
 
 
 def look(facts: Facts) -> Outlook:
@@ -99,7 +109,18 @@ def look(facts: Facts) -> Outlook:
     judged: list[Judged] = []
     for model_id, curve in sorted(facts.curves.items()) if base.budget_nats else ():
         judged += _judge_model(base, decided, model_id, curve, facts.holders, budget)
-    return Outlook(facts, base, tier, budget, tuple(judged))
+    models = {ring.ring.model_id for ring in judged}
+    unstored = frozenset(model for model in models if digits(model) in decided.unstored)
+    turning = frozenset(model for model in models if _turns(model, model in unstored, judged))
+    return Outlook(facts, base, tier, budget, tuple(judged), unstored, turning)
+
+
+def _turns(model: bytes, unstored: bool, judged: Sequence[Judged]) -> bool:
+    """What one set of nodes stores, the others may fetch: so all have to do without."""
+    worth = [ring.worth for ring in judged if ring.ring.model_id == model]
+    if unstored:
+        return any(each.from_tokens is not None for each in worth)
+    return all(each.hopeless for each in worth)
 
 
 def _judge_model(
@@ -132,6 +153,7 @@ def _judge_model(
             best=best,
             gain=_gain(plan, best),
             urgent=broken or columns is None,
+            worth=break_even(ring, best),
         )
         for ring, plan, best, columns in zip(rings, now, plans, found, strict=True)
     ]
@@ -184,8 +206,13 @@ def _gain(now: Plan, best: Plan) -> float:
     return saved / now.deadline if saved >= max(LEAST_GAIN_S, GAIN * now.deadline) else 0.0
 
 
-def decide(outlook: Outlook, changing: Sequence[Judged]) -> pb.Policy:
+def decide(
+    outlook: Outlook, changing: Sequence[Judged], turning: Collection[bytes] = ()
+) -> pb.Policy:
     """The policy that holds with the best plans of ``changing``; all else stays.
+
+    Args:
+        turning: models that are stored from now on where they were not, and not where they were.
 
     Rules of nodes that neither hold the model now nor are absent are left out.
     """
@@ -193,15 +220,17 @@ def decide(outlook: Outlook, changing: Sequence[Judged]) -> pb.Policy:
     old = Decided.of(facts.policy)
     kept = facts.absent | keys_of(facts.holders)
     runs = {key: held for key, held in old.runs.items() if key in kept}
+    unstored = old.unstored & {model for _, model in kept}
+    unstored ^= {digits(model) for model in turning}
     if not outlook.base.budget_nats:
-        runs = {}
+        runs, unstored = {}, frozenset()
     for ring in changing:
         for holder, columns in zip(ring.ring.holders, ring.best.choice, strict=True):
             key = holder.node_id, digits(ring.ring.model_id)
             runs[key] = runs_of(ring.best.problem.ladder, holder, columns, ring.free)
-    made = compose(outlook.base, Decided(runs), outlook.tier, outlook.budget)
+    made = compose(outlook.base, Decided(runs, unstored), outlook.tier, outlook.budget)
     if too_many(made):
-        return compose(outlook.base, Decided(), outlook.tier, outlook.budget)
+        return compose(outlook.base, Decided(unstored=unstored), outlook.tier, outlook.budget)
     return made
 
 

@@ -6,6 +6,7 @@ from kvferry.cluster.optimizer.decide import GAIN, LEAST_GAIN_S, Judged, Outlook
 from kvferry.cluster.optimizer.ladder import AFFINE, EXACT, Ladder
 from kvferry.cluster.optimizer.rules import Decided, digits
 from kvferry.cluster.optimizer.solve import Plan
+from kvferry.cluster.optimizer.worth import best_source
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 MAX_TOLD = 8192  # nodes and parts, so that a reply stays within a message's bounds
@@ -42,21 +43,29 @@ def _decision(
         tokens=problem.tokens,
         seconds=plan.deadline,
         slowest=judged.ring.holders[slowest].node_id,
-        why=_why(judged, chosen) + _against_prefill(judged),
+        why=_why(judged, chosen) + _against_prefill(outlook, judged),
         tier=outlook.tier,
+        prefill_s=problem.tokens * judged.worth.prefill_s,
+        pays_from_tokens=judged.worth.from_tokens or 0,
+        never_pays=judged.worth.from_tokens is None,
+        not_stored=judged.ring.model_id in outlook.unstored,
     )
     carried = problem.tokens * (plan.bits + problem.fixed_bits) / 8
+    sent = 8 * carried / problem.bandwidth
     for node, holder in enumerate(judged.ring.holders):
         if len(made.nodes) + len(made.parts) >= most:
             break
+        source, source_bytes_per_s = best_source(holder)
         made.nodes.add(
             node_id=holder.node_id,
             bytes_per_s=problem.bandwidth[node] / 8,
             latency_s=holder.latency_s,
-            decode_s=problem.waits[node] - holder.latency_s,
+            decode_s=max(0.0, seconds[node] - holder.latency_s - sent[node]),
             bytes=round(carried[node]),
             seconds=seconds[node],
             measured=holder.bytes_per_s > 0,
+            best_source=source if source_bytes_per_s > 0 else "",
+            best_bytes_per_s=source_bytes_per_s,
         )
         held = np.flatnonzero(problem.share[node] > 0)
         for group in held if only in ("", holder.node_id) else ():
@@ -76,15 +85,26 @@ def _why(judged: Judged, chosen: bool) -> str:
     return f"one step for all: choosing would gain less than {least} ({best:.3g} s)"
 
 
-def _against_prefill(judged: Judged) -> str:
+def _against_prefill(outlook: Outlook, judged: Judged) -> str:
     """Nodes fetch nothing that they compute sooner; so that is worth a word."""
-    rates = [h.prefill_tokens_per_s for h in judged.ring.holders if h.prefill_tokens_per_s > 0]
-    if not rates:
+    worth, model = judged.worth, judged.ring.model_id
+    if not worth.prefill_s:
         return ""
-    prefill = judged.now.problem.tokens / min(rates)
-    if judged.now.deadline < prefill:
-        return f"; prefill takes {prefill:.3g} s"
-    return f"; prefill takes no more than {prefill:.3g} s, so that restores do not pay"
+    tokens = judged.now.problem.tokens
+    prefill = f"prefill takes {tokens * worth.prefill_s:.3g} s"
+    if worth.from_tokens is not None:
+        if model in outlook.unstored:
+            return f"; {prefill}: restores pay again, and it is about to be stored"
+        pays = f": a restore pays from {worth.from_tokens:,} tokens on" if worth.from_tokens else ""
+        return f"; {prefill}{pays}"
+    told = f"; {prefill}, no restore of as much less than {tokens * worth.each_s:.3g} s"
+    if model in outlook.unstored:
+        return f"{told}: restores do not pay, so that nothing is stored"
+    if model in outlook.turning:
+        return f"{told}: restores do not pay, so that nothing is about to be stored"
+    others = any(r.worth.from_tokens is not None for r in outlook.rings if r.ring.model_id == model)
+    stays = "other nodes that hold the model gain by it" if others else "that may be noise"
+    return f"{told}: restores do not pay here; still stored, as {stays}"
 
 
 def _part(judged: Judged, node: int, group: int, slowest: int) -> pb.PartChoice:

@@ -10,6 +10,7 @@ from kvferry.cluster.optimizer.holder import Holder, Range
 from kvferry.cluster.optimizer.ladder import AFFINE_BITS, EXACT_BITS, Choice, Ints, Ladder
 from kvferry.cluster.optimizer.pressure import EMERGENCY
 from kvferry.cluster.policy_match import layer_rules
+from kvferry.cluster.policy_rules import NOT_STORED
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 MODEL_DIGITS = 16
@@ -73,20 +74,28 @@ def _per_value(rule: pb.LayerRule) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """The optimizer's rules of a policy: (node, model digits) -> runs of layers and choices."""
+    """The optimizer's rules of a policy.
+
+    Attributes:
+        runs: (node, model digits) -> runs of layers and choices.
+        unstored: model digits of those that are not stored, as no restore pays.
+    """
 
     runs: Mapping[tuple[str, str], tuple[tuple[Range, Choice], ...]] = field(default_factory=dict)
+    unstored: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, policy: pb.Policy) -> "Decided":
         """Those in a policy."""
         found: dict[tuple[str, str], list[tuple[Range, Choice]]] = {}
+        none = {rule.model for rule in policy.rules if rule.decided and rule.codec == NOT_STORED}
         for rule in policy.rules:
             if rule.decided and rule.node:
                 choice = Choice(rule.codec, tuple(sorted(rule.options.items())))
                 span = (rule.layer_start, rule.layer_end)
                 found.setdefault((rule.node, rule.model), []).append((span, choice))
-        return cls({k: tuple(sorted(runs, key=lambda run: run[0])) for k, runs in found.items()})
+        runs = {k: tuple(sorted(runs, key=lambda run: run[0])) for k, runs in found.items()}
+        return cls(runs, frozenset(none))
 
     def choice_at(self, node: str, model_id: bytes, layer: int) -> Choice | None:
         """None: no rule of the optimizer's holds there."""
@@ -152,6 +161,8 @@ def compose(base: pb.Policy, decided: Decided, tier: str, tier_budget: float) ->
     if tier == EMERGENCY and pb.TRIGGER_MEMORY_PRESSURE not in made.when:
         made.when.append(pb.TRIGGER_MEMORY_PRESSURE)
         made.tier_trigger = True
+    for model in sorted(decided.unstored):
+        made.rules.add(codec=NOT_STORED, model=model, decided=True)
     for (node, model), runs in sorted(decided.runs.items()):
         for (start, end), choice in runs:
             made.rules.add(

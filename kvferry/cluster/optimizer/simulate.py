@@ -22,7 +22,7 @@ from kvferry.cluster.optimizer.ladder import Floats, Ints, Ladder, make_ladder
 from kvferry.cluster.optimizer.pressure import budget_of
 from kvferry.cluster.optimizer.problem import shares_of
 from kvferry.cluster.optimizer.rings import Ring, make_rings
-from kvferry.cluster.optimizer.rules import Decided, base_of
+from kvferry.cluster.optimizer.rules import Decided, base_of, digits
 from kvferry.cluster.optimizer.scenario import MODEL_ID, Machine, Scenario
 from kvferry.cluster.policy import load_policy, named_policy, policy_names
 from kvferry.errors import ConfigError
@@ -186,6 +186,7 @@ class _Cluster:
         coded: Sequence[Floats],
         store: bool,
         run: Run,
+        kept: bool = True,
     ) -> None:
         """One request, by the first set of machines that is free."""
         ring = int(np.argmin(self._free_at))
@@ -211,7 +212,7 @@ class _Cluster:
         took = restore + (request.tokens - known) * per_token
         self._free_at[ring] = request.at_s + wait + took
         run.served.append(Served(request.at_s, wait + took, restore, int(known), request.tokens))
-        if store:
+        if store and kept:
             fresh = request.tokens - self._tokens.get(request.conversation, 0.0)
             added = fresh * coded[ring]
             run.stored_bytes += float(added.sum()) / 8
@@ -252,7 +253,7 @@ def play(scenario: Scenario, way: str, advance: Callable[[int], None] = lambda _
                     coding = _Coding.of(scenario.curve, rings, cluster.share, policy)
                     coded = coding.bits()
         if request.tokens:
-            cluster.serve(request, world.machines, coded, way != "prefill", run)
+            cluster.serve(request, world.machines, coded, way != "prefill", run, coding.stored)
             advance(1)
     if way != "prefill":
         run.bits_per_value, run.kl_nats = coding.at_the_end()
@@ -274,6 +275,7 @@ class _Coding:
     rings: Sequence[Ring]
     shares: Sequence[Floats]
     columns: Sequence[Ints]
+    stored: bool = True
 
     @classmethod
     def of(
@@ -290,7 +292,7 @@ class _Coding:
             np.full(share.shape, ladder.alike) if known is None else known
             for share, known in zip(shares, found, strict=True)
         ]
-        return cls(ladder, rings, shares, columns)
+        return cls(ladder, rings, shares, columns, digits(MODEL_ID) not in decided.unstored)
 
     def bits(self) -> list[Floats]:
         """Per ring, (groups,) bits of a token."""

@@ -4,8 +4,10 @@ A run is a few pages of one layer group. It is decoded, on threads, as soon as i
 calibrations that the blobs name are read meanwhile.
 """
 
+import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from kvferry.codec.base import PageTensors
 from kvferry.codec.blob import StoredBlob, decode_blobs
@@ -15,6 +17,15 @@ from kvferry.node.hooks.fetch import BlobSource
 from kvferry.node.hooks.loaded import Data, Loaded
 from kvferry.node.restore import Assembly, Parts, RestorePlan, Run, runs_of
 from kvferry.proto.keys import BlobKey
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """A run: for each part what went wrong; values that are in place, seconds on the thread."""
+
+    problems: Sequence[CodecError | None]
+    values: int
+    seconds: float
 
 
 class RowsFetch:
@@ -45,7 +56,7 @@ class RowsFetch:
         self._blobs: dict[BlobKey, Data] = {}
         self._warm: dict[bytes, Future[None]] = {}
         self._started: set[int] = set()
-        self._decoding: list[tuple[Parts, Future[list[CodecError | None]]]] = []
+        self._decoding: list[tuple[Parts, Future[_Decoded]]] = []
 
     @property
     def keys(self) -> Sequence[BlobKey]:
@@ -110,9 +121,10 @@ class RowsFetch:
 
     def _decode(
         self, run: Run, blobs: Sequence[StoredBlob], warm: Sequence[Future[None]]
-    ) -> list[CodecError | None]:
-        """On a thread: decode a run into its place; for each part, what went wrong."""
+    ) -> _Decoded:
+        """On a thread: decode a run into its place."""
         wait(warm)  # what failed there fails here again, and is told
+        started = time.monotonic()
         pages = decode_blobs(
             blobs,
             model_id=self._source.model_id,
@@ -120,9 +132,11 @@ class RowsFetch:
             calibrations=self._source.calibrations,
             rope=self._source.rope,
         )
-        return [
+        problems = [
             page if isinstance(page, CodecError) else self._add(page, run.heads) for page in pages
         ]
+        values = sum(p.raw_bytes_fp16 // 2 for p in pages if not isinstance(p, CodecError))
+        return _Decoded(problems, values, time.monotonic() - started)
 
     def _add(self, page: PageTensors, heads: tuple[int, int]) -> CodecError | None:
         try:
@@ -137,7 +151,11 @@ class RowsFetch:
         done = set()
         problems = [self._gap[2]] if self._gap[2] else []
         for parts, future in self._decoding:
-            for (segment, piece), problem in zip(parts, future.result(), strict=True):
+            decoded = future.result()
+            codecs = {piece.info.codec.name for _, piece in parts}
+            if len(codecs) == 1:
+                loaded.decoding(codecs.pop(), decoded.values, decoded.seconds)
+            for (segment, piece), problem in zip(parts, decoded.problems, strict=True):
                 if problem is None:
                     done.add((segment.tokens, piece.cut, piece.heads))
                 else:

@@ -50,6 +50,7 @@ class Loaded:
         far_bytes: those of them that crossed a link.
         first_bytes: size of the first blob that has to cross one.
         skipped: blobs that are there and were not worth fetching.
+        decoded: codec -> values that were decoded, and seconds of threads that it took.
         seconds: step -> time; "decode" is what decoding took beyond the last arrival.
     """
 
@@ -64,7 +65,13 @@ class Loaded:
     far_bytes: int = 0
     first_bytes: int = 0
     skipped: Sequence[BlobInfo] = ()
+    decoded: dict[str, tuple[int, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def decoding(self, codec: str, values: int, seconds: float) -> None:
+        """Count what was decoded."""
+        before = self.decoded.get(codec, (0, 0.0))
+        self.decoded[codec] = before[0] + values, before[1] + seconds
 
     def came(self, info: BlobInfo, size: int) -> None:
         """Count a blob that was fetched."""

@@ -251,6 +251,8 @@ class PrefixCache:
             misses=Counter(loaded.problems or ([] if restored else [outcome])),
             prefill_tokens_per_s=self._prefill.per_s or 0.0,
             decode_tokens_per_s=self.worth.cost.decode or 0.0,
+            decode_values_per_s=self.worth.decode_values_per_s,
+            near_bytes_per_s=self.worth.cost.near or 0.0,
         )
 
     # -- offer --------------------------------------------------------------------

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # prefill by more than that to be begun.
 MARGIN = 1.2
 MIN_BYTES = 4096
+MIN_VALUES = 1 << 16
 MOST_RETRY_S = 300.0
 PROBE_DEADLINE_S = 10.0
 # A link that is so many times quicker or slower than before has changed.
@@ -103,6 +104,7 @@ class Worth:
         self._prefill, self._clock, self._always = prefill, clock, always
         self._link, self._near = Rate(MIN_BYTES, JUMP), Rate(MIN_BYTES, JUMP)
         self._decode = Rate()
+        self._by_codec: dict[str, Rate] = {}
         self._bytes_per_token = self._wait_s = 0.0
         self._not_stored = 0
         self._lock = threading.Lock()
@@ -116,6 +118,11 @@ class Worth:
         with self._lock:
             link, near = self._link.per_s, self._near.per_s
         return Cost(self._prefill.per_s, link, near, self._decode.per_s)
+
+    @property
+    def decode_values_per_s(self) -> dict[str, float]:
+        """By codec, of those that were measured."""
+        return {codec: rate.per_s for codec, rate in self._by_codec.items() if rate.per_s}
 
     def choose(self, steps: Sequence[Step], wait_s: float, at_hand: int) -> int:
         """Tokens to fetch. See `best_step`."""
@@ -141,12 +148,21 @@ class Worth:
                 # Nothing came in all that time: the link is slower than this.
                 self._link.add(loaded.first_bytes, fetch)
         if loaded.tokens and "decode" in seconds:
-            self._decode.add(loaded.tokens, seconds["decode"] + seconds.get("commit", 0.0))
+            took = seconds["decode"] + seconds.get("commit", 0.0)
+            self._decode.add(loaded.tokens, took)
+            self._learn_codecs(loaded, took)
         if loaded.tokens and loaded.bytes:
             self._bytes_per_token = loaded.bytes / loaded.tokens
             self._wait_s = seconds.get("lookup", 0.0)
         if loaded.far_bytes:
             self._retry_s = self._first_retry_s
+
+    def _learn_codecs(self, loaded: Loaded, took: float) -> None:
+        """What a restore had to wait for decoding, shared out by what each codec took of it."""
+        busy = sum(seconds for _, seconds in loaded.decoded.values())
+        for codec, (values, seconds) in loaded.decoded.items():
+            rate = self._by_codec.setdefault(codec, Rate(MIN_VALUES))
+            rate.add(values, took * seconds / busy if busy else 0.0)
 
     # -- a link that got better -----------------------------------------------------
 
