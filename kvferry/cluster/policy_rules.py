@@ -44,11 +44,38 @@ def _whole(*allowed: int) -> Callable[[str], bool]:
     return lambda text: text in {str(number) for number in allowed}
 
 
+def _within(low: float, high: float) -> Callable[[str], bool]:
+    def holds(text: str) -> bool:
+        try:
+            return low <= float(text) <= high
+        except ValueError:
+            return False
+
+    return holds
+
+
+def _count(low: int, high: int) -> Callable[[str], bool]:
+    def holds(text: str) -> bool:
+        try:
+            return low <= int(text) <= high
+        except ValueError:
+            return False
+
+    return holds
+
+
 Check = tuple[Callable[[str], bool], str]
 _POSITIVE: Check = (_positive, "a number above 0")
 _BITS: Check = (_whole(2, 3, 4, 8), "one of 2, 3, 4, 8")
 _ADAPT: Check = (_adapt, "a number from 0 to 2")
 _LEVEL: Check = (_whole(*range(1, 23)), "a whole number from 1 to 22")
+
+_RATIO: Check = (_within(1, 1e6), "a number from 1 to 1e+06")
+_SHARE: Check = (_within(1e-6, 1), "a number from 1e-06 to 1")
+_WINDOW: Check = (_count(1, 1 << 24), "a whole number from 1 to 16777216")
+_SINKS: Check = (_count(0, 1 << 16), "a whole number from 0 to 65536")
+_SEED: Check = (_count(0, (1 << 53) - 1), "a whole number from 0 to 9007199254740991")
+_POSITIONS: Check = (lambda text: text in ("contiguous", "original"), "contiguous or original")
 
 # What the codecs of `kvferry.codec.registry` take; a test holds the two together. Not
 # kvtc: it is there to be compared with, and its blobs span all layers of a model.
@@ -57,7 +84,23 @@ CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
     "zstd": {"level": _LEVEL},
     "raw": {},
     "affine": {"bits": _BITS},
+    "streaming": {
+        "ratio": _RATIO,
+        "window": _WINDOW,
+        "sinks": _SINKS,
+        "positions": _POSITIONS,
+    },
+    "random": {
+        "ratio": _RATIO,
+        "keep": _SHARE,
+        "sinks": _SINKS,
+        "seed": _SEED,
+        "positions": _POSITIONS,
+    },
 }
+# Codecs whose pages lack tokens: they are stored, looked at and measured, but never put
+# back into a live cache by a hook.
+DROPPING = ("streaming", "random", "centroid")
 TAIL_CODECS = ("affine", "raw", "zstd")
 
 
@@ -93,8 +136,9 @@ def check_policy(policy: pb.Policy) -> None:
     if len(set(policy.when)) != len(policy.when):
         raise ConfigError("when", list(policy.when), "each trigger once")
     for name in policy.accept:
-        if name not in CODEC_OPTIONS:
-            raise ConfigError("accept", name, f"some of {', '.join(CODEC_OPTIONS)}")
+        if name not in CODEC_OPTIONS or name in DROPPING:
+            usable = [codec for codec in CODEC_OPTIONS if codec not in DROPPING]
+            raise ConfigError("accept", name, f"some of {', '.join(usable)}")
     if not 0 < policy.memory_mark <= 1:
         raise ConfigError("memory_mark", policy.memory_mark, "a share above 0, at most 1")
     if not 1 <= policy.idle_s <= 86_400:
@@ -161,3 +205,6 @@ def _check_options(codec: str, options: Mapping[str, str], where: str) -> None:
             raise ConfigError(f"{where}.{name}", text, allowed)
     if codec == "ferry" and len(options) != 1:
         raise ConfigError(where, dict(options), "either target_kl or step")
+    for name in ("window", "keep"):
+        if {"ratio", name} <= set(options):
+            raise ConfigError(where, dict(options), f"either ratio or {name}")

@@ -8,10 +8,12 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from kvferry.codec.kept import Kept
 from kvferry.errors import CalibrationMissingError, UnsupportedTensorError
 from kvferry.proto.container import SectionData
 
 FloatArray = npt.NDArray[np.float32]
+Positions = npt.NDArray[np.int64]
 
 # Streams that belong to a position and not to a run of tokens: recurrent state, rings.
 STATE_PREFIX = "state."
@@ -97,12 +99,15 @@ class PageTensors:
         streams: name -> stream; each (layers, heads, tokens, dim) with these counts
             (a stream that heads do not divide, as MLA's, has one head; "state.*"
             streams have layers only).
+        kept: None: the streams have all tokens. Else the streams have ``kept.count``
+            entries in place of the tokens, and this says what each stands for.
     """
 
     layers: tuple[int, int]
     heads: tuple[int, int]
     tokens: tuple[int, int]
     streams: Mapping[str, Stream]
+    kept: Kept | None = None
 
     def __post_init__(self) -> None:
         layers, heads, tokens = (b - a for a, b in (self.layers, self.heads, self.tokens))
@@ -110,6 +115,10 @@ class PageTensors:
             raise UnsupportedTensorError(
                 "*", f"layers {self.layers}, heads {self.heads}, tokens {self.tokens} are no ranges"
             )
+        if self.kept is not None:
+            if problem := self.kept.problem(self.layers, self.heads, self.tokens):
+                raise UnsupportedTensorError("kept", problem)
+            tokens = self.kept.count
         for name, stream in self.streams.items():
             shape = stream.data.shape
             if name != stream.name or shape[0] != layers:
@@ -123,6 +132,29 @@ class PageTensors:
             if shape[2] != tokens:
                 raise UnsupportedTensorError(name, f"shape {shape} for {tokens} tokens")
 
+    @property
+    def entries(self) -> int:
+        """Length of the streams' token axis."""
+        return self.tokens[1] - self.tokens[0] if self.kept is None else self.kept.count
+
+    def take(self, entries: Positions, *, contiguous: bool = False) -> "PageTensors":
+        """Only some entries of every stream; copies.
+
+        Args:
+            entries: (n,) rising indices into the token axis.
+            contiguous: see `Kept`.
+        Raises: UnsupportedTensorError for pages whose heads keep different tokens.
+        """
+        if self.kept is None:
+            positions = np.arange(*self.tokens, dtype=np.int64)
+        else:
+            positions = self.kept.positions
+        if positions.ndim > 1 or any(name.startswith(STATE_PREFIX) for name in self.streams):
+            raise UnsupportedTensorError("*", "entries of such a page cannot be dropped")
+        streams = {n: Stream(n, s.data[:, :, entries], s.dtype) for n, s in self.streams.items()}
+        kept = Kept(positions[entries], contiguous=contiguous)
+        return PageTensors(self.layers, self.heads, self.tokens, streams, kept)
+
     def cut_layers(self, layers: tuple[int, int]) -> "PageTensors":
         """The part that lies in ``layers`` (absolute, within this page's); views."""
         return self._cut(0, layers, self.heads, self.tokens)
@@ -132,7 +164,12 @@ class PageTensors:
         return self._cut(1, self.layers, heads, self.tokens)
 
     def cut_tokens(self, tokens: tuple[int, int]) -> "PageTensors":
-        """The part that lies in ``tokens``; views."""
+        """The part that lies in ``tokens``; views.
+
+        Raises: UnsupportedTensorError also for pages that lack tokens.
+        """
+        if self.kept is not None:
+            raise UnsupportedTensorError("*", "a page that lacks tokens is not cut by tokens")
         return self._cut(2, self.layers, self.heads, tokens)
 
     def _cut(
@@ -154,7 +191,8 @@ class PageTensors:
             replicated |= axis > 0 and name.startswith(STATE_PREFIX)
             index = (slice(None),) * axis + (slice(None) if replicated else part,)
             streams[name] = Stream(name, stream.data[index], stream.dtype)
-        return PageTensors(layers, heads, tokens, streams)
+        kept = None if self.kept is None else self.kept.cut(axis, part)
+        return PageTensors(layers, heads, tokens, streams, kept)
 
     @property
     def raw_bytes_fp16(self) -> int:
@@ -164,10 +202,15 @@ class PageTensors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """What a codec made of a page. What differs from page to page is in the sections."""
+    """What a codec made of a page. What differs from page to page is in the sections.
+
+    Attributes:
+        entries: length of the streams' token axis; 0: as the page has it.
+    """
 
     sections: Sequence[SectionData]
     rope_fingerprint: bytes = b""
+    entries: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,7 +219,9 @@ class Wanted:
 
     Attributes:
         layers, heads, tokens: the blob's own ranges.
-        shapes: stream name -> (layers, heads, tokens, dim), already checked against caps.
+        shapes: stream name -> (layers, heads, tokens, dim), already checked against caps;
+            of codecs that drop tokens (layers, heads, entries, dim), at most as many
+            entries as tokens, and equally many in all streams.
         dtypes: stream name -> dtype.
         cut: the layers to return, within ``layers``.
         params: the parameters that the blob was written with.
@@ -250,6 +295,28 @@ class Codec(Protocol):
 
         Raises: CorruptBlobError, CalibrationMissingError, IdentityMismatchError.
         """
+
+
+@runtime_checkable
+class DroppingCodec(Protocol):
+    """A codec whose pages come back with `PageTensors.kept`: fewer entries than tokens.
+
+    Attributes:
+        whole_context: whether it is to be given a whole run of tokens as one page, since
+            it chooses among all of them.
+    """
+
+    whole_context: ClassVar[bool]
+
+
+def drops_tokens(codec: object) -> bool:
+    """Whether a codec (or its class) may give fewer entries than tokens."""
+    return isinstance(codec, DroppingCodec)
+
+
+def takes_whole_context(codec: object) -> bool:
+    """Whether a codec is to be given a whole run of tokens as one page."""
+    return isinstance(codec, DroppingCodec) and codec.whole_context
 
 
 @dataclass(frozen=True, slots=True, eq=False)

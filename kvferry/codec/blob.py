@@ -12,7 +12,9 @@ from kvferry.codec.base import (
     DType,
     PageTensors,
     RunCodec,
+    Stream,
     Wanted,
+    drops_tokens,
 )
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.registry import reader
@@ -22,6 +24,7 @@ from kvferry.errors import (
     CodecError,
     CorruptBlobError,
     IdentityMismatchError,
+    UnsupportedTensorError,
 )
 from kvferry.proto import container
 from kvferry.proto.container import DEFAULT_LIMITS, Limits
@@ -74,6 +77,8 @@ def blob_key(
 def encode_blob(codec: Codec, page: PageTensors, meta: BlobMeta) -> tuple[BlobKey, bytes]:
     """Encode and frame. Raises: UnsupportedTensorError, InvalidKeyError."""
     key = blob_key(codec, meta, page.layers, page.heads)
+    if page.kept is not None and not drops_tokens(codec):
+        raise UnsupportedTensorError("*", f"{codec.name} stores no pages that lack tokens")
     encoded = codec.encode(page)
     header = blob_pb2.BlobHeader(
         kind=kind_number(meta.kind),
@@ -96,13 +101,20 @@ def encode_blob(codec: Codec, page: PageTensors, meta: BlobMeta) -> tuple[BlobKe
         ),
         rope_fingerprint=encoded.rope_fingerprint,
         streams=[
-            blob_pb2.StreamInfo(name=name, shape=stream.data.shape, dtype=stream.dtype.value)
+            blob_pb2.StreamInfo(
+                name=name, shape=_stored_shape(stream, encoded.entries), dtype=stream.dtype.value
+            )
             for name, stream in sorted(page.streams.items())
         ],
         producer=f"kvferry {__version__}",
         namespace_tag=meta.namespace_tag,
     )
     return key, container.pack(header, encoded.sections)
+
+
+def _stored_shape(stream: Stream, entries: int) -> tuple[int, ...]:
+    shape = stream.data.shape
+    return (*shape[:2], entries or shape[2], shape[3])
 
 
 def decode_blob(
@@ -203,7 +215,7 @@ def _check(
     header = parsed.header
     _check_identity(header, blob, model_id)
     codec = reader(header.codec.name, header.codec.version)
-    wanted = _wanted(header, blob, cut, limits)
+    wanted = _wanted(header, blob, cut, limits, fewer=drops_tokens(codec))
     if wanted.calibration_id:
         _check_calibration(wanted, model_id, calibrations, rope)
     shapes = tuple(
@@ -227,13 +239,18 @@ def _check_identity(header: blob_pb2.BlobHeader, blob: StoredBlob, model_id: byt
 
 
 def _wanted(
-    header: blob_pb2.BlobHeader, blob: StoredBlob, cut: LayerRange | None, limits: Limits
+    header: blob_pb2.BlobHeader,
+    blob: StoredBlob,
+    cut: LayerRange | None,
+    limits: Limits,
+    *,
+    fewer: bool,
 ) -> Wanted:
     layers, heads = blob.key.layers, blob.key.heads
     cut = layers if cut is None else cut
     if not layers[0] <= cut[0] < cut[1] <= layers[1]:
         raise IdentityMismatchError("layers", f"{layers[0]}-{layers[1]}", f"{cut[0]}-{cut[1]}")
-    shapes, dtypes = _streams(header, limits)
+    shapes, dtypes = _streams(header, limits, fewer=fewer)
     return Wanted(
         layers=layers,
         heads=heads,
@@ -248,12 +265,18 @@ def _wanted(
 
 
 def _streams(
-    header: blob_pb2.BlobHeader, limits: Limits
+    header: blob_pb2.BlobHeader, limits: Limits, *, fewer: bool
 ) -> tuple[dict[str, tuple[int, int, int, int]], dict[str, DType]]:
-    """Shapes that agree with the ranges and whose float32 form is within the cap."""
+    """Shapes that agree with the ranges and whose float32 form is within the cap.
+
+    Args:
+        fewer: whether streams may have fewer entries than tokens, all of them equally many.
+    """
     layers = header.layer_end - header.layer_start
     heads = header.head_end - header.head_start
     tokens = header.token_end - header.token_start
+    if fewer and header.streams and len(header.streams[0].shape) == 4:
+        tokens = min(tokens, header.streams[0].shape[2])
     shapes: dict[str, tuple[int, int, int, int]] = {}
     dtypes: dict[str, DType] = {}
     total = 0

@@ -25,6 +25,18 @@ def whole_number(name: str, value: object, allowed: tuple[int, ...]) -> int:
     return number
 
 
+def whole_within(name: str, value: object, low: int, high: int) -> int:
+    """A whole number from ``low`` to ``high``. Raises: ConfigError."""
+    allowed = f"a whole number from {low} to {high}"
+    try:
+        number = int(str(value))
+    except ValueError as exc:
+        raise ConfigError(name, value, allowed) from exc
+    if not low <= number <= high:
+        raise ConfigError(name, value, allowed)
+    return number
+
+
 def positive_number(name: str, value: object) -> float:
     """A number of a sane size above 0. Raises: ConfigError."""
     try:

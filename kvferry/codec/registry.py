@@ -7,11 +7,19 @@ from kvferry.codec.base import Codec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.kvtc import KvtcCodec
+from kvferry.codec.random_share import RandomCodec
 from kvferry.codec.raw import RawCodec, ZstdCodec
+from kvferry.codec.streaming import StreamingCodec
 from kvferry.errors import ConfigError, UnknownCodecError, UnsupportedVersionError
 
 CodecClass = (
-    type[RawCodec] | type[ZstdCodec] | type[AffineCodec] | type[FerryCodec] | type[KvtcCodec]
+    type[RawCodec]
+    | type[ZstdCodec]
+    | type[AffineCodec]
+    | type[FerryCodec]
+    | type[KvtcCodec]
+    | type[StreamingCodec]
+    | type[RandomCodec]
 )
 
 CODECS: Mapping[str, CodecClass] = {
@@ -20,6 +28,8 @@ CODECS: Mapping[str, CodecClass] = {
     "affine": AffineCodec,
     "ferry": FerryCodec,
     "kvtc": KvtcCodec,
+    "streaming": StreamingCodec,
+    "random": RandomCodec,
 }
 
 
@@ -33,7 +43,9 @@ def make_codec(
 
     Options may be text, as they come from a command line or a policy: ``step`` or
     ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine), ``level``
-    (zstd), ``ratio`` and ``entropy`` (kvtc).
+    (zstd), ``ratio`` and ``entropy`` (kvtc), ``ratio`` or ``window``, ``sinks`` and
+    ``positions`` (streaming), ``ratio`` or ``keep``, ``sinks``, ``seed`` and ``positions``
+    (random).
 
     Raises: ConfigError (one line that lists what exists);
         CalibrationMissingError for a codec that needs one.

@@ -126,7 +126,7 @@ def apply(x: FloatArray, spec: RopeSpec, positions: Positions) -> FloatArray:
 
     Args:
         x: (..., tokens, dim) float32, not rotated.
-        positions: (tokens,) absolute positions.
+        positions: (tokens,) absolute positions, or (..., tokens) where heads differ.
     Returns: a new array of the same shape.
     Raises: UnsupportedTensorError where ``dim`` is smaller than ``spec.dims``.
     """
@@ -148,9 +148,9 @@ def rotate_into(
     out: FloatArray, x: FloatArray, spec: RopeSpec, positions: Positions, *, inverse: bool
 ) -> None:
     """`apply` or `undo` into ``out``, which may be any view but not one of ``x``."""
-    if x.shape[-1] < spec.dims or out.shape != x.shape or len(positions) != x.shape[-2]:
+    if x.shape[-1] < spec.dims or out.shape != x.shape or not _fits(positions, x):
         raise UnsupportedTensorError(
-            "rope", f"shape {x.shape} with {spec.dims} rotated dims at {len(positions)} positions"
+            "rope", f"shape {x.shape} with {spec.dims} rotated dims at {positions.shape} positions"
         )
     cos, sin = _factors(spec, positions, x.shape[-1], inverse=inverse)
     np.multiply(x, cos, out=out)
@@ -164,22 +164,26 @@ def rotate_into(
     out[..., : spec.dims] += partner
 
 
+def _fits(positions: Positions, x: FloatArray) -> bool:
+    return positions.shape in (x.shape[-2:-1], x.shape[:-1])
+
+
 def _factors(
     spec: RopeSpec, positions: Positions, dim: int, *, inverse: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """(tokens, dim) factors of a value itself and (tokens, dims) of its partner."""
+    """(..., tokens, dim) factors of a value itself and (..., tokens, dims) of its partner."""
     # MLX rounds position x frequency to float32; only the same rounding undoes it: in
     # float64 the angle would differ by 6e-8 of itself, 0.02 in a key at position 131072.
     scaled = positions.astype(np.float32) * np.float32(spec.position_scale)
-    rounded = scaled[:, None] * np.asarray(spec.inv_freq, dtype=np.float32)
+    rounded = scaled[..., None] * np.asarray(spec.inv_freq, dtype=np.float32)
     angles = rounded.astype(np.float64)
     scale = 1.0 / spec.key_scale if inverse else spec.key_scale
     first, second = _halves(spec)
-    cos = np.ones((len(positions), dim), dtype=np.float32)
-    sin = np.empty((len(positions), spec.dims), dtype=np.float32)
-    cos[:, first] = cos[:, second] = np.cos(angles) * scale
-    sin[:, second] = np.sin(angles) * (-scale if inverse else scale)
-    sin[:, first] = -sin[:, second]
+    cos = np.ones((*positions.shape, dim), dtype=np.float32)
+    sin = np.empty((*positions.shape, spec.dims), dtype=np.float32)
+    cos[..., first] = cos[..., second] = np.cos(angles) * scale
+    sin[..., second] = np.sin(angles) * (-scale if inverse else scale)
+    sin[..., first] = -sin[..., second]
     return cos, sin
 
 

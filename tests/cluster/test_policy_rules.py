@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.cluster import policy as policies
-from kvferry.cluster.policy_rules import CODEC_OPTIONS, TAIL_CODECS
+from kvferry.cluster.policy_rules import CODEC_OPTIONS, DROPPING, TAIL_CODECS
+from kvferry.codec.base import drops_tokens
 from kvferry.codec.registry import CODECS, codec_names
 from kvferry.errors import ConfigError
 from kvferry.proto.v1 import coordinator_pb2 as pb
@@ -140,7 +141,18 @@ def test_explain_names_the_rule_of_each_layer() -> None:
 def test_the_policy_knows_the_registrys_codecs_and_their_options() -> None:
     assert set(CODEC_OPTIONS) == set(codec_names()) - {"kvtc"}
     assert set(TAIL_CODECS) <= set(codec_names())
-    samples = {"step": ["0.5"], "bits": ["2", "3", "4", "6", "8"], "level": ["0", "1", "22", "23"]}
+    assert {name for name, codec in CODECS.items() if drops_tokens(codec)} <= set(DROPPING)
+    samples = {
+        "step": ["0.5"],
+        "bits": ["2", "3", "4", "6", "8"],
+        "level": ["0", "1", "22", "23"],
+        "ratio": ["0.9", "1", "4", "1e6", "1e7", "nan", "x"],
+        "window": ["0", "1", "512", "16777216", "16777217", "1.5"],
+        "sinks": ["-1", "0", "4", "65536", "65537"],
+        "keep": ["0", "0.25", "1", "1.1", "inf"],
+        "seed": ["-1", "0", "7", str(2**53)],
+        "positions": ["contiguous", "original", "both"],
+    }
     for codec, known in CODEC_OPTIONS.items():
         if codec == "ferry":
             continue  # needs a calibration before it looks at options
@@ -172,6 +184,7 @@ def test_the_policy_knows_the_registrys_codecs_and_their_options() -> None:
         (lambda p: p.when.append(99), "when"),
         (lambda p: p.when.append(pb.TRIGGER_TURN_END), "when"),
         (lambda p: p.accept.append("gzip"), "accept"),
+        (lambda p: p.accept.append("streaming"), "accept"),
         (lambda p: setattr(p, "memory_mark", 1.5), "memory_mark"),
         (lambda p: setattr(p, "memory_mark", float("nan")), "memory_mark"),
         (lambda p: setattr(p, "idle_s", 0), "idle_s"),

@@ -5,15 +5,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from kvferry.codec.base import CalibrationSource, Codec, PageTensors, Stream
+from kvferry.codec.base import CalibrationSource, Codec, PageTensors, takes_whole_context
 from kvferry.codec.blob import BlobMeta, StoredBlob, decode_blobs, encode_blob
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.join import join_layers
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.registry import make_codec
 from kvferry.errors import CalibrationMissingError, CodecError
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, root_key, tail_key
+
+__all__ = [
+    "Coded",
+    "Coder",
+    "GroupSource",
+    "LayerRange",
+    "decode_pages",
+    "encode_page",
+    "group_codecs",
+    "join_layers",
+    "page_meta",
+]
 
 LayerRange = tuple[int, int]
 _SALT = bytes(16)
@@ -105,8 +116,12 @@ class Coder:
     ) -> Coded:
         """Encode ``tokens`` of a snapshot page by page, then decode them.
 
+        Codecs that choose among all tokens are given all of them as one page.
+
         Raises: CodecError.
         """
+        if any(takes_whole_context(codec) for codec in self.codecs.values()):
+            page = tokens[1] - tokens[0]
         edges = [*range(tokens[0], tokens[1], page), tokens[1]]
         spans = list(itertools.pairwise(edges))
         stored: dict[LayerRange, list[StoredBlob]] = {}
@@ -144,14 +159,3 @@ def group_codecs(
     """
     known = {group.layers: group for group in groups}
     return {layers: make_codec(name, options, known.get(layers), curve) for layers in ranges}
-
-
-def join_layers(parts: Sequence[PageTensors]) -> PageTensors:
-    """Pages of the same tokens, of consecutive layers, as one."""
-    first = parts[0]
-    streams = {
-        name: Stream(name, np.concatenate([p.streams[name].data for p in parts]), stream.dtype)
-        for name, stream in first.streams.items()
-    }
-    layers = (first.layers[0], parts[-1].layers[1])
-    return PageTensors(layers, first.heads, first.tokens, streams)

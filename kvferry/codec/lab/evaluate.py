@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mlx_lm.models.cache import make_prompt_cache
@@ -15,6 +16,7 @@ from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.mlx.shape import ModelShape
 from kvferry.errors import ConfigError
 from kvferry.proto.keys import WINDOW_TOKENS
@@ -150,7 +152,8 @@ def prepare(
     shape = describe(model, loaded.config)
     exact = make_prompt_cache(model)
     prefill(model, tokens[:held], exact, done)
-    snapshot = adapters.snapshot(exact, held, latent=shape.latent)
+    ropes = partial(page_ropes, model, shape.page_layers)
+    snapshot = adapters.snapshot(exact, held, latent=shape.latent, ropes=ropes)
     tail_codecs = group_codecs(*TAIL_CODEC, [(0, shape.layers)])
     coder = Coder(model_id, tail_codecs, GroupSource(), shape.kv_heads, kind="tail")
     tail = coder.run(snapshot, (context, held))

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.mlx.gaps import Ropes
 from kvferry.codec.mlx.leaves import extracted, packed_rows, state_adapter
 from kvferry.codec.mlx.parts import length, parts_of, row_arrays, row_names
 from kvferry.codec.mlx.refill import restore
@@ -44,6 +45,7 @@ class CacheSnapshot:
     states: tuple[int, int] = (0, 0)
     _states: Sequence[Mapping[str, _View]] = ()
     _layout: StateLayout | None = None
+    _ropes: Ropes | None = None
 
     def page(self, layers: tuple[int, int], tokens: tuple[int, int]) -> PageTensors:
         """Host copies of absolute page layers and tokens. Any thread may call it.
@@ -95,7 +97,10 @@ class CacheSnapshot:
     def refill(self, cache: Sequence[Any], pages: Sequence[PageTensors]) -> int:
         """Fill fresh caches of the same layers with ``pages`` and the states held here.
 
-        Raises: ModelError, as `restore`.
+        Pages may lack tokens: see `restore`, which also tells why ``cache`` is best a list.
+
+        Returns: the position at which the caches go on.
+        Raises: ModelError, UnsupportedTensorError, as `restore`.
         """
         span = (0, self.tokens)
         return restore(
@@ -105,6 +110,7 @@ class CacheSnapshot:
             states=list(self._state_pages(span, 0)),
             state_start=self.states[0],
             tokens=self.tokens,
+            ropes=self._ropes,
         )
 
 
@@ -123,6 +129,7 @@ def snapshot(
     row: int | None = None,
     packed: bool = False,
     layout: StateLayout | None = None,
+    ropes: Ropes | None = None,
 ) -> CacheSnapshot:
     """Hold on to the first ``tokens`` positions of a cache. Runs on the model's thread.
 
@@ -137,6 +144,8 @@ def snapshot(
         packed: quantized caches as they are, for codecs that change no bit; else the
             numbers that they stand for.
         layout: which part of the states this rank has; None: all of them.
+        ropes: gives each page layer's (see `kvferry.codec.mlx.rope.page_ropes`); asked
+            where a refill puts entries side by side.
     Raises:
         ModelError: another cache class, more than one sequence, too few tokens.
     """
@@ -160,6 +169,7 @@ def snapshot(
         (state_start, state_start + len(states)),
         states,
         layout,
+        ropes,
     )
 
 

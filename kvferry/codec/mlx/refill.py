@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import DType, PageTensors
+from kvferry.codec.mlx.gaps import Ropes, placement
 from kvferry.codec.mlx.leaves import STEP, StateAdapter, fill_packed, state_adapter
 from kvferry.codec.mlx.parts import length, parts_of, row_names, rows_of
 from kvferry.errors import ModelError
@@ -27,8 +28,13 @@ def restore(
     states: Sequence[PageTensors] = (),
     state_start: int = 0,
     tokens: int | None = None,
+    ropes: Ropes | None = None,
 ) -> int:
     """Fill fresh caches, in place; all of them or none.
+
+    Pages that lack tokens (`PageTensors.kept`) are filled in as their codec says: side by
+    side, with all keys behind them rotated anew to follow, in the caches given; or where
+    they were, or weighted, in `GappedKVCache` objects that take their places in ``cache``.
 
     Args:
         cache: empty caches of consecutive layers; the objects themselves are filled.
@@ -37,9 +43,11 @@ def restore(
         states: of all state layers, as `CacheSnapshot.state_pages` gave them.
         state_start: absolute index of the first state layer.
         tokens: the position of the states; by default where the pages end.
-    Returns: tokens that the caches hold now.
+        ropes: gives each page layer's; needed where entries are put side by side.
+    Returns: the position at which the caches go on.
     Raises:
         ModelError: pages or states do not fit; the caches are as they were.
+        UnsupportedTensorError: keys that cannot be moved.
     """
     parts = parts_of(cache)
     if length(cache):
@@ -49,7 +57,8 @@ def restore(
         return 0
     if parts.rows:
         _check(pages, (layer_start, layer_start + len(parts.rows)), total)
-    rows = [_staged_rows(pages, index, total, held) for index, held in enumerate(parts.rows)]
+    placed = placement(cache, parts, pages, total, ropes)
+    rows = [_staged_rows(placed.pages, i, placed.held, leaf) for i, leaf in enumerate(parts.rows)]
     kept = _staged_states(parts.states, states, state_start)
     mx.eval([arrays for layer in rows for _, arrays in layer])
     mx.eval([arrays for _, _, arrays in kept])
@@ -57,8 +66,9 @@ def restore(
         for fill, _ in layer:
             fill()
     for leaf, state, arrays in kept:
-        state.fill(leaf, arrays, total)
-    return total
+        state.fill(leaf, arrays, placed.at)
+    placed.leave_gaps(cache)
+    return placed.at
 
 
 def _staged_rows(
