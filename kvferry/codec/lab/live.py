@@ -74,7 +74,7 @@ def live_page(rows: Sequence[Any], *, latent: bool = False) -> PageTensors:
     plain = [_as_plain(layer) for layer in rows]
     span = (0, len(rows))
     page = adapters.snapshot(plain, entries, latent=latent).page(span, (0, entries))
-    return PageTensors(span, page.heads, (0, offset), page.streams, _kept(rows))
+    return PageTensors(span, page.heads, (0, offset), page.streams, _kept(rows, page.heads[1]))
 
 
 def _holds_rows(layer: Any) -> bool:
@@ -93,12 +93,11 @@ def _as_plain(layer: GappedKVCache) -> KVCache:
     return plain
 
 
-def _kept(rows: Sequence[GappedKVCache]) -> Kept:
+def _kept(rows: Sequence[GappedKVCache], heads: int) -> Kept:
     every = [layer.positions for layer in rows]
     weights = [layer.weights() for layer in rows]
     if all(p.ndim == 1 and np.array_equal(p, every[0]) for p in every) and weights[0] is None:
         return Kept(every[0])
-    heads = rows[0].keys.shape[1]
     wide = [np.broadcast_to(p, (heads, rows[0].entries)) for p in every]
     kept = Kept(np.stack(wide))
     held = [w for w in weights if w is not None]
