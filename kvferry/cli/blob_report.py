@@ -5,9 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from kvferry.codec.calibration_bundle import JOINER
+from kvferry.codec.kept_sections import TOKENS, read_tokens
+from kvferry.codec.registry import restorable
 from kvferry.errors import CodecError, FerryError
 from kvferry.proto.container import (
     DEFAULT_LIMITS,
@@ -18,6 +21,7 @@ from kvferry.proto.container import (
     examine,
     header_bytes_needed,
     key_of,
+    parse,
 )
 from kvferry.proto.keys import DIGEST_BYTES, BlobKey, kind_name
 from kvferry.proto.v1 import blob_pb2
@@ -29,8 +33,23 @@ _LAYER_PART = re.compile(r"(?:.*/)?L([0-9]{1,6})(?:/.*)?")
 
 
 @dataclass(frozen=True, slots=True)
+class KeptTokens:
+    """What is left of a blob's tokens where its codec drops or merges some.
+
+    Attributes:
+        tokens: that the blob stands for.
+        entries: that each head has in their place.
+        spans: half-open absolute runs of tokens that are kept; empty where heads differ.
+    """
+
+    tokens: int
+    entries: int
+    spans: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class StreamSize:
-    """One stream: values, and the bytes that its sections take."""
+    """One stream: values (of all tokens, kept or not), and the bytes that its sections take."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,6 +86,7 @@ class BlobReport:
     content: Mapping[str, object] = field(default_factory=dict)  # of a whole calibration
     streams: Sequence[StreamSize] = ()
     layers: Sequence[LayerSize] = ()
+    kept: KeptTokens | None = None
 
     @property
     def ok(self) -> bool:
@@ -128,6 +148,12 @@ def report_on(
         check, content = _calibration(data, header, limits)
         checks.append(check)
     streams = _streams(header) if fits else []
+    kept = None
+    if streams and all(check.ok for check in checks):
+        try:
+            kept = _kept(data, header, limits)
+        except CodecError as exc:
+            checks.append(Finding("kept", False, str(exc)))
     return BlobReport(
         source=source,
         size=len(data),
@@ -139,7 +165,25 @@ def report_on(
         content=content,
         streams=streams,
         layers=_layers(header) if streams else (),
+        kept=kept,
     )
+
+
+def _kept(
+    data: bytes | memoryview, header: blob_pb2.BlobHeader, limits: Limits
+) -> KeptTokens | None:
+    if restorable(header.codec.name):
+        return None
+    tokens = (header.token_start, header.token_end)
+    entries = header.streams[0].shape[2]
+    spans: Sequence[tuple[int, int]] = ()
+    section = parse(data, limits).sections.get(TOKENS)
+    if section is not None:
+        found = read_tokens(section, entries, tokens)
+        ends = np.flatnonzero(np.diff(found) > 1)
+        starts = found[np.concatenate([[0], ends + 1])]
+        spans = list(zip(starts.tolist(), (found[[*ends, -1]] + 1).tolist(), strict=True))
+    return KeptTokens(tokens[1] - tokens[0], entries, spans)
 
 
 def _header(data: bytes | memoryview, limits: Limits) -> tuple[blob_pb2.BlobHeader | None, int]:
@@ -158,6 +202,7 @@ def _stream_checks(header: blob_pb2.BlobHeader) -> list[Finding]:
     checks = []
     layers = header.layer_end - header.layer_start
     tokens = header.token_end - header.token_start
+    whole = restorable(header.codec.name)
     if header.kind != blob_pb2.BLOB_KIND_CALIBRATION and not header.streams:
         checks.append(Finding("streams", False, "there are none"))
     for stream in header.streams:
@@ -165,7 +210,7 @@ def _stream_checks(header: blob_pb2.BlobHeader) -> list[Finding]:
         problem = ""
         if len(shape) != _SHAPE_DIMS or not all(shape):
             problem = f"shape {list(shape[:8])} is not layers, heads, tokens, dim"
-        elif (shape[0], shape[2]) != (layers, tokens):
+        elif shape[0] != layers or (shape[2] != tokens and (whole or shape[2] > tokens)):
             problem = f"shape {list(shape)} is not {layers} layers and {tokens} tokens"
         elif stream.dtype not in DTYPES:
             problem = f"dtype {stream.dtype[:32]!r} is unknown"
@@ -216,9 +261,7 @@ def _shorter(finding: Finding) -> Finding:
 def _streams(header: blob_pb2.BlobHeader) -> list[StreamSize]:
     """Bytes by stream; those of streams that are coded together go by their values."""
     shapes = {stream.name: tuple(stream.shape) for stream in header.streams}
-    values = {
-        name: math.prod(shape) if len(shape) == _SHAPE_DIMS else 0 for name, shape in shapes.items()
-    }
+    values = {name: _values(shape, header) for name, shape in shapes.items()}
     sizes = dict.fromkeys(shapes, 0.0)
     for section in header.sections:
         owners = [n for n in section.name.partition("/")[0].split(JOINER) if n in sizes]
@@ -229,6 +272,14 @@ def _streams(header: blob_pb2.BlobHeader) -> list[StreamSize]:
         StreamSize(s.name, shapes[s.name], s.dtype, values[s.name], round(sizes[s.name]))
         for s in header.streams
     ]
+
+
+def _values(shape: tuple[int, ...], header: blob_pb2.BlobHeader) -> int:
+    if len(shape) != _SHAPE_DIMS:
+        return 0
+    if not restorable(header.codec.name):
+        shape = (*shape[:2], header.token_end - header.token_start, shape[3])
+    return math.prod(shape)
 
 
 def _layers(header: blob_pb2.BlobHeader) -> list[LayerSize]:

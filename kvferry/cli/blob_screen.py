@@ -8,11 +8,12 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.cli.blob_report import BlobReport, LayerSize
+from kvferry.cli.blob_report import BlobReport, KeptTokens, LayerSize
 from kvferry.proto.v1 import blob_pb2
 
 MIB = 1 << 20
 _MAX_TEXT = 300
+_SPANS_SHOWN = 12
 
 
 def clean(text: str) -> str:
@@ -63,6 +64,7 @@ def as_json(report: BlobReport, calibration: str | None) -> dict[str, object]:
         "codec": {"name": codec.name, "version": codec.version, "params": dict(report.params)},
         "calibration": {"id": codec.calibration_id.hex() or None, "found": calibration},
         "content": dict(report.content) or None,
+        "kept": _kept_json(report.kept),
         "header_bytes": report.header_bytes,
         "streams": [
             {
@@ -82,6 +84,13 @@ def as_json(report: BlobReport, calibration: str | None) -> dict[str, object]:
         "compression_ratio": round(report.ratio, 4) if report.streams else None,
         "bits_per_value": round(report.bits_per_value, 4) if report.streams else None,
     }  # fmt: skip
+
+
+def _kept_json(kept: KeptTokens | None) -> dict[str, object] | None:
+    if kept is None:
+        return None
+    spans = [list(span) for span in kept.spans]
+    return {"tokens": kept.tokens, "entries": kept.entries, "spans": spans}
 
 
 def print_report(
@@ -125,6 +134,8 @@ def _identity(report: BlobReport, header: blob_pb2.BlobHeader, calibration: str 
             f"({header.token_end - header.token_start:,})",
             "covers": _covers(header),
         }
+    if report.kept is not None:
+        rows["kept"] = _kept_text(report.kept)
     rows |= _content(report.content) if report.content else {}
     codec = header.codec
     given = " ".join(f"{name}={_brief(value)}" for name, value in report.params.items())
@@ -139,6 +150,15 @@ def _identity(report: BlobReport, header: blob_pb2.BlobHeader, calibration: str 
         style = "red" if value.endswith("not found here") else ""
         grid.add_row(name, Text(clean(value), style=style))
     return grid
+
+
+def _kept_text(kept: KeptTokens) -> str:
+    text = f"{kept.entries:,} of {kept.tokens:,} tokens, {kept.tokens - kept.entries:,} dropped"
+    if not kept.spans:
+        return f"{text}; each head has its own"
+    shown = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in kept.spans[:_SPANS_SHOWN]]
+    more = len(kept.spans) - len(shown)
+    return f"{text}: {', '.join(shown)}{f' and {more} more runs' if more else ''}"
 
 
 def _brief(value: object) -> str:

@@ -82,6 +82,7 @@ def put(
 ) -> None:
     """Put a policy in force: exact, default, high_compression, memory_emergency or a file."""
     from kvferry.cluster.policy import load_policy, named_policy, policy_names
+    from kvferry.cluster.policy_rules import dropping_codecs
 
     file = Path(policy)
     wanted = named_policy(policy) if policy in policy_names() else None
@@ -90,10 +91,17 @@ def put(
         wanted = load_policy(file) if looks_like_file else named_policy(policy)
     made = wanted
     version = _call(coordinator, lambda client: client.set_policy(made))
+    warnings = [
+        f"{codec} drops tokens: pages stored by it are never put back into a live cache, "
+        "so prompts are prefilled every time"
+        for codec in dropping_codecs(made)
+    ]
     if json:
-        write_json({"name": made.name, "version": version}, json)
+        write_json({"name": made.name, "version": version, "warnings": warnings}, json)
         return
     typer.echo(f"policy {made.name!r} is in force as version {version}")
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def explain(

@@ -104,6 +104,11 @@ DROPPING = ("streaming", "random", "centroid")
 TAIL_CODECS = ("affine", "raw", "zstd")
 
 
+def dropping_codecs(policy: pb.Policy) -> list[str]:
+    """Codecs of a policy's rules whose pages no hook puts back."""
+    return sorted({rule.codec for rule in policy.rules} & set(DROPPING))
+
+
 def unruled() -> pb.LayerRule:
     """The rule of a layer that no rule names: exact is the one that is never wrong."""
     return pb.LayerRule(codec="zstd")

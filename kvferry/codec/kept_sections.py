@@ -56,7 +56,7 @@ def read_kept(
     count = counts.pop()
     if TOKENS in sections:
         name = TOKENS
-        kept = Kept(_read_bitmap(sections[name], count, wanted.tokens), contiguous=contiguous)
+        kept = Kept(read_tokens(sections[name], count, wanted.tokens), contiguous=contiguous)
     else:
         name, weights = POSITIONS, None
         heads = max(shape[1] for shape in wanted.shapes.values())
@@ -70,7 +70,8 @@ def read_kept(
     return kept.cut(0, layer_slice(wanted))
 
 
-def _read_bitmap(section: SectionData, count: int, tokens: Range) -> Positions:
+def read_tokens(section: SectionData, count: int, tokens: Range) -> Positions:
+    """Absolute positions in a bitmap, (count,), rising. Raises: CorruptBlobError."""
     whole = tokens[1] - tokens[0]
     size = -(-whole // 8)
     if len(section.data) != size or section.raw_length != size:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from kvferry.codec.affine import AffineCodec
-from kvferry.codec.base import Codec
+from kvferry.codec.base import Codec, drops_tokens
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.kvtc import KvtcCodec
@@ -71,3 +71,16 @@ def reader(name: str, version: int) -> Codec:
 def codec_names() -> tuple[str, ...]:
     """Names that `make_codec` knows."""
     return tuple(CODECS)
+
+
+def restorable(name: str) -> bool:
+    """Whether blobs of a codec have all their tokens, so that a hook may put them back.
+
+    Names that are not known count as such: their blobs are refused when they are read.
+    """
+    return name not in CODECS or not drops_tokens(CODECS[name])
+
+
+def restorable_names() -> frozenset[str]:
+    """Those known codecs whose blobs have all their tokens."""
+    return frozenset(name for name in CODECS if restorable(name))

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from kvferry.cluster.repository import BlobInfo, CodecInfo, LookupQuery, LookupResult
 from kvferry.codec.base import Codec
+from kvferry.codec.registry import restorable
 from kvferry.errors import FerryError
 from kvferry.node.coding import CodedRange, Shard
 from kvferry.node.restore import choose_pieces
@@ -57,6 +58,8 @@ def is_stored(blobs: Iterable[BlobInfo], coded: CodedRange, shard: Shard) -> boo
 def stands_in(stored: CodecInfo, codec: Codec) -> bool:
     """Whether what was stored does instead of what ``codec`` would store."""
     found, wanted = _params(stored.params_json), codec.params
+    if not restorable(codec.name):
+        return (stored.name, stored.version, found) == (codec.name, codec.version, dict(wanted))
     if stored.name in EXACT:
         return codec.name in EXACT or (codec.name == "affine" and _number(wanted, "bits") >= 8)
     if stored.name == "affine":

@@ -5,12 +5,13 @@ No mlx and no sockets: the hook fetches and decodes in between.
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvferry.cluster.repository import BlobInfo, LookupResult
 from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.registry import restorable
 from kvferry.codec.state_parts import parts_wanted
 from kvferry.errors import IdentityMismatchError
 from kvferry.proto.keys import Medium, media_within, state_key, tail_key
@@ -123,6 +124,20 @@ def _covering(
     return tuple(pieces)
 
 
+def without_droppers(found: LookupResult) -> LookupResult:
+    """Only blobs that have all their tokens: no others are put back into a live cache."""
+
+    def whole(blobs: Sequence[BlobInfo]) -> list[BlobInfo]:
+        return [blob for blob in blobs if restorable(blob.key.codec_name)]
+
+    return replace(
+        found,
+        pages=[whole(page) for page in found.pages],
+        tails=[replace(tail, blobs=whole(tail.blobs)) for tail in found.tails],
+        states=[replace(state, blobs=whole(state.blobs)) for state in found.states],
+    )
+
+
 def plan_restore(
     found: LookupResult,
     page_keys: Sequence[bytes],
@@ -228,8 +243,11 @@ class Assembly:
     def add(self, part: PageTensors) -> None:
         """Copy a piece to its place, by its layers, heads and tokens.
 
-        Raises: IdentityMismatchError: it does not fit what is there (streams or dtypes).
+        Raises: IdentityMismatchError: it does not fit what is there (streams, dtypes), or
+            lacks tokens.
         """
+        if part.kept is not None:
+            raise IdentityMismatchError("tokens", f"{part.entries} of {part.tokens}", "all")
         with self._lock:
             if not self._streams:
                 self._streams = {n: self._empty(s, part) for n, s in part.streams.items()}

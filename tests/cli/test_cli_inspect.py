@@ -89,6 +89,28 @@ def test_sizes_ratio_and_identity_of_a_raw_blob(kind: str) -> None:
     ]
 
 
+def test_a_blob_that_lacks_tokens_says_which_it_kept() -> None:
+    data = _page("random", ratio=64, seed=3)[1]
+    report = report_on(data, "x")
+    assert report.ok
+    assert report.kept is not None
+    assert (report.kept.tokens, report.kept.entries) == (256, 4)
+    assert sum(b - a for a, b in report.kept.spans) == 4
+    assert all(256 <= a < b <= 512 for a, b in report.kept.spans)
+    # What was dropped counts: the ratio is to all the tokens that it stands for.
+    assert report.fp16_bytes == 2 * 4 * 2 * 256 * 16 * 2
+    value = as_json(report, None)
+    assert value["kept"] == {
+        "tokens": 256,
+        "entries": 4,
+        "spans": [list(span) for span in report.kept.spans],
+    }
+    shown = _screen(_page("streaming", window=20, positions="original")[1], 100, None)
+    assert "20 of 256 tokens, 236 dropped: 492-511" in shown
+    assert "positions=original sinks=4 window=20" in shown
+    assert report_on(_page("raw")[1], "x").kept is None
+
+
 def test_layers_that_are_coded_together_get_a_fair_share() -> None:
     report = report_on(FERRY, "x")
     assert not any(layer.exact for layer in report.layers)

@@ -159,7 +159,7 @@ def test_policy_commands_show_set_and_explain(process: Process) -> None:
     own = process.folder / "own.toml"
     own.write_text('[[rules]]\nlayers = "0-2"\ncodec = "affine"\noptions = { bits = 4 }\n')
     done = _kvferry("policy", "set", str(own), *address, "--json", "-")
-    assert json.loads(done.stdout) == {"name": "own", "version": 3}
+    assert json.loads(done.stdout) == {"name": "own", "version": 3, "warnings": []}
     told = _kvferry("policy", "explain", *address, "--layers", "4", "--json", "-")
     answer = json.loads(told.stdout)
     assert answer["policy"]["version"] == 3
@@ -169,6 +169,12 @@ def test_policy_commands_show_set_and_explain(process: Process) -> None:
     assert "2 to 3" in table
     found = json.loads(_kvferry("policy", "show", *address, "--json", "-").stdout)
     assert (found["source"], found["rules"][0]["layers"]) == ("admin", "0-2")
+    own.write_text(
+        '[[rules]]\ncodec = "streaming"\noptions = { ratio = 4, positions = "original" }\n'
+    )
+    done = _kvferry("policy", "set", str(own), *address)
+    assert "version 4" in done.stdout
+    assert "never put back into a live cache" in done.stderr
 
 
 def test_policy_commands_fail_in_one_line(process: Process) -> None:

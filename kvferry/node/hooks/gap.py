@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvferry.cluster.coverage import covers
 from kvferry.cluster.repository import BlobInfo
-from kvferry.codec.registry import reader
+from kvferry.codec.registry import reader, restorable
 from kvferry.errors import CodecError
 
 Range = tuple[int, int]
@@ -17,8 +17,9 @@ class Gap:
     """Why a page cannot be used.
 
     Attributes:
-        state: "missing", "incomplete", "other_codec", "unreadable"; or "behind_gap" for one
-            that is whole, "in_tail" for one whose tokens are in a tail within reach.
+        state: "missing", "incomplete", "other_codec", "lacks_tokens", "unreadable"; or
+            "behind_gap" for one that is whole, "in_tail" for one whose tokens are in a tail
+            within reach.
         why: a sentence without its full stop.
     """
 
@@ -57,6 +58,11 @@ def gap_of(index: int, previous: bytes, held: Sequence[BlobInfo], around: Surrou
     """
     if not held:
         return Gap("missing", _not_stored(index, previous, around))
+    whole = [b for b in held if restorable(b.key.codec_name)]
+    if not whole:
+        names = ", ".join(sorted({b.key.codec_name for b in held}))
+        return Gap("lacks_tokens", f"it is stored as {names}, which drops tokens: never put back")
+    held = whole
     taken = [b for b in held if not around.accept or b.key.codec_name in around.accept]
     names = ", ".join(sorted({b.key.codec_name for b in held}))
     if not taken:

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvferry.cluster.repository import LookupQuery
+from kvferry.cluster.repository import LookupQuery, LookupResult
+from kvferry.codec.registry import restorable_names
 from kvferry.codec.state_parts import StateLayout
 from kvferry.node.coding import Shard
 from kvferry.node.hooks.fetch import BlobSource, decoding_threads, fetch
@@ -13,11 +14,18 @@ from kvferry.node.hooks.fetch_rows import RowsFetch
 from kvferry.node.hooks.fetch_states import StateFetch
 from kvferry.node.hooks.loaded import LoadClient, Loaded, WarmSource
 from kvferry.node.hooks.steps import Step, steps_of
-from kvferry.node.restore import RestorePlan, plan_restore, plan_states
+from kvferry.node.restore import (
+    RestorePlan,
+    choose_pieces,
+    plan_restore,
+    plan_states,
+    without_droppers,
+)
 from kvferry.proto.keys import Medium, media_by_page, page_keys
 
 _POSITIONS_TRIED = 2
 NOT_WORTH_IT = "not_worth_it"
+NOT_STORED, LACKS_TOKENS = "not_stored", "lacks_tokens"
 
 
 # Prefixes that can be had, what the lookup took, and tokens that are at hand anyway ->
@@ -75,7 +83,7 @@ class Loader:
             states=shard.states if shard.states[0] < shard.states[1] else (0, shard.model_states),
             tokens=len(tokens) if limit is None else limit,
         )
-        found = loaded.timed("lookup", lambda: self.client.lookup(query))
+        found, none = loaded.timed("lookup", lambda: self._look_up(query))
         plan = plan_restore(
             found, keys, self.root, tokens, shard.page_tokens, shard.layers, shard.heads, media
         )
@@ -95,11 +103,11 @@ class Loader:
             reach = min(most, plan.tokens) if shard.model_layers else most
             loaded.positions = [state for state in states if state.tokens <= reach]
             if not loaded.positions:
-                loaded.reason = "no_state" if plan.segments else "not_stored"
+                loaded.reason = "no_state" if plan.segments else none
                 return loaded
             plan = plan.upto(loaded.positions[0].tokens)
         elif not plan.segments:
-            loaded.reason = "not_stored"
+            loaded.reason = none
             return loaded
         if (loaded.positions[0].tokens if loaded.positions else plan.tokens) <= beyond:
             loaded.positions, loaded.reason = [], "no_gain"
@@ -111,6 +119,24 @@ class Loader:
         if shard.model_states:
             self._settle(loaded, end)
         return loaded
+
+    def _look_up(self, query: LookupQuery) -> tuple[LookupResult, str]:
+        """What can be put back into a live cache, and the reason if that is nothing.
+
+        Where a page is there only without some of its tokens, codecs that have all of them
+        are asked for by name: the run of pages may then be another.
+        """
+        found = self.client.lookup(query)
+        whole = without_droppers(found)
+        shard = self.shard
+        if all(
+            len(some) == len(every) for some, every in zip(whole.pages, found.pages, strict=True)
+        ):
+            return whole, NOT_STORED
+        if all(choose_pieces(page, shard.layers, shard.heads) is not None for page in whole.pages):
+            return whole, NOT_STORED
+        names = query.codecs & restorable_names() or restorable_names()
+        return without_droppers(self.client.lookup(replace(query, codecs=names))), LACKS_TOKENS
 
     def _load(self, plan: RestorePlan, loaded: Loaded, end: float) -> None:
         """Rows, and the states of the longest position, in one request."""
