@@ -2,6 +2,7 @@
 
     FerryError
     ├── ConfigError                a setting that cannot hold
+    │   └── OutOfReachError        a figure that no setting of a codec comes to
     ├── InvalidKeyError            a key that is not of the documented form
     ├── CodecError
     │   ├── CorruptBlobError       bytes that are not what their checksums say
@@ -50,6 +51,12 @@ class ConfigError(FerryError):
 
     def __str__(self) -> str:
         return f"{self.name} = {self.value!r} cannot be used: it must be {self.allowed}"
+
+
+class OutOfReachError(ConfigError):
+    """A compression ratio that a codec cannot be turned to; ``allowed`` has the nearest."""
+
+    reason = "out_of_reach"
 
 
 class InvalidKeyError(FerryError):

@@ -21,6 +21,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "dump",
     "evaluate",
     "exo",
+    "experiment",
     "explain",
     "health",
     "inspect",

@@ -21,6 +21,7 @@ class Comparison:
         kl_mean, kl_p99: KL(exact || restored) in nats, per position.
         ppl_exact, ppl_restored: perplexity of the text that follows.
         top1_agreement: share of positions with the same most likely token.
+        logit_cosine: between the two logit vectors of a position, mean over positions.
     """
 
     kl_mean: float
@@ -28,6 +29,7 @@ class Comparison:
     ppl_exact: float
     ppl_restored: float
     top1_agreement: float
+    logit_cosine: float = 1.0
 
     @property
     def ppl_delta_pct(self) -> float:
@@ -40,6 +42,7 @@ class _Tally:
     kl: list[np.ndarray[Any, np.dtype[np.float64]]]
     same: int = 0
     loss: float = 0.0
+    cosine: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,12 +54,14 @@ class Reference:
         wanted: (tokens,) those that follow each.
         scores: (tokens, vocabulary) log-probabilities, float32.
         loss: summed over ``wanted``, in nats.
+        normalizer: (tokens, 1) float32; logits are ``scores`` and this.
     """
 
     fed: Sequence[int]
     wanted: mx.array
     scores: mx.array
     loss: float
+    normalizer: mx.array
 
 
 def references(model: Any, exact: list[Any], tokens: Sequence[int]) -> Iterator[Reference]:
@@ -70,9 +75,9 @@ def references(model: Any, exact: list[Any], tokens: Sequence[int]) -> Iterator[
     for start in range(0, len(fed), CHUNK):
         part = slice(start, start + CHUNK)
         wanted = mx.array(list(targets[part]))
-        scores = _log_softmax(logits(model, fed[part], exact))
+        scores, normalizer = _log_softmax(logits(model, fed[part], exact))
         loss = _loss(scores, wanted)
-        yield Reference(fed[part], wanted, scores, loss)
+        yield Reference(fed[part], wanted, scores, loss, normalizer)
 
 
 def compare(
@@ -106,18 +111,28 @@ def compare_with(
         count += len(part.fed)
         best = mx.argmax(part.scores, axis=-1)
         for tally, cache in zip(tallies, restored, strict=True):
-            found = _log_softmax(logits(model, part.fed, cache))
+            given = logits(model, part.fed, cache)
+            found, _ = _log_softmax(given)
             kl = (mx.exp(part.scores) * (part.scores - found)).sum(axis=-1)
             tally.kl.append(np.array(kl, dtype=np.float64))
             tally.same += int(np.array(mx.argmax(found, axis=-1) == best).sum())
             tally.loss += _loss(found, part.wanted)
+            tally.cosine += _cosine(part.scores + part.normalizer, given)
         if done is not None:
             done(len(part.fed))
     return [_result(tally, loss_exact, count) for tally in tallies]
 
 
-def _log_softmax(scores: mx.array) -> mx.array:
-    return scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+def _log_softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
+    normalizer = mx.logsumexp(scores, axis=-1, keepdims=True)
+    return scores - normalizer, normalizer
+
+
+def _cosine(first: mx.array, second: mx.array) -> float:
+    """Summed over rows."""
+    lengths = mx.linalg.norm(first, axis=-1) * mx.linalg.norm(second, axis=-1)
+    found = (first * second).sum(axis=-1) / mx.maximum(lengths, 1e-30)
+    return float(np.array(found, dtype=np.float64).sum())
 
 
 def _loss(log_probabilities: mx.array, wanted: mx.array) -> float:
@@ -133,4 +148,5 @@ def _result(tally: _Tally, loss_exact: float, count: int) -> Comparison:
         ppl_exact=math.exp(loss_exact / count),
         ppl_restored=math.exp(tally.loss / count),
         top1_agreement=tally.same / count,
+        logit_cosine=tally.cosine / count,
     )

@@ -12,6 +12,7 @@ from kvferry.codec.calibration import CurvePoint, GroupCalibration, layer_groups
 from kvferry.codec.lab.coding import Coded, Coder, GroupSource, LayerRange, group_codecs
 from kvferry.codec.lab.compare import Comparison, Reference, compare_with, references
 from kvferry.codec.lab.forward import Done, prefill
+from kvferry.codec.lab.stream_error import StreamError, stream_errors
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
@@ -55,12 +56,18 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Pages, tail, and what the model made of them."""
+    """Pages, tail, and what the model made of them.
+
+    Attributes:
+        errors: by stream; empty where what came back does not stand token for token for
+            what went in.
+    """
 
     setup: Setup
     pages: Coded
     tail: Coded
     found: Comparison
+    errors: Mapping[str, StreamError] = field(default_factory=dict)
 
     def to_json(self, model: str) -> dict[str, object]:
         """The object of design section 13."""
@@ -85,8 +92,10 @@ class Evaluation:
             "ppl_restored": self.found.ppl_restored,
             "ppl_delta_pct": self.found.ppl_delta_pct,
             "top1_agreement": self.found.top1_agreement,
+            "logit_cosine": self.found.logit_cosine,
             "encode_seconds": self.pages.encode_seconds,
             "decode_seconds": self.pages.decode_seconds,
+            "errors": {name: error.to_json() for name, error in self.errors.items()},
         }
 
 
@@ -173,15 +182,30 @@ def measure(prepared: Prepared, setup: Setup, done: Done) -> Evaluation:
     """
     if (setup.context, setup.continuation) != (prepared.context, prepared.continuation):
         raise ConfigError("context", setup.context, f"{prepared.context}, as it was prepared")
-    codecs = _codecs(setup, prepared.shape)
+    coder = coder_of(prepared.model_id, prepared.shape, setup)
+    return judge(prepared, setup, coder.run(prepared.snapshot, (0, setup.context)), done)
+
+
+def coder_of(model_id: bytes, shape: ModelShape, setup: Setup) -> Coder:
+    """What codes any text of the model as ``setup`` says. Raises: CodecError, ConfigError."""
+    codecs = _codecs(setup, shape)
     _warm(setup.groups)
-    source = GroupSource(setup.groups)
-    coder = Coder(prepared.model_id, codecs, source, prepared.shape.kv_heads)
-    pages = coder.run(prepared.snapshot, (0, setup.context))
+    return Coder(model_id, codecs, GroupSource(setup.groups), shape.kv_heads)
+
+
+def judge(prepared: Prepared, setup: Setup, pages: Coded, done: Done) -> Evaluation:
+    """Restore, compare.
+
+    Args:
+        pages: what `coder_of` made of the context.
+        done: called with numbers of tokens run: the continuation once.
+    Raises: ModelError.
+    """
     restored = make_prompt_cache(prepared.model)
     prepared.snapshot.refill(restored, [*pages.pages, *prepared.tail.pages])
     found = compare_with(prepared.model, prepared.reference, [restored], done)
-    return Evaluation(setup, pages, prepared.tail, found[0])
+    errors = stream_errors(prepared.snapshot, pages.pages)
+    return Evaluation(setup, pages, prepared.tail, found[0], errors)
 
 
 def evaluate(

@@ -1,0 +1,144 @@
+"""``kvferry experiment``: everything a TOML file asks for, one JSON a run, and a report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvferry.cli.output import JsonOption, progress, write_json
+from kvferry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvferry.codec.lab.experiment.bench import Bench
+    from kvferry.codec.lab.experiment.plan import Plan
+    from kvferry.codec.lab.experiment.runner import Outcome
+
+DEFAULT_OUT = Path("benchmarks/results/experiments")
+_SCALE = 1000.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(experiment)
+
+
+def experiment(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FILE.toml...", help="What to measure; see benchmarks/runbook.md."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where results lie, one JSON a run.")
+    ] = DEFAULT_OUT,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.md", help="Then build a report from all results in --out."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In place of the file's: smollm2, a folder, or a hub id.")
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what is there already.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Measure codecs as TOML files say; what is there already is not measured again.
+
+    Every run writes one JSON. Ctrl-C stops after the run that is being
+    measured; the same command goes on from there. With --report and no
+    FILE nothing is measured.
+    """
+    if not files and report is None:
+        raise ConfigError("FILE.toml", "nothing", "given, or --report to build a report alone")
+    outcomes: list[Outcome] = []
+    if files:
+        from kvferry.codec.mlx.openblas import ensure_openblas
+
+        ensure_openblas()
+        from kvferry.codec.lab.experiment.plan import load_plan
+
+        plans = [load_plan(file, model) for file in files]
+        _writable(out)
+        outcomes = [_run(plan, out, again) for plan in plans]
+    if json is not None:
+        write_json(_told(outcomes, out), json)
+    if json != "-":
+        for outcome in outcomes:
+            typer.echo(
+                f"{len(outcome.results) - len(outcome.failed)} measured, "
+                f"{outcome.skipped} there already, {len(outcome.failed)} failed: {out}"
+            )
+    failed = [result for outcome in outcomes for result in outcome.failed]
+    for result in failed:
+        typer.echo(f"kvferry: {result.run.described()}: {result.problem}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run(plan: "Plan", out: Path, again: bool) -> "Outcome":
+    from kvferry.cli.interrupt import stop_signals
+    from kvferry.codec.lab.experiment.runner import run_all
+
+    with stop_signals() as stopping, progress(f"measuring {plan.path.name}", _SCALE) as bar:
+        bench = _bench(plan, out)
+
+        def report(share: float, note: str) -> None:
+            bar.update(_SCALE * share, note)
+
+        return run_all(plan.runs, bench, out, report, again=again, stopping=stopping)
+
+
+def _bench(plan: "Plan", out: Path) -> "Bench":
+    from functools import cache, partial
+
+    from kvferry.cli import lab_input as given
+    from kvferry.codec.lab.experiment.bench import Bench, KnownCalibration
+    from kvferry.codec.lab.experiment.spec import CodecSpec
+    from kvferry.codec.lab.experiment.texts import tokens_of
+    from kvferry.codec.mlx.probe import describe
+
+    loaded, identity = given.open_model(plan.model)
+
+    @cache
+    def found(name: str, folder: Path | None) -> KnownCalibration:
+        return given.calibration_of(name, folder, identity)
+
+    def known(codec: CodecSpec) -> KnownCalibration:
+        folder = plan.path.parent / codec.calibration if codec.calibration else None
+        return found(codec.name, folder)
+
+    texts = {
+        name: cache(partial(tokens_of, name, plan.path.parent, loaded.tokenizer))
+        for name in plan.texts
+    }
+    shape = describe(loaded.model, loaded.config)
+    return Bench(loaded, identity, shape, texts, known)
+
+
+def _writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".kvferry-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as exc:
+        raise ConfigError("--out", str(out), f"a folder to write in ({exc.strerror})") from exc
+
+
+def _told(outcomes: "list[Outcome]", out: Path) -> dict[str, object]:
+    results = [result for outcome in outcomes for result in outcome.results]
+    return {
+        "folder": str(out),
+        "measured": sum(not result.problem for result in results),
+        "skipped": sum(outcome.skipped for outcome in outcomes),
+        "failed": sum(len(outcome.failed) for outcome in outcomes),
+        "results": [
+            {
+                "file": result.file_name if result.digest else None,
+                "status": result.status.value,
+                "run": result.run.to_json(),
+                "problem": result.problem,
+            }
+            for result in results
+        ],
+    }
