@@ -68,6 +68,13 @@ def experiment(
                 f"{len(outcome.results) - len(outcome.failed)} measured, "
                 f"{outcome.skipped} there already, {len(outcome.failed)} failed: {out}"
             )
+    if report is not None:
+        from kvferry.codec.lab.experiment.report import build_report
+        from kvferry.codec.lab.experiment.results import load_results
+
+        build_report(load_results(out), report, model)
+        if json != "-":
+            typer.echo(f"{report}: built")
     failed = [result for outcome in outcomes for result in outcome.failed]
     for result in failed:
         typer.echo(f"kvferry: {result.run.described()}: {result.problem}", err=True)

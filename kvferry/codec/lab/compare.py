@@ -123,6 +123,16 @@ def compare_with(
     return [_result(tally, loss_exact, count) for tally in tallies]
 
 
+def loss_of(model: Any, cache: list[Any], tokens: Sequence[int]) -> float:
+    """Mean negative log-likelihood in nats of all tokens but the first, which is given.
+
+    Args:
+        cache: of what is before them; filled further.
+    """
+    parts = list(references(model, cache, tokens))
+    return sum(part.loss for part in parts) / (len(tokens) - 1)
+
+
 def _log_softmax(scores: mx.array) -> tuple[mx.array, mx.array]:
     normalizer = mx.logsumexp(scores, axis=-1, keepdims=True)
     return scores - normalizer, normalizer

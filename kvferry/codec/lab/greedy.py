@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kvferry.codec.lab.forward import Done
+from kvferry.codec.lab.forward import Done, logits
 
 
 def greedy(
@@ -20,11 +20,10 @@ def greedy(
         cache: of all before ``first``; filled further.
         done: called with 1 for each token.
     """
-    given = mx.array([[first]])
-    found = []
+    found: list[int] = []
     for _ in range(count):
-        given = mx.argmax(model(given, cache=cache)[:, -1:], axis=-1)
-        found.append(int(np.asarray(given)[0, 0]))
+        scores = logits(model, [found[-1] if found else first], cache)
+        found.append(int(np.asarray(mx.argmax(scores[-1]))))
         if done is not None:
             done(1)
     return found

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Below this KL is what float32 leaves between two runs of the same model.
 FLOOR_KL = 1e-6
+_MOST_BANDS = 4  # of more, bands hide each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def draw_rate(points: Sequence[RatePoint], headline: str, below: str, path: Path
     names = list(dict.fromkeys(point.codec for point in points))
     for index, name in enumerate(names):
         own = [point for point in points if point.codec == name]
-        _draw_codec(axes, own, style.COLOURS[index % 7], style.MARKERS[index % 7])
+        _draw_codec(axes, own, style.look(index), bands=len(names) <= _MOST_BANDS)
     texts = len({point.text for point in points})
     kls = [max(point.kl, FLOOR_KL) for point in points]
     ratios = [point.ratio for point in points]
@@ -121,13 +122,17 @@ def draw_rate(points: Sequence[RatePoint], headline: str, below: str, path: Path
     style.plain_log_axis(axes.yaxis, *axes.get_ylim(), dense=False)
     axes.set_xlabel("compression ratio (fp16 bytes / bytes shipped, headers included)")
     axes.set_ylabel("mean KL (nats per token)")
-    spread = f"line: median of {texts} texts, band: their spread" if texts > 1 else "one text"
+    band = ", band: their spread" if len(names) <= _MOST_BANDS else ""
+    spread = f"line: median of {texts} texts{band}" if texts > 1 else "one text"
     axes.legend(title=spread, frameon=False, loc="lower right", title_fontsize=8, alignment="left")
     style.tidy(axes)
     return style.save_png(figure, path)
 
 
-def _draw_codec(axes: "Axes", points: Sequence[RatePoint], colour: str, marker: str) -> None:
+def _draw_codec(
+    axes: "Axes", points: Sequence[RatePoint], look: tuple[str, str, str], *, bands: bool
+) -> None:
+    colour, marker, dash = look
     settings: dict[int, list[RatePoint]] = {}
     for point in points:
         settings.setdefault(point.setting, []).append(point)
@@ -141,8 +146,10 @@ def _draw_codec(axes: "Axes", points: Sequence[RatePoint], colour: str, marker: 
         for own in settings.values()
     )
     ratios, median, low, high = (list(column) for column in zip(*rows, strict=True))
-    axes.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(ratios, median, color=colour, marker=marker, linewidth=2, label=points[0].codec)
+    if bands:
+        axes.fill_between(ratios, low, high, color=colour, alpha=0.18, linewidth=0)
+    name = points[0].codec
+    axes.plot(ratios, median, dash, color=colour, marker=marker, linewidth=2, label=name)
     kls = [max(p.kl, FLOOR_KL) for p in points]
     axes.scatter([p.ratio for p in points], kls, color=colour, s=7, alpha=0.6, linewidth=0)
 

@@ -18,6 +18,13 @@ GREY = "#555555"
 DPI = 150
 
 
+def look(index: int) -> tuple[str, str, str]:
+    """Colour, marker and line of the ``index``-th of many: no two of the first 14 are alike."""
+    again = index // len(COLOURS)
+    marker = MARKERS[(index + again) % len(MARKERS)]
+    return COLOURS[index % len(COLOURS)], marker, "--" if again % 2 else "-"
+
+
 def check_matplotlib() -> None:
     """Raises: ConfigError: it is not installed."""
     try:

@@ -68,4 +68,6 @@ class Fidelity:
 
     def section(self, results: Sequence[Result], folder: Path) -> Sequence[str]:
         """See `kvferry.codec.lab.experiment.fidelity_report`."""
-        return []
+        from kvferry.codec.lab.experiment.fidelity_report import fidelity_section
+
+        return fidelity_section(results, folder)

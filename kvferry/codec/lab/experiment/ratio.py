@@ -1,11 +1,12 @@
 """The setting of a codec's knob that comes to a compression ratio."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvferry.codec.lab.coding import Coded
 from kvferry.codec.lab.knobs import Knob, Options
-from kvferry.codec.lab.search import Found, coarsest, coarsest_of
+from kvferry.codec.lab.search import coarsest, coarsest_of
 from kvferry.errors import OutOfReachError
 
 # Beyond what is asked for by so much at most; `coarsest` stops 6 % below that.
@@ -46,26 +47,23 @@ def turned_to(knob: Knob, ratio: float, code: Code, start: float | None = None) 
         seen[value] = Turned(value, options, code(options))
         return seen[value].ratio
 
-    near = _NEAR if knob.free else _NEAR_OF_FEW
-    best = _search(knob, ratio, measured, start, near)
-    if best is None or not abs(best.error / ratio - 1) <= near:
-        raise _out_of_reach(knob, ratio, min(seen.values(), key=lambda t: abs(t.ratio - ratio)))
-    return seen[best.value]
+    _search(knob, ratio, measured, start)
+    best = min(seen.values(), key=lambda turned: abs(math.log(turned.ratio / ratio)))
+    if not abs(best.ratio / ratio - 1) <= (_NEAR if knob.free else _NEAR_OF_FEW):
+        raise _out_of_reach(knob, ratio, best)
+    return best
 
 
 def _search(
-    knob: Knob,
-    ratio: float,
-    measured: Callable[[float], float],
-    start: float | None,
-    near: float,
-) -> Found | None:
-    if not knob.free:
-        return coarsest_of(measured, knob.settings, ratio * (1 + near))[0]
+    knob: Knob, ratio: float, measured: Callable[[float], float], start: float | None
+) -> None:
+    if not knob.free:  # measures the settings on both sides of the ratio
+        coarsest_of(measured, knob.settings, ratio)
+        return
     if start is None:
         own = knob.option == "ratio"
         start = ratio if own else knob.settings[len(knob.settings) // 2]
-    return coarsest(measured, start, ratio * _OVER, _BUDGET)[0]
+    coarsest(measured, start, ratio * _OVER, _BUDGET)
 
 
 def _out_of_reach(knob: Knob, ratio: float, nearest: Turned) -> OutOfReachError:

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+from kvferry.codec.lab.experiment.cost import Cost
 from kvferry.codec.lab.experiment.fidelity import Fidelity
 from kvferry.codec.lab.experiment.kind import Kind
+from kvferry.codec.lab.experiment.onoff import OnOff
 
-KINDS: Mapping[str, Kind] = {kind.name: kind for kind in (Fidelity(),)}
+_ALL: tuple[Kind, ...] = (Fidelity(), OnOff(), Cost())
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _ALL}

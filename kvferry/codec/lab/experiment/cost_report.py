@@ -1,0 +1,44 @@
+"""Cost in the report."""
+
+from collections.abc import Sequence
+
+from kvferry.codec.lab.experiment.fidelity_report import percent
+from kvferry.codec.lab.experiment.results import Result
+from kvferry.codec.lab.experiment.series import series_of, shown, table
+
+
+def cost_section(results: Sequence[Result]) -> list[str]:
+    """One table: time, memory, share of generation."""
+    head = (
+        "codec", "tokens", "ratio", "encode (µs a token)", "decode (µs a token)",
+        "share of generation", "cache (MB)", "blobs (MB)", "restored (MB)", "coding takes (MB)",
+    )  # fmt: skip
+    rows = [
+        (
+            series.shown,
+            ", ".join(f"{n:,}" for n in sorted({r.run.context for r in series.results})),
+            shown(series.middle("compression_ratio"), ".1f", "x"),
+            shown(series.middle("encode_us_per_token"), ".0f"),
+            shown(series.middle("decode_us_per_token"), ".0f"),
+            percent(series.middle("encode_share_of_generation")),
+            _megabytes(series.mean("cache_bytes")),
+            _megabytes(series.mean("blob_bytes")),
+            _megabytes(series.mean("restored_bytes")),
+            _megabytes(series.mean("coding_peak_bytes")),
+        )
+        for series in series_of(results)
+    ]
+    if not rows:
+        return ["No cost was measured."]
+    loads = [float(str(r.about["load"])) for r in results if r.about.get("load") is not None]
+    busy = f"; load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    note = (
+        "Share of generation: encoding a token, over generating one in the same run with the "
+        "context in the cache. Peak memory is what one round of coding and decoding held "
+        f"beyond the cache{busy}."
+    )
+    return [*table(head, rows), "", note, ""]
+
+
+def _megabytes(value: float | None) -> str:
+    return shown(None if value is None else value / 1e6, ".3g")
