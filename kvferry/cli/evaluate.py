@@ -24,14 +24,14 @@ def evaluate(
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
     codec: Annotated[
         str | None,
-        typer.Option(help=f"raw, zstd, affine, ferry or kvtc. Default: {DEFAULT_CODEC}."),
+        typer.Option(help=f"raw, zstd, affine, bitpack, ferry or kvtc. Default: {DEFAULT_CODEC}."),
     ] = None,
     opt: Annotated[
         list[str] | None,
         typer.Option(
             metavar="K=V",
             help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
-            "affine: bits).",
+            "affine: bits; bitpack: bits, page_size_kb).",
         ),
     ] = None,
     preset: Annotated[

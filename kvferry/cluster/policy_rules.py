@@ -68,6 +68,7 @@ Check = tuple[Callable[[str], bool], str]
 _POSITIVE: Check = (_positive, "a number above 0")
 _BITS: Check = (_whole(2, 3, 4, 8), "one of 2, 3, 4, 8")
 _ADAPT: Check = (_adapt, "a number from 0 to 2")
+_PAGE_SIZE: Check = (_whole(*range(16, 65)), "a whole number from 16 to 64")
 _LEVEL: Check = (_whole(*range(1, 23)), "a whole number from 1 to 22")
 
 _RATIO: Check = (_within(1, 1e6), "a number from 1 to 1e+06")
@@ -84,6 +85,7 @@ CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
     "zstd": {"level": _LEVEL},
     "raw": {},
     "affine": {"bits": _BITS},
+    "bitpack": {"bits": (_whole(6, 8), "6 or 8"), "page_size_kb": _PAGE_SIZE},
     "streaming": {
         "ratio": _RATIO,
         "window": _WINDOW,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from kvferry.codec.affine import AffineCodec
 from kvferry.codec.base import Codec, drops_tokens
+from kvferry.codec.bitpack import BitpackCodec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.kvtc import KvtcCodec
@@ -16,6 +17,7 @@ CodecClass = (
     type[RawCodec]
     | type[ZstdCodec]
     | type[AffineCodec]
+    | type[BitpackCodec]
     | type[FerryCodec]
     | type[KvtcCodec]
     | type[StreamingCodec]
@@ -26,6 +28,7 @@ CODECS: Mapping[str, CodecClass] = {
     "raw": RawCodec,
     "zstd": ZstdCodec,
     "affine": AffineCodec,
+    "bitpack": BitpackCodec,
     "ferry": FerryCodec,
     "kvtc": KvtcCodec,
     "streaming": StreamingCodec,
@@ -42,8 +45,8 @@ def make_codec(
     """A codec that can encode.
 
     Options may be text, as they come from a command line or a policy: ``step`` or
-    ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine), ``level``
-    (zstd), ``ratio`` and ``entropy`` (kvtc), ``ratio`` or ``window``, ``sinks`` and
+    ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine,
+    bitpack), ``page_size_kb`` (bitpack), ``level`` (zstd), ``ratio`` and ``entropy`` (kvtc), ``ratio`` or ``window``, ``sinks`` and
     ``positions`` (streaming), ``ratio`` or ``keep``, ``sinks``, ``seed`` and ``positions``
     (random).
 

@@ -24,6 +24,7 @@ from kvferry.node.coding import CodedRange, Shard
 from kvferry.node.restore import choose_pieces
 
 EXACT = ("raw", "zstd")
+BY_BITS = ("affine", "bitpack")
 MOST_FINER = 8.0  # times the step: no more than three bits a value
 
 
@@ -62,8 +63,8 @@ def stands_in(stored: CodecInfo, codec: Codec) -> bool:
         return (stored.name, stored.version, found) == (codec.name, codec.version, dict(wanted))
     if stored.name in EXACT:
         return codec.name in EXACT or (codec.name == "affine" and _number(wanted, "bits") >= 8)
-    if stored.name == "affine":
-        return codec.name == "affine" and _number(found, "bits") >= _number(wanted, "bits")
+    if stored.name in BY_BITS:
+        return codec.name == stored.name and _number(found, "bits") >= _number(wanted, "bits")
     if (stored.name, codec.name) != ("ferry", "ferry") or stored.version != codec.version:
         return False
     same = stored.calibration_id == codec.calibration_id

@@ -146,6 +146,7 @@ def test_the_policy_knows_the_registrys_codecs_and_their_options() -> None:
         "step": ["0.5"],
         "bits": ["2", "3", "4", "6", "8"],
         "level": ["0", "1", "22", "23"],
+        "page_size_kb": ["15", "16", "64", "65"],
         "ratio": ["0.9", "1", "4", "1e6", "1e7", "nan", "x"],
         "window": ["0", "1", "512", "16777216", "16777217", "1.5"],
         "sinks": ["-1", "0", "4", "65536", "65537"],

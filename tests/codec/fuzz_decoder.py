@@ -46,6 +46,7 @@ def samples() -> list[bytes]:
         ("zstd", {}),
         ("affine", {"bits": 8}),
         ("affine", {"bits": 3}),
+        ("bitpack", {"bits": 6}),
         ("ferry", {"step": 0.5}),
     ):
         codec = make_codec(name, options, KNOWN)
@@ -93,7 +94,7 @@ def mutate_header(header: blob_pb2.BlobHeader, rng: random.Random) -> None:
     elif kind == 2 and header.streams:
         rng.choice(list(header.streams)).dtype = rng.choice(["float16", "bfloat16", "float32", "x"])
     elif kind == 3:
-        header.codec.name = rng.choice(["raw", "zstd", "affine", "ferry"])
+        header.codec.name = rng.choice(["raw", "zstd", "affine", "bitpack", "ferry"])
     elif kind == 4:
         text = header.codec.params_json
         number = rng.choice(["0", "-1", "1e9", "1e99", "999999999999", "null", '"8"', "[]", "2"])

@@ -22,7 +22,13 @@ SMALL = {
     name: encode_blob(
         make_codec(name, options, KNOWN), page_of(KNOWN, (0, 7), DType.FLOAT16), meta_for()
     )
-    for name, options in (("raw", {}), ("zstd", {}), ("affine", {}), ("ferry", {"step": 0.5}))
+    for name, options in (
+        ("raw", {}),
+        ("zstd", {}),
+        ("affine", {}),
+        ("bitpack", {}),
+        ("ferry", {"step": 0.5}),
+    )
 }
 
 

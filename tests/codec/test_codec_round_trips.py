@@ -155,7 +155,8 @@ def test_ferry_is_within_half_a_step_in_its_own_space(
         assert (difference <= step / 2 + rounding + slack).all()
 
 
-CODECS = [("raw", {}), ("zstd", {}), ("affine", {"bits": 8}), ("ferry", {"step": 0.25})]
+CODECS = [("raw", {}), ("zstd", {}), ("affine", {"bits": 8}), ("bitpack", {"bits": 8})]
+CODECS += [("ferry", {"step": 0.25})]
 
 
 def codec_for(name: str, options: dict[str, object], known: GroupCalibration) -> Codec:

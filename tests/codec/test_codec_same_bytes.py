@@ -29,7 +29,8 @@ from kvferry.codec.registry import make_codec
 known = [GroupCalibration.from_blob(Path(p).read_bytes()) for p in sys.argv[2:]]
 for calibration in known:
     for name, options in (
-        ("ferry", {"step": 0.02}), ("raw", {}), ("zstd", {}), ("affine", {"bits": 4})
+        ("ferry", {"step": 0.02}), ("raw", {}), ("zstd", {}), ("affine", {"bits": 4}),
+        ("bitpack", {}),
     ):
         codec = make_codec(name, options, calibration if name == "ferry" else None)
         hasher = blake3()

@@ -14,6 +14,8 @@ SAMPLES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("zstd", "zstd", {}),
     ("affine8", "affine", {"bits": 8}),
     ("affine3", "affine", {"bits": 3}),
+    ("bitpack6", "bitpack", {"bits": 6}),
+    ("bitpack8", "bitpack", {"bits": 8, "page_size_kb": 16}),
     ("ferry", "ferry", {"step": 0.25}),
     ("kvtc", "kvtc", {"ratio": 2}),
 )

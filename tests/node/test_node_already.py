@@ -69,6 +69,10 @@ def test_somewhat_finer_is_good_enough_and_coarser_or_far_larger_is_not(
     assert not stands_in(info(four).codec, eight)
     assert not stands_in(info(eight).codec, exact)
     assert not stands_in(info(coarse).codec, eight)
+    packed = {bits: make_codec("bitpack", {"bits": bits}) for bits in (6, 8)}
+    assert stands_in(info(packed[8]).codec, packed[6])
+    assert not stands_in(info(packed[6]).codec, packed[8])
+    assert not stands_in(info(packed[8]).codec, four)
 
 
 def test_what_cannot_be_compared_is_not_good_enough(ferry: dict[float, Codec]) -> None:

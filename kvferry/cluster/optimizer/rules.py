@@ -69,6 +69,8 @@ def fixed_bits(
 def _per_value(rule: pb.LayerRule) -> float:
     if rule.codec == "affine":
         return AFFINE_BITS - 8 + int(rule.options.get("bits", "8"))
+    if rule.codec == "bitpack":
+        return int(rule.options.get("bits", "6")) + 0.2
     return 1.0 if rule.codec == "ferry" else EXACT_BITS
 
 

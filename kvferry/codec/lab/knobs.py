@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvferry.codec.affine import BITS
+from kvferry.codec.bitpack import BITS as BITPACK_BITS
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.lab.calibrate import steps_for_bits
 from kvferry.codec.registry import codec_names
@@ -50,6 +51,8 @@ def knob_of(codec: str, groups: Sequence[GroupCalibration] = ()) -> Knob:
         return Knob(codec=codec)
     if codec == "affine":
         return Knob(codec=codec, option="bits", settings=tuple(sorted(BITS, reverse=True)))
+    if codec == "bitpack":
+        return Knob(codec=codec, option="bits", settings=tuple(sorted(BITPACK_BITS, reverse=True)))
     if codec == "ferry":
         steps = tuple(steps_for_bits(groups, _CURVE_BITS)) if groups else ()
         return Knob(codec=codec, option="step", settings=steps, free=True)
