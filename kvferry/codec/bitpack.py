@@ -20,18 +20,17 @@ from kvferry.codec.base import (
     Wanted,
     store_float32,
 )
-from kvferry.codec.bitpack_pages import PageLayout, pack_pages, unpack_pages
+from kvferry.codec.bitpack_pages import PageLayout, check_values, pack_pages, unpack_pages
 from kvferry.codec.calibrated import read_sink_count
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.sinks import check_sinks, pack_sinks, read_sinks, sink_count
-from kvferry.errors import CorruptBlobError, UnsupportedTensorError
+from kvferry.errors import CorruptBlobError
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
 
 BITS = (6, 8)
 PAGE_SIZES_KB = tuple(range(16, 65))
 _PARAMS = ("bits", "page_size_kb", "sinks")
-_TOO_LARGE = 1e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +87,7 @@ class BitpackCodec:
             values = stream.float32()[:, :, exact:]
             if not values.size:
                 continue
-            peak = max(float(values.max()), -float(values.min()))
-            if not peak < _TOO_LARGE:  # also true of NaN
-                raise UnsupportedTensorError(name, "NaN, infinite or beyond 1e38: not stored")
+            check_values(values, name)
             layout = _layout(stream.data.shape, exact, self.bits, self.page_size_kb)
             rows = values.reshape(layout.rows, layout.tokens, layout.dim)
             for index, data in enumerate(pack_pages(rows, layout)):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
 from kvferry.codec.packing import Levels, pack_levels, packed_size, unpack_levels
-from kvferry.errors import CorruptBlobError
+from kvferry.errors import CorruptBlobError, UnsupportedTensorError
 
 MIN_RUN = 32  # tokens, below which ranges of tokens cost less than ranges of channels
 MAX_PAGES = 512  # of one stream: the section table of a blob is bounded
@@ -104,11 +104,18 @@ class PageLayout:
         return levels + 4 * ends, levels + 8 * ends
 
 
+def check_values(values: FloatArray, name: str) -> None:
+    """Raises: UnsupportedTensorError for NaN, infinities and values beyond 1e38."""
+    peak = max(float(values.max()), -float(values.min()))
+    if not peak < _TOO_LARGE:  # also true of NaN
+        raise UnsupportedTensorError(name, "NaN, infinite or beyond 1e38: not stored")
+
+
 def pack_pages(values: FloatArray, layout: PageLayout) -> list[bytes]:
     """Quantize and pack.
 
     Args:
-        values: (rows, tokens, dim), finite and within 1e38.
+        values: (rows, tokens, dim), as `check_values` wants them.
     """
     runs = _in_runs(values, layout)
     axis = 1 if layout.by_channel else 2
