@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from kvferry.cli.bench_bitpack import bitpack
 from kvferry.cli.bench_cluster import cluster
 from kvferry.cli.options import CalibrationOption, ModelOption
 from kvferry.cli.output import JsonOption
@@ -12,6 +13,7 @@ from kvferry.errors import ConfigError
 
 bench_app = typer.Typer(help="Measure parts of kvferry on this machine.", no_args_is_help=True)
 bench_app.command()(cluster)
+bench_app.command()(bitpack)
 
 
 def register(app: typer.Typer) -> None:

@@ -70,7 +70,7 @@ class _History:
         levels = _pack[bits](*(array.astype(mx.float32) for array in (whole, low, high)))
         made = (levels, low, high)
         held = (self.levels, self.low, self.high)
-        levels, low, high = (mx.concatenate(p, axis=2) for p in zip(held, made, strict=True))
+        levels, low, high = (mx.concatenate(list(p), axis=2) for p in zip(held, made, strict=True))
         return _History(self.first, levels, low, high, self.recent[:, :, count * block :])
 
     def whole(self, bits: int, block: int) -> mx.array:
