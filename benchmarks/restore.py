@@ -10,7 +10,7 @@ import sys
 
 from benchmarks.record import RESULTS, write_result
 
-COMMAND = "kvferry bench restore --rounds 5 --sweep-rounds 3 --out restore.png --json -"
+COMMAND = "kvferry bench restore --rounds 5 --sweep-rounds 7 --out restore.png --json -"
 
 
 def main() -> None:
