@@ -24,14 +24,18 @@ def evaluate(
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
     codec: Annotated[
         str | None,
-        typer.Option(help=f"raw, zstd, affine, bitpack, ferry or kvtc. Default: {DEFAULT_CODEC}."),
+        typer.Option(
+            help="raw, zstd, affine, bitpack, ferry, kvtc, streaming or random. "
+            f"Default: {DEFAULT_CODEC}."
+        ),
     ] = None,
     opt: Annotated[
         list[str] | None,
         typer.Option(
             metavar="K=V",
             help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
-            "affine: bits; bitpack: bits, page_size_kb).",
+            "affine: bits; bitpack: bits, page_size_kb; streaming: ratio or window, sinks; "
+            "random: ratio or keep, sinks, seed; both: positions=contiguous|original).",
         ),
     ] = None,
     preset: Annotated[

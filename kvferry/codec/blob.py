@@ -5,21 +5,18 @@ from dataclasses import dataclass
 
 from kvferry import __version__
 from kvferry.codec.base import (
-    STATE_PREFIX,
     CalibrationSource,
     Codec,
     CodedPage,
-    DType,
     PageTensors,
     RunCodec,
-    Stream,
     Wanted,
     drops_tokens,
 )
+from kvferry.codec.blob_streams import read_streams, stored_shape
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.registry import reader
 from kvferry.errors import (
-    BlobTooLargeError,
     CalibrationCorruptError,
     CodecError,
     CorruptBlobError,
@@ -33,7 +30,6 @@ from kvferry.proto.v1 import blob_pb2
 
 TokenRange = tuple[int, int]
 LayerRange = tuple[int, int]
-MAX_DIM = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +98,7 @@ def encode_blob(codec: Codec, page: PageTensors, meta: BlobMeta) -> tuple[BlobKe
         rope_fingerprint=encoded.rope_fingerprint,
         streams=[
             blob_pb2.StreamInfo(
-                name=name, shape=_stored_shape(stream, encoded.entries), dtype=stream.dtype.value
+                name=name, shape=stored_shape(stream, encoded.entries), dtype=stream.dtype.value
             )
             for name, stream in sorted(page.streams.items())
         ],
@@ -110,11 +106,6 @@ def encode_blob(codec: Codec, page: PageTensors, meta: BlobMeta) -> tuple[BlobKe
         namespace_tag=meta.namespace_tag,
     )
     return key, container.pack(header, encoded.sections)
-
-
-def _stored_shape(stream: Stream, entries: int) -> tuple[int, ...]:
-    shape = stream.data.shape
-    return (*shape[:2], entries or shape[2], shape[3])
 
 
 def decode_blob(
@@ -250,7 +241,7 @@ def _wanted(
     cut = layers if cut is None else cut
     if not layers[0] <= cut[0] < cut[1] <= layers[1]:
         raise IdentityMismatchError("layers", f"{layers[0]}-{layers[1]}", f"{cut[0]}-{cut[1]}")
-    shapes, dtypes = _streams(header, limits, fewer=fewer)
+    shapes, dtypes = read_streams(header, limits, fewer=fewer)
     return Wanted(
         layers=layers,
         heads=heads,
@@ -262,45 +253,6 @@ def _wanted(
         calibration_id=header.codec.calibration_id,
         rope_fingerprint=header.rope_fingerprint,
     )
-
-
-def _streams(
-    header: blob_pb2.BlobHeader, limits: Limits, *, fewer: bool
-) -> tuple[dict[str, tuple[int, int, int, int]], dict[str, DType]]:
-    """Shapes that agree with the ranges and whose float32 form is within the cap.
-
-    Args:
-        fewer: whether streams may have fewer entries than tokens, all of them equally many.
-    """
-    layers = header.layer_end - header.layer_start
-    heads = header.head_end - header.head_start
-    tokens = header.token_end - header.token_start
-    if fewer and header.streams and len(header.streams[0].shape) == 4:
-        tokens = min(tokens, header.streams[0].shape[2])
-    shapes: dict[str, tuple[int, int, int, int]] = {}
-    dtypes: dict[str, DType] = {}
-    total = 0
-    for stream in header.streams:
-        field = f"stream {stream.name!r}"
-        if len(stream.shape) != 4 or stream.name in shapes:
-            raise CorruptBlobError(field, f"shape {list(stream.shape)[:8]}, or stands twice")
-        a, b, c, d = stream.shape
-        fits = a == layers and min(b, c) >= 1 and 1 <= d <= MAX_DIM
-        if not stream.name.startswith(STATE_PREFIX):
-            fits = fits and c == tokens and b in (heads, 1)
-        if not fits:
-            raise CorruptBlobError(field, f"shape {[a, b, c, d]} does not fit the ranges")
-        total += 4 * a * b * c * d
-        if total > limits.max_raw:
-            raise BlobTooLargeError(field, total, limits.max_raw)
-        try:
-            dtypes[stream.name] = DType(stream.dtype)
-        except ValueError as exc:
-            raise CorruptBlobError(field, f"dtype {stream.dtype[:32]!r}") from exc
-        shapes[stream.name] = (a, b, c, d)
-    if not shapes:
-        raise CorruptBlobError("streams", "there are none")
-    return shapes, dtypes
 
 
 def _check_calibration(

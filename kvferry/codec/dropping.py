@@ -1,6 +1,6 @@
 """What codecs share that keep some tokens exactly and forget the others.
 
-Sections: ``<stream>/kept``, the kept tokens bit for bit (float32 as float16 where it fits,
+Sections: ``<stream>/<codec>``, the kept tokens bit for bit (float32 as float16 where it fits,
 see `kvferry.codec.sinks`), and ``kept/tokens``, which they are.
 """
 
@@ -26,26 +26,26 @@ def positions_in(page: PageTensors) -> Positions:
     return np.arange(*page.tokens, dtype=np.int64) if page.kept is None else page.kept.positions
 
 
-def encode_entries(page: PageTensors, entries: Positions, positions: str) -> Encoded:
-    """Keep ``entries``, rising indices. Raises: UnsupportedTensorError, as `take`."""
+def encode_entries(codec: str, page: PageTensors, entries: Positions, positions: str) -> Encoded:
+    """Keep ``entries``, rising indices; ``codec`` names its sections. Raises: as `take`."""
     kept = page.take(entries, contiguous=positions == PLACES[0])
     assert kept.kept is not None  # noqa: S101
     sections = pack_kept(kept.kept, page.tokens)
     for name, stream in sorted(kept.streams.items()):
-        sections.append(pack_sinks(f"{name}/kept", stream, kept.entries))
+        sections.append(pack_sinks(f"{name}/{codec}", stream, kept.entries))
     return Encoded(sections, entries=kept.entries)
 
 
-def decode_entries(wanted: Wanted, sections: Mapping[str, SectionData]) -> PageTensors:
+def decode_entries(codec: str, wanted: Wanted, sections: Mapping[str, SectionData]) -> PageTensors:
     """What `encode_entries` wrote. Raises: CorruptBlobError."""
-    sec.check_names(sections, [TOKENS, *(f"{name}/kept" for name in wanted.shapes)])
+    sec.check_names(sections, [TOKENS, *(f"{name}/{codec}" for name in wanted.shapes)])
     place = wanted.params.get("positions")
     if place not in PLACES:
         raise CorruptBlobError("codec parameters", f"positions are none of {', '.join(PLACES)}")
     kept = read_kept(wanted, sections, contiguous=place == PLACES[0])
     streams, layers = {}, sec.layer_slice(wanted)
     for name, shape in wanted.shapes.items():
-        section, dtype = sections[f"{name}/kept"], wanted.dtypes[name]
+        section, dtype = sections[f"{name}/{codec}"], wanted.dtypes[name]
         check_sinks(section, int(np.prod(shape, dtype=np.int64)), dtype)
         streams[name] = Stream(name, read_sinks(section, shape, dtype)[layers], dtype)
     return PageTensors(wanted.cut, wanted.heads, wanted.tokens, streams, kept)

@@ -98,7 +98,7 @@ class RandomCodec:
         order = lots(positions, self.seed)
         order[positions < self.sinks] = 0
         kept = np.sort(np.argsort(order, kind="stable")[:count]).astype(np.int64)
-        return drop.encode_entries(page, kept, self.positions)
+        return drop.encode_entries(self.name, page, kept, self.positions)
 
     def decode(
         self,
@@ -108,7 +108,7 @@ class RandomCodec:
     ) -> PageTensors:
         """A page with `PageTensors.kept`. Raises: CorruptBlobError."""
         drop.check_params(wanted, ("positions", "seed", "sinks"), ("ratio",))
-        return drop.decode_entries(wanted, sections)
+        return drop.decode_entries(self.name, wanted, sections)
 
 
 def lots(positions: Positions, seed: int) -> npt.NDArray[np.uint64]:

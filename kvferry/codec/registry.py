@@ -45,10 +45,10 @@ def make_codec(
     """A codec that can encode.
 
     Options may be text, as they come from a command line or a policy: ``step`` or
-    ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine,
-    bitpack), ``page_size_kb`` (bitpack), ``level`` (zstd), ``ratio`` and ``entropy`` (kvtc), ``ratio`` or ``window``, ``sinks`` and
-    ``positions`` (streaming), ``ratio`` or ``keep``, ``sinks``, ``seed`` and ``positions``
-    (random).
+    ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine, bitpack),
+    ``page_size_kb`` (bitpack), ``level`` (zstd), ``ratio`` and ``entropy`` (kvtc),
+    ``ratio`` or ``window``, ``sinks`` and ``positions`` (streaming), ``ratio`` or ``keep``,
+    ``sinks``, ``seed`` and ``positions`` (random).
 
     Raises: ConfigError (one line that lists what exists);
         CalibrationMissingError for a codec that needs one.

@@ -88,7 +88,7 @@ class StreamingCodec:
             recent = max(1, round(page.entries / self.ratio) - first)
         kept = np.arange(page.entries, dtype=np.int64)
         kept = kept[(kept < first) | (kept >= page.entries - recent)]
-        return drop.encode_entries(page, kept, self.positions)
+        return drop.encode_entries(self.name, page, kept, self.positions)
 
     def decode(
         self,
@@ -98,4 +98,4 @@ class StreamingCodec:
     ) -> PageTensors:
         """A page with `PageTensors.kept`. Raises: CorruptBlobError."""
         drop.check_params(wanted, ("positions", "sinks"), ("window", "ratio"))
-        return drop.decode_entries(wanted, sections)
+        return drop.decode_entries(self.name, wanted, sections)

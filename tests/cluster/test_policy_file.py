@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.cluster import policy as policies
-from kvferry.cluster.policy_rules import CODEC_OPTIONS, TRIGGERS
+from kvferry.cluster.policy_rules import CODEC_OPTIONS, DROPPING, TRIGGERS
 from kvferry.errors import ConfigError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
@@ -171,6 +171,12 @@ def _options(codec: str) -> st.SearchStrategy[dict[str, str]]:
         "ferry": st.floats(1e-9, 10).map(str),
         "zstd": {"level": st.integers(1, 22).map(str)},
         "affine": {"bits": st.sampled_from(["2", "3", "4", "8"])},
+        "streaming": {
+            "window": st.integers(1, 999).map(str),
+            "sinks": st.integers(0, 9).map(str),
+            "positions": st.sampled_from(["contiguous", "original"]),
+        },
+        "random": {"keep": st.floats(0.01, 1).map(str), "seed": st.integers(0, 99).map(str)},
     }
     if codec == "ferry":  # exactly one of the two
         return st.sampled_from(["target_kl", "step"]).flatmap(
@@ -202,7 +208,7 @@ _policies = st.builds(
     name=st.text("abÄé09 .+-_", min_size=1, max_size=20),
     rules=st.lists(_rule, max_size=4),
     when=st.lists(st.sampled_from(sorted(TRIGGERS.values())), unique=True),
-    accept=st.lists(st.sampled_from(sorted(CODEC_OPTIONS)), max_size=3),
+    accept=st.lists(st.sampled_from(sorted(set(CODEC_OPTIONS) - set(DROPPING))), max_size=3),
     idle_s=st.integers(1, 86_400),
     memory_mark=st.floats(0.01, 1.0),
     min_tokens=st.integers(0, 1 << 31),

@@ -48,6 +48,8 @@ def samples() -> list[bytes]:
         ("affine", {"bits": 3}),
         ("bitpack", {"bits": 6}),
         ("ferry", {"step": 0.5}),
+        ("streaming", {"ratio": 2}),
+        ("random", {"ratio": 2, "positions": "original"}),
     ):
         codec = make_codec(name, options, KNOWN)
         for span, dtype in (((0, 20), DType.FLOAT16), ((64, 90), DType.BFLOAT16)):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.codec.base import PageTensors
 from kvferry.codec.blob import decode_blob, encode_blob
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.registry import make_codec
@@ -14,8 +15,9 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 CALIBRATED = ("ferry", "kvtc")
 sys.path.insert(0, str(GOLDEN))
 
-from codec_samples import Calibrations, bits, worst_error  # noqa: E402
+from codec_samples import Calibrations, bits, restored, worst_error  # noqa: E402
 from golden_samples import (  # noqa: E402
+    DROPPED,
     SAMPLES,
     TOKENS,
     golden_calibration,
@@ -49,6 +51,21 @@ def test_golden_blob_decodes_to_its_recorded_numbers(name: str) -> None:
         assert bits(found) == bits(wanted)
     if name in ("raw", "zstd"):
         assert bits(found) == bits(golden_page())
+
+
+@pytest.mark.parametrize(("name", "options", "kept"), DROPPED)
+def test_golden_blobs_that_lack_tokens_give_back_the_others(
+    name: str, options: dict[str, object], kept: tuple[int, ...]
+) -> None:
+    found, page = read(name), golden_page()
+    assert isinstance(found, PageTensors)
+    assert found.kept is not None
+    assert found.kept.positions.tolist() == list(kept)
+    assert found.kept.contiguous == ("positions" not in options)
+    assert bits(found) == bits(page.take(found.kept.positions))
+    again = restored(make_codec(name, options), page)
+    assert again.kept is not None
+    assert again.kept.positions.tolist() == list(kept)
 
 
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s[1] in ("raw", "affine", "bitpack")])

@@ -28,6 +28,8 @@ SMALL = {
         ("affine", {}),
         ("bitpack", {}),
         ("ferry", {"step": 0.5}),
+        ("streaming", {"ratio": 2, "sinks": 1}),
+        ("random", {"ratio": 2}),
     )
 }
 

@@ -19,6 +19,11 @@ SAMPLES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("ferry", "ferry", {"step": 0.25}),
     ("kvtc", "kvtc", {"ratio": 2}),
 )
+# Codecs that keep some tokens exactly, and which of the twelve.
+DROPPED: tuple[tuple[str, dict[str, object], tuple[int, ...]], ...] = (
+    ("streaming", {"window": 3, "sinks": 2, "positions": "original"}, (0, 1, 9, 10, 11)),
+    ("random", {"ratio": 3, "seed": 5}, (3, 6, 8, 11)),
+)
 
 
 def numbers(count: int, seed: int) -> np.ndarray:

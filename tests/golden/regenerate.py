@@ -13,7 +13,14 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from golden_samples import SAMPLES, TOKENS, golden_calibration, golden_page, meta  # noqa: E402
+from golden_samples import (  # noqa: E402
+    DROPPED,
+    SAMPLES,
+    TOKENS,
+    golden_calibration,
+    golden_page,
+    meta,
+)
 
 from kvferry.codec.blob import decode_blob, encode_blob  # noqa: E402
 from kvferry.codec.registry import make_codec  # noqa: E402
@@ -191,6 +198,10 @@ def main() -> None:
     class Source:
         def get(self, calibration_id: bytes) -> object:
             return next(c for c in known.values() if c.id == calibration_id)
+
+    for name, options, _ in DROPPED:
+        _, data = encode_blob(make_codec(name, options), golden_page(), meta())
+        (HERE / f"{name}.kvferry").write_bytes(data)
 
     for name, codec_name, options in SAMPLES:
         calibration = known.get(codec_name)

@@ -10,8 +10,11 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 from tiny_llama import sharp_llama
 
+from kvferry.codec.base import PageTensors
+from kvferry.codec.kept import Kept
 from kvferry.codec.lab.forward import logits, prefill
-from kvferry.codec.lab.live import compress_live
+from kvferry.codec.lab.live import compress_live, live_page
+from kvferry.codec.mlx.adapters import snapshot
 from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.registry import make_codec
 from kvferry.errors import ModelError
@@ -116,3 +119,27 @@ def test_rings_and_packed_layers_are_told_apart(model: Any) -> None:
         compress_live([ring, plain], make_codec("streaming", {"window": 2}), ropes)
     with pytest.raises(ModelError, match="only KVCache"):
         compress_live([QuantizedKVCache()], codec)
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_what_entries_stand_for_is_read_back_from_a_live_cache(
+    model: Any, contiguous: bool
+) -> None:
+    cache = make_prompt_cache(model)
+    prefill(model, DRAWN[:30], cache)
+    taken = snapshot(cache, 30, ropes=partial(page_ropes, model, range(LAYERS)))
+    page = taken.page((0, LAYERS), (0, 20)).take(np.array([0, 5, 19]))
+    positions = np.broadcast_to(np.array([0, 5, 19]), (LAYERS, 2, 3)).astype(np.int64)
+    weights = np.broadcast_to(np.array([1, 9.5, 7], np.float32), (LAYERS, 2, 3))
+    kept = Kept(positions, weights, contiguous)
+    merged = PageTensors(page.layers, page.heads, page.tokens, page.streams, kept)
+    made = make_prompt_cache(model)
+    taken.refill(made, [merged, taken.page((0, LAYERS), (20, 30))])
+    logits(model, DRAWN[30:34], made)
+    found = live_page(made)
+    assert found.kept is not None
+    assert found.kept.weights is not None
+    np.testing.assert_array_equal(found.kept.weights[1, 1], [1, 9.5, 7, *[1] * 14])
+    where = [*range(17)] if contiguous else [0, 5, 19, *range(20, 34)]
+    np.testing.assert_array_equal(found.kept.positions[2, 0], where)
+    assert found.tokens == (0, 32 if contiguous else 34)

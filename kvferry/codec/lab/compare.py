@@ -101,7 +101,8 @@ def compare_with(
 
     Args:
         reference: all of `references`, in order.
-        restored: any number of caches, each with as many tokens as the exact one had.
+        restored: any number of caches, each of as many tokens as the exact one had, kept
+            or not.
     Returns: one comparison per restored cache.
     """
     tallies = [_Tally([]) for _ in restored]

@@ -78,6 +78,7 @@ class Evaluation:
             "codec": self.setup.codec,
             "options": dict(self.setup.options),
             "context_tokens": self.setup.context,
+            "context_entries": sum(page.entries for page in self.pages.pages),
             "window_tokens": WINDOW_TOKENS,
             "continuation_tokens": self.setup.continuation,
             "raw_bytes_fp16": raw,

@@ -1,6 +1,7 @@
 """A cache that a model is using, with tokens dropped between one turn and the next."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,10 @@ def live_page(rows: Sequence[Any], *, latent: bool = False) -> PageTensors:
     plain = [_as_plain(layer) for layer in rows]
     span = (0, len(rows))
     page = adapters.snapshot(plain, entries, latent=latent).page(span, (0, entries))
-    return PageTensors(span, page.heads, (0, offset), page.streams, _kept(rows, page.heads[1]))
+    kept = _kept(rows, page.heads[1])
+    if kept.weights is not None:  # entries side by side stand for more tokens than positions
+        offset = max(offset, math.ceil(kept.weights.sum(axis=-1).max()))
+    return PageTensors(span, page.heads, (0, offset), page.streams, kept)
 
 
 def _holds_rows(layer: Any) -> bool:

@@ -31,6 +31,7 @@ class GappedKVCache(KVCache):
         self.entries = 0
         self.log_weights: mx.array | None = None
         self._first = np.zeros(0, dtype=np.int64)
+        self._weights: Weights | None = None
         self._unanswered = False
 
     @classmethod
@@ -46,7 +47,7 @@ class GappedKVCache(KVCache):
         made = cls()
         made.keys, made.values = held.keys, held.values
         made.entries, made.offset = int(held.offset), offset
-        made._first = positions
+        made._first, made._weights = positions, weights
         if weights is not None:
             with np.errstate(divide="ignore"):
                 made.log_weights = mx.array(np.log(weights)[None, :, None, :])
@@ -62,11 +63,10 @@ class GappedKVCache(KVCache):
 
     def weights(self) -> Weights | None:
         """Tokens that each entry stands for, (kv_heads, entries); None: each for itself."""
-        if self.log_weights is None:
+        if self._weights is None:
             return None
-        first = np.exp(np.array(self.log_weights)[0, :, 0])
-        missing = self.entries - first.shape[1]
-        return np.pad(first, ((0, 0), (0, missing)), constant_values=1)
+        later = self.entries - self._weights.shape[1]
+        return np.pad(self._weights, ((0, 0), (0, later)), constant_values=1)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append; all entries. Raises: ModelError: attention leaves the weights out."""

@@ -10,7 +10,7 @@ from kvferry.codec.base import PageTensors
 from kvferry.codec.join import join_tokens
 from kvferry.codec.kept import Kept
 from kvferry.codec.mlx.gapped_cache import GappedKVCache
-from kvferry.codec.mlx.leaves import state_adapter
+from kvferry.codec.mlx.leaves import leaves, state_adapter
 from kvferry.codec.mlx.parts import CacheParts
 from kvferry.codec.moving import side_by_side
 from kvferry.codec.rope import RopeSpec
@@ -91,7 +91,9 @@ def _places(cache: Sequence[Any], parts: CacheParts) -> list[int]:
     """Which entries of the cache hold rows. Raises: ModelError: others than `KVCache`."""
     plain = [place for place, layer in enumerate(cache) if type(layer).__name__ == "KVCache"]
     if [[cache[place]] for place in plain] != [list(held) for held in parts.rows]:
-        names = sorted({type(leaf).__name__ for held in parts.rows for leaf in held})
+        rows = {id(leaf) for held in parts.rows for leaf in held}
+        holding = [layer for layer in cache if rows & {id(leaf) for leaf in leaves(layer)}]
+        names = sorted({type(layer).__name__ for layer in holding} - {"KVCache"})
         raise ModelError(f"layers of {', '.join(names)} cannot hold gaps: only KVCache can")
     if not isinstance(cache, MutableSequence):
         raise ModelError(f"a {type(cache).__name__} of caches cannot hold gaps: give a list")
