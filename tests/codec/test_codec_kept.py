@@ -126,6 +126,12 @@ def test_forged_entries_are_refused(
         decoded(forged(change), KEY, TOKENS)
 
 
+@pytest.mark.parametrize("count", [41, (1 << 32) - 1])
+def test_more_entries_than_tokens_are_refused_by_the_header_alone(count: int) -> None:
+    with pytest.raises(CorruptBlobError, match="does not fit the ranges"):
+        decoded(forged(_shapes(count)), KEY, TOKENS)
+
+
 def test_a_codec_that_keeps_all_tokens_is_not_believed_to_lack_some() -> None:
     key, data = encode_blob(make_codec("raw", {}), random_page(tokens=TOKENS), meta_for())
     blob = container.parse(data)
