@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from loader_samples import PAGES, RAW, Served, assert_prefix, load, served, whole
+from loader_samples import PAGES, RAW, ROOT, Served, assert_prefix, load, served, whole
 
 from kvferry.cli.demo.cluster import Cluster
 from kvferry.cluster.policy import dump_policy, named_policy
@@ -14,6 +14,7 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.registry import make_codec
 from kvferry.errors import IdentityMismatchError
 from kvferry.node.client import NodeClient
+from kvferry.node.hooks.gap import Surroundings, gap_of
 from kvferry.node.hooks.options import HookOptions
 from kvferry.node.hooks.prefix_cache import PrefixCache
 from kvferry.node.restore import Assembly
@@ -119,3 +120,15 @@ def test_a_policy_that_drops_tokens_stores_pages_that_no_restore_takes(
             assert prefix.flush()
             _, rest = prefix.restore(tokens)
             assert len(rest) == 1
+
+
+def test_explain_says_that_tokens_were_dropped() -> None:
+    around = Surroundings(
+        model_id=b"m" * 32, root=ROOT, holders={}, of_model=lambda: [], others=lambda: {}
+    )
+    gap = gap_of(0, ROOT, served(DROPPED).pages[0], around)
+    assert gap.state == "lacks_tokens"
+    assert "stored as streaming, which drops tokens" in gap.why
+    part = [served(RAW).pages[0][0], *served(DROPPED).pages[0]]
+    gap = gap_of(0, ROOT, part, around)
+    assert (gap.state, gap.why) == ("incomplete", "layers 2-3 of 4 are missing")
