@@ -16,6 +16,7 @@ import grpc.aio
 from kvferry.cluster import convert, convert_stat, wire
 from kvferry.cluster.channel import open_channel
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
+from kvferry.cluster.early_answer import answered
 from kvferry.cluster.repository import (
     BlobInfo,
     GetSession,
@@ -161,7 +162,7 @@ class BlobStoreClient:
                     yield part
 
         with rpc_errors(self.address):
-            reply = await self._put(items(), timeout=self._deadline(timeout_s))
+            reply = await answered(self._put(items(), timeout=self._deadline(timeout_s)))
             return bool(reply.stored)
 
     async def get(

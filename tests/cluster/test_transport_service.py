@@ -33,6 +33,7 @@ from kvferry.errors import (
     FerryError,
     InvalidKeyError,
     ProtocolError,
+    StoreFullError,
     StoreTimeoutError,
     StoreUnavailableError,
 )
@@ -220,6 +221,22 @@ async def test_relayed_stream_carries_size_source_and_bytes(client: BlobStoreCli
     assert (session.size, session.source) == (len(data), "store")
     got = b"".join([bytes(chunk) async for chunk in session.chunks])
     assert got == data[100 : 100 + 3 * MIB]
+
+
+class _Full:
+    """A repository that refuses every put when its header is here."""
+
+    async def open_put(self, spec: PutSpec) -> None:
+        raise StoreFullError("here", spec.size, 0)
+
+
+async def test_an_upload_that_is_refused_midway_says_why() -> None:
+    """Also where the refusal comes while a chunk is being sent: one time in sixteen or so."""
+    key, data = blob(size=3 * MIB)
+    async with served(_Full()) as client:  # type: ignore[arg-type]
+        for _ in range(80):
+            with pytest.raises(StoreFullError):
+                await client.put(key, data)
 
 
 async def test_caller_that_goes_away_leaves_nothing() -> None:
