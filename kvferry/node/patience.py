@@ -9,6 +9,8 @@ from kvferry.node.offer import OfferClient
 
 # A service manager starts it again after 2 s, and it has an index to read.
 RESTART_S = 20.0
+# Of one that stayed away: it may be back, with only a part of the connections made anew.
+AWAY_S = 1.0
 _STEP_S = 0.2
 _PAUSE_S = 0.1
 
@@ -17,7 +19,7 @@ class Patience:
     """Does work for a daemon, and does it again when a daemon that it lost is back.
 
     One that stays away costs one wait: until it has answered once more, work that does not
-    find it fails at once. Belongs to one thread, but for `close`.
+    find it fails within a second. Belongs to one thread, but for `close`.
 
     Args:
         most_s: of waiting for the daemon, for one piece of work.
@@ -37,7 +39,9 @@ class Patience:
             except FerryError as error:
                 lost = self._client.lost(error)
                 if end is None:
-                    end = time.monotonic() + (0.0 if self._away else self._most_s)
+                    end = time.monotonic() + (
+                        min(AWAY_S, self._most_s) if self._away else self._most_s
+                    )
                 back = lost and self._wait(end)
                 self._away = lost and not back
                 if not back:
