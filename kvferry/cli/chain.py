@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from kvferry.proto.keys import (
     tail_key,
 )
 
+ENDS = ("tail", "state")
 MODEL_ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -127,7 +128,8 @@ async def find(client: BlobStoreClient, chain: Chain) -> Found:
     if not chain.tokens:
         return found
     for anchor in (chain.root, *chain.pages):
-        found.tails += [i for i in await children(client, anchor) if _is_end_of(chain, i)]
+        ends = await children(client, anchor, ENDS)
+        found.tails += [info for info in ends if _is_end_of(chain, info)]
     return found
 
 
@@ -142,10 +144,13 @@ def _is_end_of(chain: Chain, info: BlobInfo) -> bool:
     return info.key.page_key == key
 
 
-async def children(client: BlobStoreClient, key: bytes) -> list[BlobInfo]:
-    """Blobs of pages, tails and states that hang on a page or root."""
-    listed = _listed(client, ListQuery(previous_key=key))
-    return [info async for info in listed if info.previous_key == key]
+async def children(client: BlobStoreClient, key: bytes, kinds: Sequence[str]) -> list[BlobInfo]:
+    """Blobs of these kinds that hang on a page or root."""
+    found: list[BlobInfo] = []
+    for kind in kinds:
+        listed = _listed(client, ListQuery(previous_key=key, kind=kind))
+        found += [info async for info in listed if info.previous_key == key]
+    return found
 
 
 async def leaf_first(client: BlobStoreClient, found: Found, *, with_prefix: bool) -> list[BlobInfo]:
@@ -160,12 +165,20 @@ async def leaf_first(client: BlobStoreClient, found: Found, *, with_prefix: bool
         if not page:
             continue
         if not with_prefix:
-            others = await children(client, page[0].key.page_key)
-            if any(info.key not in gone for info in others):
+            key = page[0].key.page_key
+            # Pages last: over a bucket all of them have to be looked at.
+            if await _more(client, key, ENDS, gone) or await _more(client, key, ("page",), gone):
                 break
         doomed += page
         gone |= {info.key for info in page}
     return doomed
+
+
+async def _more(
+    client: BlobStoreClient, key: bytes, kinds: Sequence[str], gone: Collection[BlobKey]
+) -> bool:
+    """Whether something hangs on a page that does not go."""
+    return any(info.key not in gone for info in await children(client, key, kinds))
 
 
 def calibrations_of(infos: Iterable[BlobInfo]) -> list[BlobKey]:

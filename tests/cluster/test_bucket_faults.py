@@ -2,16 +2,19 @@
 
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
 
 import pytest
 from s3_proxy import Proxy, proxy_before
 from s3_servers import S3Server, bucket_store
-from store_samples import MIB, blob, chain, digest, get, pages, put, query, tail
+from store_samples import MIB, ROOT, blob, chain, digest, get, pages, put, query, state, tail
 
 from kvferry.cluster.bucket.objects import Bucket
 from kvferry.cluster.bucket.store import BucketStore
 from kvferry.cluster.bucket.url import parse_bucket_url
+from kvferry.cluster.repository import ListQuery
 from kvferry.errors import (
     CorruptBlobError,
     FerryError,
@@ -20,6 +23,8 @@ from kvferry.errors import (
 )
 
 pytestmark = pytest.mark.processes
+HASTY_S, PATIENT_S = 1.5, 30.0
+Fault: TypeAlias = Callable[[str, str], int | str | None]
 
 
 @pytest.fixture
@@ -31,8 +36,18 @@ def proxy(moto: S3Server) -> Iterator[Proxy]:
 @pytest.fixture
 async def store(moto: S3Server, proxy: Proxy) -> AsyncIterator[BucketStore]:
     url = parse_bucket_url(moto.url(port=proxy.port))
-    async with bucket_store(Bucket.open(url, deadline_s=1.5), fresh_s=0.0) as opened:
+    async with bucket_store(Bucket.open(url, deadline_s=PATIENT_S), fresh_s=0.0) as opened:
         yield opened
+
+
+@contextmanager
+def failing(store: BucketStore, proxy: Proxy, fault: Fault) -> Iterator[None]:
+    """Meanwhile requests fail so, and the store gives up soon; else it has time enough."""
+    proxy.fault, store.bucket._deadline_s = fault, HASTY_S
+    try:
+        yield
+    finally:
+        proxy.fault, store.bucket._deadline_s = (lambda method, path: None), PATIENT_S
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -58,19 +73,18 @@ async def test_an_outage_is_an_error_in_time_and_ends_by_itself(
     made = pages(3)
     for key, data in made:
         await put(store, key, data)
-    proxy.fault = lambda method, path: fault
-    began = time.monotonic()
-    with pytest.raises(StoreUnavailableError):
-        await get(store, made[0][0])
-    with pytest.raises(StoreUnavailableError):
-        await put(store, *blob(digest("new")))
-    with pytest.raises(StoreUnavailableError):
-        await store.lookup(query(chain(3)))
-    assert time.monotonic() - began < 30
+    with failing(store, proxy, lambda method, path: fault):
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailableError):
+            await get(store, made[0][0])
+        with pytest.raises(StoreUnavailableError):
+            await put(store, *blob(digest("new")))
+        with pytest.raises(StoreUnavailableError):
+            await store.lookup(query(chain(3)))
+        assert time.monotonic() - began < 30
     reason = f"bucket_{fault}" if isinstance(fault, int) else "bucket_connection"
     assert store.counters[reason] > 3
     assert (await _in_flight(store)) == 0
-    proxy.fault = lambda method, path: None
     assert (await store.lookup(query(chain(3)))).complete_pages == 3
     assert await put(store, *blob(digest("new")))
     assert await get(store, made[0][0]) == made[0][1]
@@ -87,10 +101,8 @@ async def test_a_server_that_hangs_is_a_timeout(store: BucketStore, proxy: Proxy
     def hang(method: str, path: str) -> None:
         time.sleep(3)
 
-    proxy.fault = hang
-    with pytest.raises(StoreTimeoutError):
+    with failing(store, proxy, hang), pytest.raises(StoreTimeoutError):
         await get(store, key)
-    proxy.fault = lambda method, path: None
     assert await get(store, key) == data
 
 
@@ -101,11 +113,13 @@ async def test_an_answer_cut_short_or_changed_is_no_blob(
     key, data = blob(size=size)
     await put(store, key, data)
     for fault in ("cut", "flip"):
-        proxy.fault = lambda method, path, fault=fault: fault if "/blobs/" in path else None
-        with pytest.raises(FerryError) as found:
+
+        def damage(method: str, path: str, fault: str = fault) -> str | None:
+            return fault if "/blobs/" in path else None
+
+        with failing(store, proxy, damage), pytest.raises(FerryError) as found:
             await get(store, key)
         assert found.value.reason in ("unavailable", "timeout", "corrupt")
-        proxy.fault = lambda method, path: None
         # Damaged on its way only, if the next read finds it whole; else it was set aside.
         if fault == "cut":
             assert await get(store, key) == data
@@ -162,10 +176,8 @@ async def test_a_large_put_that_fails_leaves_nothing(store: BucketStore, proxy: 
             return 503 if len(parts) > 2 else None
         return None
 
-    proxy.fault = third_part_fails
-    with pytest.raises(StoreUnavailableError):
+    with failing(store, proxy, third_part_fails), pytest.raises(StoreUnavailableError):
         await put(store, key, data)
-    proxy.fault = lambda method, path: None
     assert await store.has([key]) == [False]
     assert await store.bucket.names("blobs") == []
     assert any(method == "DELETE" and "uploadId" in path for method, path in proxy.requests)
@@ -208,3 +220,32 @@ async def test_a_part_is_read_by_its_range(store: BucketStore, proxy: Proxy) -> 
     await put(store, key, data)
     assert await get(store, key, 3 * MIB, 1000) == data[3 * MIB : 3 * MIB + 1000]
     assert await get(store, key, 4 * MIB) == data[4 * MIB :]
+
+
+async def test_what_hangs_on_a_page_is_found_by_its_name(store: BucketStore, proxy: Proxy) -> None:
+    """And nothing else of the bucket is looked at."""
+    one, other = chain(2)
+    hanging = [tail(one, "t", 256), tail(one, "longer", 256), state(one, "s", 266)]
+    elsewhere = [*pages(2), tail(other, "t2", 512), tail(ROOT, "t3")]
+    for each in (*hanging, *elsewhere):
+        await put(store, *each)
+    proxy.requests.clear()
+    found = []
+    for kind in ("tail", "state"):
+        asked = ListQuery(previous_key=one, kind=kind)
+        found += [info.key async for batch in store.list(asked) for info in batch]
+    assert sorted(found) == sorted(key for key, _ in hanging)
+    keys = {key.page_key.hex() for key, _ in elsewhere}
+    assert not [
+        path for _, path in proxy.requests if any(key in path for key in keys - {one.hex()})
+    ]
+    assert len(proxy.requests) <= 2 + 2 * len(hanging)
+    # Without a kind, pages that hang there are found as well.
+    everything = ListQuery(previous_key=one)
+    listed = {
+        info.key
+        async for batch in store.list(everything)
+        for info in batch
+        if info.previous_key == one
+    }
+    assert listed == {key for key, _ in hanging} | {pages(2)[1][0]}

@@ -1,10 +1,11 @@
 """Everything that a bucket holds, page by page: for listings and scrubs."""
 
+import contextlib
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 from kvferry.cluster.bucket.changes import Changes
 from kvferry.cluster.bucket.get import damage
-from kvferry.cluster.bucket.layout import UnitKey, parse_blob_path
+from kvferry.cluster.bucket.layout import UnitKey, anchored, parse_blob_path, parse_marker_path
 from kvferry.cluster.bucket.marker import Part
 from kvferry.cluster.bucket.objects import Listed
 from kvferry.cluster.bucket.totals import count
@@ -13,6 +14,7 @@ from kvferry.errors import InvalidKeyError
 from kvferry.proto.keys import BlobKey
 
 KINDS = ("page", "tail", "state", "calibration")
+ANCHORED = frozenset(("tail", "state"))
 _PLAIN_ORDER = 200_000
 
 
@@ -28,11 +30,23 @@ def keys_in(listing: Iterable[Listed]) -> list[tuple[BlobKey, int]]:
 
 
 async def units_in_order(changes: Changes, query: ListQuery) -> AsyncIterator[UnitKey]:
-    """Units of a listing: oldest use first, unless they are too many to be sorted here."""
-    kinds = (query.kind,) if query.kind else KINDS
+    """Units of a listing: oldest use first, unless they are too many to be sorted here.
+
+    What hangs on a page or root is found by its name where it is a whole tail or state; for
+    pages all of them are looked at.
+    """
+    kinds: Sequence[str] = (query.kind,) if query.kind else KINDS
     if query.page_key:
         for kind in kinds:
             yield UnitKey(kind, query.page_key)
+        return
+    if query.previous_key:
+        for kind in ANCHORED.intersection(kinds):
+            for entry in await changes.bucket.names(anchored(kind, query.previous_key)):
+                with contextlib.suppress(InvalidKeyError):
+                    yield parse_marker_path(entry.path)[0]
+        kinds = tuple(kind for kind in kinds if kind == "page")
+    if not kinds:
         return
     known, _ = await changes.uses.merged()
     found: dict[UnitKey, int] = {}
