@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -39,15 +39,6 @@ def stores(server: S3Server, tmp_path: Path) -> Iterator[list[Process]]:
             options = ("--backend", url, "--sweep-s", "2")
             started.append(stack.enter_context(running(tmp_path / name / "unused", *options)))
         yield started
-
-
-@pytest.fixture
-async def clients(stores: list[Process]) -> AsyncIterator[list[BlobStoreClient]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(BlobStoreClient(store.address, timeout_s=30))
-            for store in stores
-        ]
 
 
 async def test_one_store_in_three_processes(clients: list[BlobStoreClient]) -> None:

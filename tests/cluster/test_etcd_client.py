@@ -2,11 +2,11 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from debian_server import free_port
-from etcd_servers import EtcdCluster, etcd_cluster, until
+from etcd_servers import EtcdCluster, until
 
 from kvferry.cluster.etcd import operations as ops
 from kvferry.cluster.etcd.access import EtcdAccess, parse_endpoints
@@ -14,12 +14,6 @@ from kvferry.cluster.etcd.client import EtcdClient
 from kvferry.errors import ConfigError, StoreUnavailableError
 
 pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as cluster:
-        yield cluster
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from etcd_servers import EtcdCluster, etcd_cluster, until
+from etcd_servers import EtcdCluster, until
 
 from kvferry.cli.cluster_bench.coordinators import Coordinators
 from kvferry.cli.cluster_bench.failover import leader_of
@@ -23,12 +23,6 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.long]
 TTL_S = 3.0
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as cluster:
-        yield cluster
 
 
 @pytest.fixture

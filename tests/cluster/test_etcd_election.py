@@ -2,11 +2,11 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from etcd_servers import EtcdCluster, etcd_cluster, until
+from etcd_servers import EtcdCluster, until
 
 from kvferry.cluster.election.clock import wakeful_clock
 from kvferry.cluster.election.election import Election
@@ -27,12 +27,6 @@ class Clock:
 
     def __call__(self) -> float:
         return wakeful_clock() + self.skipped_s
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as cluster:
-        yield cluster
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import asyncio
 import json
 import random
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from etcd_servers import EtcdCluster, etcd_cluster, until
+from etcd_servers import EtcdCluster, until
 
 from kvferry.cluster import policy as policies
 from kvferry.cluster.coordinator_metrics import CoordinatorMetrics
@@ -23,12 +23,6 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 pytestmark = pytest.mark.processes
 TTL_S = 4.0
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as cluster:
-        yield cluster
 
 
 class Voter:

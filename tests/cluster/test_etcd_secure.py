@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from etcd_servers import EtcdCluster, etcd_cluster, until
+from etcd_servers import EtcdCluster, until
 from security_samples import of
 
 from kvferry.cli.cluster_bench.coordinators import Coordinators
@@ -21,12 +21,6 @@ from kvferry.node.client import NodeClient
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.long]
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as cluster:
-        yield cluster
 
 
 @pytest.fixture

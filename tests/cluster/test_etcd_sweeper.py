@@ -1,23 +1,17 @@
 """Two ``kvferry store`` processes over one bucket elect in etcd which of them sweeps."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from etcd_servers import EtcdCluster, etcd_cluster, until
+from etcd_servers import EtcdCluster, until
 from s3_servers import S3Server
 from store_process import Process, running
 
 from kvferry.cluster.client import BlobStoreClient
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
-    with etcd_cluster(tmp_path_factory.mktemp("etcd")) as cluster:
-        yield cluster
 
 
 @pytest.fixture
@@ -32,15 +26,6 @@ def stores(
             (tmp_path / name).mkdir()
             started.append(stack.enter_context(running(tmp_path / name / "unused", *options)))
         yield started
-
-
-@pytest.fixture
-async def clients(stores: list[Process]) -> AsyncIterator[list[BlobStoreClient]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(BlobStoreClient(store.address, timeout_s=30))
-            for store in stores
-        ]
 
 
 async def test_one_sweeps_until_it_is_gone_and_then_the_other(
