@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from kvferry.cli.demo.cluster import Cluster
 
+
+# How long an example takes is a matter of the machine, and of what else runs there.
+settings.register_profile("kvferry", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvferry")
 
 LATER = ("long", "faults", "ceph")
 

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket as sockets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kvferry.cli.demo.cluster import Cluster
 from kvferry.cli.doctor import machine, services, software
 from kvferry.cli.doctor.finding import Finding, run_checks
 from kvferry.codec.mlx import openblas
+from kvferry.node.client import NodeClient
 from kvferry.node.hooks import contracts
 from kvferry.settings import NodeSettings, StoreSettings
 
@@ -63,7 +65,17 @@ def cluster(alone: Path) -> Iterator[Cluster]:
     made = Cluster(alone, nodes=1)
     made.set_policy("default")
     with made:
+        joined(made)
         yield made
+
+
+def joined(cluster: Cluster) -> None:
+    """Until the node has registered: a daemon is ready before, and what it lacks is told."""
+    end = time.monotonic() + 60
+    with NodeClient(cluster.sockets[0]) as client:
+        while not (client.hello().namespace_salt and client.status().store_reachable):
+            assert time.monotonic() < end, client.status()
+            time.sleep(0.05)
 
 
 def address(cluster: Cluster, name: str) -> str:

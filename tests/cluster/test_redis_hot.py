@@ -155,11 +155,11 @@ async def test_what_another_process_deleted_is_not_served(tmp_path: Path, url: s
 async def test_what_has_ended_is_not_served(tmp_path: Path, redis: Redis, url: str) -> None:
     key, data = tail(ROOT, "t")
     async with hot(tmp_path / "r", url) as (store, _):
-        await put(store, key, data, ttl_s=2)
+        await put(store, key, data, ttl_s=4)
         await settled(store)
         assert await source(store, key) == "hot"
-        assert 0 < redis.ask("PTTL", redis.ask("KEYS", "*")[0]) <= 2000
-        await asyncio.sleep(2.1)
+        assert 0 < redis.ask("PTTL", redis.ask("KEYS", "*")[0]) <= 4000
+        await asyncio.sleep(4.1)
         assert await store.has([key]) == [False]
         with pytest.raises(BlobNotFoundError):
             await get(store, key)

@@ -61,23 +61,25 @@ def test_ctrl_c_ends_it_too(tmp_path: Path) -> None:
 
 
 async def test_a_put_under_way_is_finished_before_the_end(tmp_path: Path) -> None:
-    key, data = blob(size=3 * MIB)
+    key, data = blob(size=7 * MIB)
     with running(tmp_path / "root") as store:
         async with BlobStoreClient(store.address) as client:
-            started = asyncio.Event()
+            ending = asyncio.Event()
 
             async def slowly() -> AsyncIterator[bytes]:
-                yield data[:MIB]
-                started.set()
+                yield data[: 6 * MIB]
+                await ending.wait()
                 await asyncio.sleep(1.0)
-                yield data[MIB:]
+                yield data[6 * MIB :]
 
             sending = asyncio.create_task(
                 client.put_stream(PutSpec(key=key, size=len(data)), slowly())
             )
-            await started.wait()
-            await asyncio.sleep(0.2)
+            # Until the store has met it, and written a part.
+            while not (await client.stat()).in_flight_bytes:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
             store.process.terminate()
+            ending.set()
             assert await sending
         assert await asyncio.to_thread(store.process.wait, 30) == 0
     with running(tmp_path / "root") as store:
@@ -124,7 +126,10 @@ async def test_kill_9_during_puts_loses_nothing_accepted_and_shows_nothing_parti
             async with BlobStoreClient(store.address, timeout_s=20) as client:
                 await check(client)
                 workers = [asyncio.create_task(put_until_it_dies(client)) for _ in range(4)]
+                before = len(accepted)
                 await asyncio.sleep(chance.uniform(0.1, 0.6))
+                while len(accepted) < before + 4:  # noqa: ASYNC110 - a machine may be slow
+                    await asyncio.sleep(0.02)
                 store.process.kill()
                 await asyncio.gather(*workers)
         finally:

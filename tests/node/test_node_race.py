@@ -88,7 +88,7 @@ class Place:
         return server.addresses[0]
 
     async def lanes(self, peers: Sequence[Shelf], store: Shelf | str | None = None) -> Lanes:
-        named = Peers("me", 2.0, 64 * MIB)
+        named = Peers("me", 20.0, 64 * MIB)
         self._stack.push_async_callback(named.aclose)
         addresses = [await self.serve(shelf) for shelf in peers]
         await named.update(
@@ -97,13 +97,13 @@ class Place:
         remote = None
         if store is not None:
             where = store if isinstance(store, str) else await self.serve(store)
-            remote = Remote("the store", where, 5.0, 64 * MIB)
+            remote = Remote("the store", where, 20.0, 64 * MIB)
             self._stack.push_async_callback(remote.aclose)
-        directory = Directory(named, 5.0, 0.5, self.counters)
+        directory = Directory(named, 5.0, 10.0, self.counters)
         for n, shelf in enumerate(peers):
             for key in shelf.blobs:
                 directory.has(f"p{n}", key)
-        return Lanes(named, directory, remote, self.counters, 10.0, 0.5)
+        return Lanes(named, directory, remote, self.counters, 30.0, 10.0)
 
 
 @pytest.fixture
@@ -116,12 +116,18 @@ def missing(key: BlobKey) -> FerryError:
     return BlobNotFoundError(str(key))
 
 
+def unhedged(lanes: Lanes) -> Lanes:
+    """Without second requests, which a machine that is busy elsewhere makes at any time."""
+    assert lanes.extra.take(lanes.extra.left)
+    return lanes
+
+
 async def test_damage_is_never_the_answer_and_is_not_asked_for_again(place: Place) -> None:
     key, data = blob("x", size=50_000)
     broken = bytearray(data)
     broken[30_000] ^= 1
     first, second = Shelf({key: bytes(broken)}), Shelf({key: data})
-    lanes = await place.lanes([first, second])
+    lanes = unhedged(await place.lanes([first, second]))
     for _ in range(3):
         found, remote = await Race(lanes, key).run(missing(key))
         assert bytes(found) == data
@@ -191,7 +197,7 @@ async def test_a_silent_store_is_given_up_and_not_asked_for_a_while(
 async def test_stale_hints_cost_one_question_each(place: Place) -> None:
     key, data = blob("x")
     shelves = [Shelf({key: data}) for _ in range(3)]
-    lanes = await place.lanes(shelves)
+    lanes = unhedged(await place.lanes(shelves))
     for shelf in shelves[:2]:
         shelf.blobs = {}
     for _ in range(4):

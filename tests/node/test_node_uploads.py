@@ -223,8 +223,8 @@ def test_stopped_store_delays_nobody_beyond_the_deadline(machines: Machines) -> 
         assert found.partial
         assert found.complete_pages == 2
     started = time.monotonic()
-    answers = client.get_many([blob("nowhere")[0], made[0][0]], deadline_s=1.0)
-    assert time.monotonic() - started < 4.0
+    answers = client.get_many([blob("nowhere")[0], made[0][0]], deadline_s=3.0)
+    assert time.monotonic() - started < 6.0
     assert isinstance(answers[blob("nowhere")[0]], FerryError)
     assert answers[made[0][0]] == made[0][1]
     store.send(signal.SIGCONT)
