@@ -26,8 +26,10 @@ from store_samples import (
     tail,
 )
 
+from kvferry.cluster import index
 from kvferry.cluster.backends import MemoryBackend
 from kvferry.cluster.coverage import covers
+from kvferry.cluster.index_memo import PageMemo
 from kvferry.cluster.repository import BlobRepository
 from kvferry.proto.keys import BlobKey
 
@@ -355,3 +357,24 @@ async def test_every_answer_follows_every_change(seed: int) -> None:
                 for whom in (store, client):
                     found = await whom.lookup(query(chain(PAGES), **asked))
                     assert [{by_key[i.key] for i in page} for page in found.pages] == wanted
+
+
+async def test_what_lookups_remember_is_bounded_by_blobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was forgotten is found all the same."""
+    monkeypatch.setattr(index, "PageMemo", lambda: PageMemo(60))
+    parts = [(a, a + 1) for a in range(4)]
+    async with local_store(MemoryBackend()) as store:
+        memo = store._core.index.ask(lambda opened: opened._memo)
+        for name, spans in (("whole", [(0, 4)]), ("parts", parts)):
+            for span in spans:
+                for each in pages(30, name, layers=span):
+                    await put(store, *each)
+        for name, blobs, most in (("whole", 1, 20), ("parts", 4, 10), ("whole", 1, 20)):
+            for length in range(1, 31):
+                found = await store.lookup(query(chain(length, name)))
+                assert [len(page) for page in found.pages] == [blobs] * length
+                assert len(memo) <= 20
+            assert len(memo) == most
+        await store.delete([key for key, _ in pages(30, "whole")])
+        assert len(memo) == 0
+        assert (await store.lookup(query(chain(30, "whole")))).complete_pages == 0
