@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from kvferry.cluster.optimizer.scenario import Scenario
-    from kvferry.cluster.optimizer.simulate import Run
+    from kvferry.cluster.optimizer.simulated import Run
 
 _BARS = 24
 

@@ -9,7 +9,7 @@ from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvferry.cluster.optimizer.simulate import Run
+    from kvferry.cluster.optimizer.simulated import Run
     from kvferry.proto.v1 import coordinator_pb2 as pb
 
 
@@ -27,7 +27,8 @@ def simulate(
     deploy/scenarios/ has examples.
     """
     from kvferry.cluster.optimizer.scenario import load_scenario
-    from kvferry.cluster.optimizer.simulate import WAYS, play, requests_of
+    from kvferry.cluster.optimizer.simulate import WAYS, play
+    from kvferry.cluster.optimizer.trace import requests_of
 
     if plot is not None:
         from kvferry.cli.lab_input import check_output

@@ -17,6 +17,7 @@ from kvferry.cluster.optimizer.deliberate import Deliberation
 from kvferry.cluster.optimizer.explain import explain_rings
 from kvferry.cluster.optimizer.holder import Holder
 from kvferry.cluster.optimizer.rules import Decided
+from kvferry.cluster.optimizer.worth import ITSELF
 from kvferry.cluster.policy_keeper import PolicyKeeper
 from kvferry.cluster.state import MemberState
 from kvferry.errors import FerryError
@@ -147,7 +148,7 @@ class PolicyDecider:
 
 
 def _itself(bytes_per_s: float) -> tuple[tuple[str, float], ...]:
-    return (("itself", _rounded(bytes_per_s)),) if bytes_per_s > 0 else ()
+    return ((ITSELF, _rounded(bytes_per_s)),) if bytes_per_s > 0 else ()
 
 
 def with_peers(held: Sequence[tuple[MemberState, str, Holder]]) -> list[Holder]:

@@ -6,7 +6,8 @@ import pytest
 from optimizer_samples import curve
 
 from kvferry.cluster.optimizer.scenario import load_scenario
-from kvferry.cluster.optimizer.simulate import play, requests_of
+from kvferry.cluster.optimizer.simulate import play
+from kvferry.cluster.optimizer.trace import requests_of
 from kvferry.errors import ConfigError
 
 SCENARIOS = Path(__file__).parents[2] / "deploy" / "scenarios"
@@ -69,6 +70,15 @@ def test_events_change_links_and_tiers(tmp_path: Path) -> None:
     assert [100 < at < 200 for at, _ in run.changes[:2]] == [True, False]
     assert [tier for _, tier in run.tiers] == ["high_compression"]
     assert 0.005 < run.kl_nats <= 0.02 * 1.001
+
+
+def test_what_is_computed_sooner_is_neither_stored_nor_restored(tmp_path: Path) -> None:
+    text = "decide_every_s = 3\n" + MODEL + SLOW.format(speed=2e3) + TRACE
+    loaded = load_scenario(scenario(tmp_path, text))
+    ours, alike = (play(loaded, way) for way in ("optimizer", "one step"))
+    assert ours.stored_bytes < 0.5 * alike.stored_bytes
+    assert ours.figures()["restored_share"] == 0
+    assert len(ours.changes) == 1
 
 
 def test_a_thousand_machines_and_a_calibrations_folder(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvferry.cluster.policy_decider import with_peers
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 # 2,000 values a token: some 1,400 bits at 0.005 nats, so that 1 KB/s is 6 tokens a second.
-SLOW = holder("a", (0, 8), KB, prefill=1000, latency_s=0.01)
+SLOW = holder("a", (0, 8), KB, prefill=1000, latency_s=0.01, nearer={"itself": KB})
 QUICK = replace(SLOW, bytes_per_s=MB)
 
 
@@ -89,21 +89,29 @@ def test_what_is_not_known_speaks_for_storing() -> None:
     assert hopeless(SLOW)
     assert not hopeless(replace(SLOW, prefill_tokens_per_s=0))
     assert not hopeless(replace(SLOW, bytes_per_s=0))
-    halves = (holder("a", (0, 4), KB, prefill=1e6), holder("b", (4, 8), 0.0))
+    untold = replace(SLOW, nearer=())
+    assert not hopeless(untold)  # its own tiers may have it at once
+    told = explained(policies.default_policy(), untold)
+    assert (told.never_pays, told.not_stored) == (True, False)
+    assert "still stored" in told.why
+    assert hopeless(replace(untold, decode_tokens_per_s=500))  # even so
+    halves = (holder("a", (0, 4), KB, prefill=1e6, nearer={"itself": KB}), holder("b", (4, 8), 0.0))
     assert not hopeless(*halves)
     assert hopeless(halves[0], replace(halves[1], bytes_per_s=GB))  # the slowest decides
 
 
 def test_whoever_has_it_nearer_than_the_store_still_gains() -> None:
     assert not hopeless(replace(SLOW, nearer=(("itself", GB),)))
-    assert not hopeless(replace(SLOW, nearer=(("b", 100 * MB),)))
-    assert hopeless(replace(SLOW, nearer=(("b", 2 * KB),)))
+    assert not hopeless(replace(SLOW, nearer=(*SLOW.nearer, ("b", 100 * MB))))
+    assert hopeless(replace(SLOW, nearer=(*SLOW.nearer, ("b", 2 * KB))))
     # And what decoding takes is not to be had nearer.
     assert hopeless(replace(SLOW, decode_tokens_per_s=500, nearer=(("itself", GB),)))
     near = replace(SLOW, nearer=(("itself", GB),))
     (told,) = explain_rings(
         look(Facts(policies.default_policy(), {MODEL: [near]}, {MODEL: curve()}))
     )
+    assert told.seconds > told.prefill_s
+    assert "nearer than the store" in told.why
     assert (told.nodes[0].best_source, told.nodes[0].best_bytes_per_s) == ("itself", GB)
 
 
@@ -150,7 +158,7 @@ def clusters(draw: st.DrawFn) -> tuple[Holder, ...]:
             latency_s=draw(st.sampled_from([0.0, 0.1])),
             decode=draw(st.sampled_from([0.0, 1e3, 1e6])),
             codecs=draw(st.sampled_from([{}, {"ferry": 1e6, "affine": 1e8}])),
-            nearer=draw(st.sampled_from([{}, {"itself": 1e6}, {"c": 1e4}])),
+            nearer={"itself": draw(_rates)} if draw(st.booleans()) else {},
         )
         for name, span in (("a", (0, cut)), ("b", (cut, 8)))
     )  # fmt: skip

@@ -135,6 +135,27 @@ async def test_memory_pressure_switches_the_tier_and_back(tmp_path: Path) -> Non
         assert base_of(relaxed).rules == base.rules
 
 
+async def test_what_is_computed_sooner_than_restored_is_not_stored_until_links_are_better(
+    tmp_path: Path,
+) -> None:
+    def alone(speed: float) -> pb.HeartbeatRequest:
+        rates = {"prefill_tokens_per_s": 1e5, "decode_tokens_per_s": 1e7, "near_bytes_per_s": 1e3}
+        return beat("alone", (0, 8), speed, **rates, decode_values_per_s={"ferry": 1e10})
+
+    def codec(policy: pb.Policy) -> str:
+        return policies.rule_for(policy, MODEL, 0, "alone").codec
+
+    async with serving(tmp_path) as (_, client):
+        none = await until(client, lambda p: codec(p) == "none", alone(1e3))
+        assert codec(policies.default_policy()) == "ferry"
+        assert policies.rule_for(none, bytes(32), 0).codec == "ferry"
+        (member,) = (await client.members()).members
+        assert dict(member.last.decode_values_per_s) == {"ferry": 1e10}
+    async with serving(tmp_path) as (_, client):  # the rule has come back with the policy
+        assert codec((await client.explain(0)).policy) == "none"
+        await until(client, lambda p: codec(p) == "ferry", alone(1e9))
+
+
 async def test_a_decision_that_is_overtaken_is_not_put_in_force(tmp_path: Path) -> None:
     async with serving(tmp_path) as (coordinator, _):
         keeper = coordinator.policies

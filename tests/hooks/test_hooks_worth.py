@@ -117,6 +117,18 @@ def test_what_is_computed_sooner_than_restored_is_not_stored_but_now_and_then() 
     assert all(always.stores(64) for _ in range(STORED_ANYWAY))
 
 
+def test_what_was_waited_for_decoding_is_shared_out_among_codecs() -> None:
+    worth = Worth(Rate(), 1.0)
+    loaded = Loaded(tokens=1000, bytes=1000)
+    loaded.decoding("ferry", 600_000, 1.5)
+    loaded.decoding("ferry", 400_000, 1.5)  # two threads at once
+    loaded.decoding("affine", 1_000_000, 1.0)
+    loaded.decoding("raw", 10, 1e-6)  # too little to tell
+    loaded.seconds = {"decode": 0.9, "commit": 0.1}
+    worth.learn(loaded)
+    assert worth.decode_values_per_s == pytest.approx({"ferry": 1e6 / 0.75, "affine": 4e6})
+
+
 def test_who_wants_everything_gets_it_whatever_it_costs() -> None:
     prefill = Rate()
     prefill.add(100_000, 0.1)
@@ -236,3 +248,4 @@ def test_a_link_that_is_too_slow_is_left_alone_until_it_is_quick_again(
         assert restored(there, prompts[5]) < LENGTH - 1  # the link is bad again
         # These blobs are on this machine now: no link is in their way.
         assert restored(there, prompts[4]) == LENGTH - 1
+        assert set(there.worth.decode_values_per_s) == {"raw", "zstd"}

@@ -1,5 +1,6 @@
 """Node daemons with peers and a coordinator, and without them."""
 
+import asyncio
 import signal
 import stat
 import sys
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from node_samples import ANY, MODEL, ROOT, Machines, Service, blob, chain, free_port, wait_for
 
+from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.cluster.repository import ListQuery, LookupQuery
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import FerryError, ProtocolError
@@ -240,11 +242,20 @@ def test_reports_are_counted_and_reach_the_coordinator(machines: Machines) -> No
         ),
         misses={"corrupt": 2, "no reason at all\n": 1},
         prefill_tokens_per_s=120.0,
+        decode_values_per_s={"ferry": 1e8, "no codec\n": 1.0},
+        near_bytes_per_s=1e9,
         shard=shard,
     )
     wait_for(lambda: event(node, "hook_miss_corrupt") == 2)
     assert event(node, "hook_restores") == 1
     wait_for(lambda: any("restore" in k and v for k, v in coordinator.metrics().items()))
+
+    async def told() -> pb.HeartbeatRequest:
+        async with CoordinatorClient(coordinator.address) as asking:
+            return (await asking.members()).members[0].last
+
+    wait_for(lambda: asyncio.run(told()).near_bytes_per_s == 1e9)
+    assert dict(asyncio.run(told()).decode_values_per_s) == {"ferry": 1e8}
 
 
 def test_calibrations_go_the_same_way(machines: Machines) -> None:

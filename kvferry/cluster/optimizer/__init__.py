@@ -33,6 +33,9 @@ What follows from that, and is tested: more bandwidth, less latency or a larger 
 gives a later deadline; a larger budget never gives any node larger blobs; the budget is
 kept; on small cases nothing is better (brute force).
 
+Whether restores pay at all, against prefill, and over which links, is another question:
+`worth`.
+
 Two things are kept out of the formula's way. A node beside the store would, for nothing that
 anybody notices, hold its part exactly: no node spends more than `solve.SPREAD` times the
 bits per value of the scarcest one, which keeps all of the above. And several sets of nodes

@@ -153,7 +153,7 @@ def _judge_model(
             best=best,
             gain=_gain(plan, best),
             urgent=broken or columns is None,
-            worth=break_even(ring, best),
+            worth=break_even(ring, plan),
         )
         for ring, plan, best, columns in zip(rings, now, plans, found, strict=True)
     ]

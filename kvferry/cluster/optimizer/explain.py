@@ -95,15 +95,21 @@ def _against_prefill(outlook: Outlook, judged: Judged) -> str:
     if worth.from_tokens is not None:
         if model in outlook.unstored:
             return f"; {prefill}: restores pay again, and it is about to be stored"
-        pays = f": a restore pays from {worth.from_tokens:,} tokens on" if worth.from_tokens else ""
-        return f"; {prefill}{pays}"
+        if not worth.from_tokens:
+            return f"; {prefill}"
+        # The deadline is that of the store.
+        nearer = judged.now.deadline >= tokens * worth.prefill_s
+        where = ", from where it is nearer than the store" if nearer else ""
+        return f"; {prefill}: a restore pays from {worth.from_tokens:,} tokens on{where}"
     told = f"; {prefill}, no restore of as much less than {tokens * worth.each_s:.3g} s"
     if model in outlook.unstored:
         return f"{told}: restores do not pay, so that nothing is stored"
     if model in outlook.turning:
         return f"{told}: restores do not pay, so that nothing is about to be stored"
-    others = any(r.worth.from_tokens is not None for r in outlook.rings if r.ring.model_id == model)
-    stays = "other nodes that hold the model gain by it" if others else "that may be noise"
+    if any(r.worth.from_tokens is not None for r in outlook.rings if r.ring.model_id == model):
+        stays = "other nodes that hold the model gain by it"
+    else:
+        stays = "nodes may have it themselves, or it is by so little that rates may move"
     return f"{told}: restores do not pay here; still stored, as {stays}"
 
 

@@ -3,7 +3,6 @@
 See deploy/scenarios/ for examples that say what each key means.
 """
 
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,15 @@ from typing import Any
 
 from kvferry.cluster.curves import check_curve
 from kvferry.cluster.optimizer.holder import Range
+from kvferry.cluster.optimizer.scenario_values import (
+    NAME,
+    known_keys,
+    number,
+    numbers,
+    span,
+    table_of,
+    tables_of,
+)
 from kvferry.errors import ConfigError, ProtocolError
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
@@ -20,8 +28,6 @@ MAX_MACHINES = 1000
 MAX_REQUESTS = 100_000
 MAX_EVENTS = 1000
 MODEL_ID = bytes(32)
-_SPAN = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
-_NAME = re.compile(r"[^\s]{1,64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +119,10 @@ def load_scenario(
 def _scenario(
     table: Mapping[str, Any], path: Path, calibration: Callable[[Path], pb.ModelCurve] | None
 ) -> Scenario:
-    _known(table, _TOP, "")
-    curve = _curve(_table(table, "model"), path.parent, calibration)
+    known_keys(table, _TOP, "")
+    curve = _curve(table_of(table, "model"), path.parent, calibration)
     machines = _machines(table.get("machines", []), curve)
-    trace = _trace(_table(table, "trace"))
+    trace = _trace(table_of(table, "trace"))
     names = {m.name for m in machines} | {m.kind for m in machines}
     policy = table.get("policy", "default")
     if not isinstance(policy, str):
@@ -129,8 +135,8 @@ def _scenario(
         trace=trace,
         changes=_changes(table.get("events", []), names),
         policy=str(beside) if beside.is_file() else policy,
-        seed=int(_number(table, "seed", 0, "", 0, 1 << 32)),
-        decide_every_s=_number(table, "decide_every_s", 10.0, "", 0.1, 3600),
+        seed=int(number(table, "seed", 0, "", 0, 1 << 32)),
+        decide_every_s=number(table, "decide_every_s", 10.0, "", 0.1, 3600),
     )
 
 
@@ -140,21 +146,21 @@ def _curve(
     calibration: Callable[[Path], pb.ModelCurve] | None,
 ) -> pb.ModelCurve:
     if "calibration" in table:
-        _known(table, ("calibration",), "model.")
+        known_keys(table, ("calibration",), "model.")
         if calibration is None or not isinstance(table["calibration"], str):
             raise ConfigError("model.calibration", table["calibration"], "a calibration's folder")
         return calibration(folder / Path(table["calibration"]).expanduser())
-    _known(table, ("layers", "heads", "steps", "measured_kl", "groups"), "model.")
-    steps = _numbers(table.get("steps"), "model.steps")
-    layers = int(_number(table, "layers", 0, "model.", 1, 65_536))
+    known_keys(table, ("layers", "heads", "steps", "measured_kl", "groups"), "model.")
+    steps = numbers(table.get("steps"), "model.steps")
+    layers = int(number(table, "layers", 0, "model.", 1, 65_536))
     curve = pb.ModelCurve(
         model_id=MODEL_ID,
         model_layers=layers,
-        model_heads=int(_number(table, "heads", 1, "model.", 1, 65_536)),
+        model_heads=int(number(table, "heads", 1, "model.", 1, 65_536)),
         steps=steps,
-        measured_kl=_numbers(table.get("measured_kl", []), "model.measured_kl"),
+        measured_kl=numbers(table.get("measured_kl", []), "model.measured_kl"),
     )
-    for place, entry in enumerate(_tables(table.get("groups", []), "model.groups")):
+    for place, entry in enumerate(tables_of(table.get("groups", []), "model.groups")):
         _add_groups(curve, entry, f"model.groups[{place}].")
     try:
         check_curve(curve)
@@ -165,12 +171,12 @@ def _curve(
 
 def _add_groups(curve: pb.ModelCurve, entry: Mapping[str, Any], where: str) -> None:
     """One table; ``cut`` in so many groups that are alike."""
-    _known(entry, ("layers", "cut", "width", "bits_per_value", "kl"), where)
-    start, end = _span(entry.get("layers"), f"{where}layers")
-    count = int(_number(entry, "cut", 1, where, 1, end - start))
-    width = int(_number(entry, "width", 0, where, count, 1 << 30)) // count
-    bits = _numbers(entry.get("bits_per_value"), f"{where}bits_per_value")
-    kl = _numbers(entry.get("kl"), f"{where}kl")
+    known_keys(entry, ("layers", "cut", "width", "bits_per_value", "kl"), where)
+    start, end = span(entry.get("layers"), f"{where}layers")
+    count = int(number(entry, "cut", 1, where, 1, end - start))
+    width = int(number(entry, "width", 0, where, count, 1 << 30)) // count
+    bits = numbers(entry.get("bits_per_value"), f"{where}bits_per_value")
+    kl = numbers(entry.get("kl"), f"{where}kl")
     for place in range(count):
         curve.groups.add(
             layer_start=start + place * (end - start) // count,
@@ -183,22 +189,22 @@ def _add_groups(curve: pb.ModelCurve, entry: Mapping[str, Any], where: str) -> N
 
 def _machines(value: object, curve: pb.ModelCurve) -> tuple[Machine, ...]:
     found: list[Machine] = []
-    for place, entry in enumerate(_tables(value, "machines")):
+    for place, entry in enumerate(tables_of(value, "machines")):
         where = f"machines[{place}]."
-        _known(entry, ("name", "count", "layers", "heads", *_RATES), where)
+        known_keys(entry, ("name", "count", "layers", "heads", *_RATES), where)
         kind = entry.get("name", f"m{place}")
-        if not isinstance(kind, str) or not _NAME.fullmatch(kind):
+        if not isinstance(kind, str) or not NAME.fullmatch(kind):
             raise ConfigError(f"{where}name", kind, "a name without spaces")
-        layers = _span(entry.get("layers", f"0-{curve.model_layers}"), f"{where}layers")
-        heads = _span(entry.get("heads", f"0-{curve.model_heads}"), f"{where}heads")
+        layers = span(entry.get("layers", f"0-{curve.model_layers}"), f"{where}layers")
+        heads = span(entry.get("heads", f"0-{curve.model_heads}"), f"{where}heads")
         if layers[1] > curve.model_layers or heads[1] > curve.model_heads:
             raise ConfigError(f"{where}layers", entry.get("layers"), "within the model")
         if "bytes_per_s" not in entry:
             raise ConfigError(f"{where}bytes_per_s", "", "given: of its link to the store")
-        count = int(_number(entry, "count", 1, where, 1, MAX_MACHINES))
+        count = int(number(entry, "count", 1, where, 1, MAX_MACHINES))
         rates = {name: _rate(entry, name, where) for name in _RATES if name in entry}
-        for number in range(1, count + 1):
-            name = kind if count == 1 else f"{kind}-{number}"
+        for which in range(1, count + 1):
+            name = kind if count == 1 else f"{kind}-{which}"
             found.append(Machine(name=name, kind=kind, layers=layers, heads=heads, **rates))
     if not 1 <= len(found) <= MAX_MACHINES:
         raise ConfigError("machines", len(found), f"1 to {MAX_MACHINES} machines")
@@ -209,13 +215,13 @@ def _machines(value: object, curve: pb.ModelCurve) -> tuple[Machine, ...]:
 
 def _changes(value: object, names: set[str]) -> tuple[Change, ...]:
     found = []
-    for place, entry in enumerate(_tables(value, "events")):
+    for place, entry in enumerate(tables_of(value, "events")):
         where = f"events[{place}]."
-        _known(entry, ("at_s", "machine", *_CHANGEABLE), where)
+        known_keys(entry, ("at_s", "machine", *_CHANGEABLE), where)
         if entry.get("machine") not in names:
             raise ConfigError(f"{where}machine", entry.get("machine", ""), "one of the machines")
         values = {name: _rate(entry, name, where) for name in _CHANGEABLE if name in entry}
-        at_s = _number(entry, "at_s", 0, where, 0, 1e6)
+        at_s = number(entry, "at_s", 0, where, 0, 1e6)
         found.append(Change(at_s, str(entry["machine"]), values))
     if len(found) > MAX_EVENTS:
         raise ConfigError("events", len(found), f"at most {MAX_EVENTS}")
@@ -223,8 +229,7 @@ def _changes(value: object, names: set[str]) -> tuple[Change, ...]:
 
 
 def _trace(table: Mapping[str, Any]) -> Trace:
-    known = Trace.__dataclass_fields__
-    _known(table, tuple(known), "trace.")
+    known_keys(table, tuple(Trace.__dataclass_fields__), "trace.")
     limits = {
         "seconds": (1, 1e6),
         "requests_per_s": (1e-6, 1e5),
@@ -233,7 +238,7 @@ def _trace(table: Mapping[str, Any]) -> Trace:
         "prompt_tokens": (1, 1 << 20),
         "turn_tokens": (1, 1 << 20),
     }
-    values = {name: _number(table, name, 0, "trace.", *limits[name]) for name in table}
+    values = {name: number(table, name, 0, "trace.", *limits[name]) for name in table}
     for name in ("conversations", "prompt_tokens", "turn_tokens"):
         if name in values:
             values[name] = int(values[name])
@@ -244,58 +249,7 @@ def _trace(table: Mapping[str, Any]) -> Trace:
     return trace
 
 
-# -- plain values --------------------------------------------------------------------
-
-
 def _rate(entry: Mapping[str, Any], name: str, where: str) -> float:
     shares = {"memory_used_share": 1.0, "jitter": 2.0}
     low = 0.0 if name in (*shares, "latency_s", "decode_tokens_per_s") else 1e-3
-    return _number(entry, name, 0.0, where, low, shares.get(name, 1e15))
-
-
-def _table(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = table.get(name, {})
-    if not isinstance(value, dict):
-        raise ConfigError(name, value, f"a table, under [{name}]")
-    return value
-
-
-def _tables(value: object, where: str) -> list[Mapping[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise ConfigError(where, value, f"tables, each under [[{where}]]")
-    return value
-
-
-def _known(table: Mapping[str, Any], keys: tuple[str, ...], prefix: str) -> None:
-    for key in table:
-        if key not in keys:
-            shown = key if _NAME.fullmatch(key) else ascii(key[:64])
-            raise ConfigError(
-                f"{prefix}{shown}", table[key], f"left out: known are {', '.join(keys)}"
-            )
-
-
-def _number(
-    table: Mapping[str, Any], name: str, default: float, where: str, low: float, high: float
-) -> float:
-    value = table.get(name, default)
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not plain or not low <= value <= high:
-        raise ConfigError(f"{where}{name}", value, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _numbers(value: object, where: str) -> list[float]:
-    plain = isinstance(value, list) and all(
-        isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e30 for n in value
-    )
-    if not plain or not isinstance(value, list):
-        raise ConfigError(where, value, "a list of numbers")
-    return [float(n) for n in value]
-
-
-def _span(value: object, where: str) -> Range:
-    found = _SPAN.fullmatch(value) if isinstance(value, str) else None
-    if found is None or int(found[1]) >= int(found[2]):
-        raise ConfigError(where, value, '"0-15", half-open: 0 to 14')
-    return int(found[1]), int(found[2])
+    return number(entry, name, 0.0, where, low, shares.get(name, 1e15))

@@ -5,7 +5,7 @@ calibrations that the blobs name are read meanwhile.
 """
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -21,11 +21,10 @@ from kvferry.proto.keys import BlobKey
 
 @dataclass(frozen=True, slots=True)
 class _Decoded:
-    """A run: for each part what went wrong; values that are in place, seconds on the thread."""
+    """A run: for each part what went wrong; codec -> values, and seconds on the thread."""
 
     problems: Sequence[CodecError | None]
-    values: int
-    seconds: float
+    codecs: Mapping[str, tuple[int, float]]
 
 
 class RowsFetch:
@@ -116,27 +115,39 @@ class RowsFetch:
                 ]
                 names = {p.info.codec.calibration_id for _, p in parts}
                 warm = [future for name, future in self._warm.items() if name in names]
-                future = self._threads.submit(self._decode, run, blobs, warm)
+                codecs = [p.info.codec.name for _, p in parts]
+                future = self._threads.submit(self._decode, run, blobs, codecs, warm)
                 self._decoding.append((parts, future))
 
     def _decode(
-        self, run: Run, blobs: Sequence[StoredBlob], warm: Sequence[Future[None]]
+        self,
+        run: Run,
+        blobs: Sequence[StoredBlob],
+        codecs: Sequence[str],
+        warm: Sequence[Future[None]],
     ) -> _Decoded:
-        """On a thread: decode a run into its place."""
+        """On a thread: decode a run into its place, one codec after the other."""
         wait(warm)  # what failed there fails here again, and is told
-        started = time.monotonic()
-        pages = decode_blobs(
-            blobs,
-            model_id=self._source.model_id,
-            cut=run.cut,
-            calibrations=self._source.calibrations,
-            rope=self._source.rope,
-        )
-        problems = [
-            page if isinstance(page, CodecError) else self._add(page, run.heads) for page in pages
-        ]
-        values = sum(p.raw_bytes_fp16 // 2 for p in pages if not isinstance(p, CodecError))
-        return _Decoded(problems, values, time.monotonic() - started)
+        problems: list[CodecError | None] = [None] * len(blobs)
+        taken: dict[str, tuple[int, float]] = {}
+        for codec in sorted(set(codecs)):
+            started, values = time.monotonic(), 0
+            places = [place for place, name in enumerate(codecs) if name == codec]
+            pages = decode_blobs(
+                [blobs[place] for place in places],
+                model_id=self._source.model_id,
+                cut=run.cut,
+                calibrations=self._source.calibrations,
+                rope=self._source.rope,
+            )
+            for place, page in zip(places, pages, strict=True):
+                if isinstance(page, CodecError):
+                    problems[place] = page
+                else:
+                    problems[place] = self._add(page, run.heads)
+                    values += page.raw_bytes_fp16 // 2
+            taken[codec] = values, time.monotonic() - started
+        return _Decoded(problems, taken)
 
     def _add(self, page: PageTensors, heads: tuple[int, int]) -> CodecError | None:
         try:
@@ -152,9 +163,8 @@ class RowsFetch:
         problems = [self._gap[2]] if self._gap[2] else []
         for parts, future in self._decoding:
             decoded = future.result()
-            codecs = {piece.info.codec.name for _, piece in parts}
-            if len(codecs) == 1:
-                loaded.decoding(codecs.pop(), decoded.values, decoded.seconds)
+            for codec, (values, seconds) in decoded.codecs.items():
+                loaded.decoding(codec, values, seconds)
             for (segment, piece), problem in zip(parts, decoded.problems, strict=True):
                 if problem is None:
                     done.add((segment.tokens, piece.cut, piece.heads))

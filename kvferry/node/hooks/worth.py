@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # prefill by more than that to be begun.
 MARGIN = 1.2
 MIN_BYTES = 4096
-MIN_VALUES = 1 << 16
+MIN_VALUES = 1 << 12
 MOST_RETRY_S = 300.0
 PROBE_DEADLINE_S = 10.0
 # A link that is so many times quicker or slower than before has changed.
