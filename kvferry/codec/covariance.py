@@ -22,25 +22,30 @@ class CovarianceAccumulator:
     Memory is one p x p float64 matrix (and one float32 product while adding), whatever
     the number of tokens. Sums run around the first batch's mean, so large constant
     channels cost no precision.
+
+    Args:
+        width: p.
+        lead: axes in front of rows, as (layers, heads): so many covariances side by side,
+            each of its own rows alone.
     """
 
-    def __init__(self, width: int) -> None:
-        if width < 1:
-            raise UnsupportedTensorError("rows", f"width {width}")
-        self._width = width
+    def __init__(self, width: int, lead: tuple[int, ...] = ()) -> None:
+        if width < 1 or any(axis < 1 for axis in lead):
+            raise UnsupportedTensorError("rows", f"width {width}, axes {lead}")
+        self._width, self._lead = width, lead
         self._count = 0
-        self._shift: FloatArray = np.zeros(width, dtype=np.float32)
-        self._sum: Float64Array = np.zeros(width, dtype=np.float64)
-        self._products: Float64Array = np.zeros((width, width), dtype=np.float64)
+        self._shift: FloatArray = np.zeros((*lead, width), dtype=np.float32)
+        self._sum: Float64Array = np.zeros((*lead, width), dtype=np.float64)
+        self._products: Float64Array = np.zeros((*lead, width, width), dtype=np.float64)
 
     @staticmethod
-    def state_layout(width: int) -> SavedLayout:
+    def state_layout(width: int, lead: tuple[int, ...] = ()) -> SavedLayout:
         """What `state` holds at a width: part -> (shape, dtype)."""
         return {
             "count": ((1,), "<i8"),
-            "shift": ((width,), "<f4"),
-            "sum": ((width,), "<f8"),
-            "products": ((width, width), "<f8"),
+            "shift": ((*lead, width), "<f4"),
+            "sum": ((*lead, width), "<f8"),
+            "products": ((*lead, width, width), "<f8"),
         }
 
     @property
@@ -53,7 +58,8 @@ class CovarianceAccumulator:
     def of_state(cls, state: SavedTensors) -> Self:
         """The inverse of `state`; takes the arrays over. Raises: KeyError."""
         made = cls(1)
-        made._width, made._count = len(state["shift"]), int(state["count"][0])
+        *lead, made._width = state["shift"].shape
+        made._lead, made._count = tuple(lead), int(state["count"][0])
         made._shift, made._sum = state["shift"], state["sum"]
         made._products = state["products"]
         return made
@@ -69,39 +75,44 @@ class CovarianceAccumulator:
         return self._count
 
     def add(self, rows: FloatArray) -> None:
-        """Take in (n, p) float32 rows. Raises: UnsupportedTensorError (shape, NaN, inf)."""
-        if rows.ndim != 2 or rows.shape[1] != self._width:
+        """Take in (*lead, n, p) float32 rows. Raises: UnsupportedTensorError (shape, NaN, inf)."""
+        if rows.ndim < 2 or (*rows.shape[:-2], rows.shape[-1]) != (*self._lead, self._width):
             raise UnsupportedTensorError("rows", f"shape {rows.shape}, {self._width} wide wanted")
         if not np.isfinite(rows).all():
             raise UnsupportedTensorError("rows", "hold NaN or infinite values")
-        if not self._count and len(rows):
-            self._shift = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-        for start in range(0, len(rows), _ROWS_PER_PRODUCT):
-            part = rows[start : start + _ROWS_PER_PRODUCT] - self._shift
-            self._sum += part.sum(axis=0, dtype=np.float64)
-            self._products += part.T @ part
-            self._count += len(part)
+        count = rows.shape[-2]
+        if not self._count and count:
+            self._shift = rows.mean(axis=-2, dtype=np.float64).astype(np.float32)
+        for start in range(0, count, _ROWS_PER_PRODUCT):
+            part = rows[..., start : start + _ROWS_PER_PRODUCT, :] - self._shift[..., None, :]
+            self._sum += part.sum(axis=-2, dtype=np.float64)
+            self._products += np.swapaxes(part, -1, -2) @ part
+            self._count += part.shape[-2]
 
     def merge(self, other: "CovarianceAccumulator") -> None:
         """Take in all that ``other`` has seen (another rank's share of the text)."""
-        if other.width != self._width:
+        if (other.width, other._lead) != (self._width, self._lead):
             raise UnsupportedTensorError("rows", f"{other.width} wide, {self._width} wanted")
         if not other.count:
             return
         if not self._count:
             self._shift = other._shift.copy()
         moved = other._shift.astype(np.float64) - self._shift
-        cross = np.outer(other._sum, moved)
-        self._products += other._products + cross + cross.T
-        self._products += other.count * np.outer(moved, moved)
+        cross = _outer(other._sum, moved)
+        self._products += other._products + cross + np.swapaxes(cross, -1, -2)
+        self._products += other.count * _outer(moved, moved)
         self._sum += other._sum + other.count * moved
         self._count += other.count
 
     def mean(self) -> Float64Array:
-        """(p,)"""
+        """(*lead, p)"""
         return self._shift + self._sum / max(self._count, 1)
 
     def covariance(self) -> Float64Array:
-        """(p, p), symmetric; of the population, that is divided by ``count``."""
+        """(*lead, p, p), symmetric; of the population, that is divided by ``count``."""
         offset = self._sum / max(self._count, 1)
-        return self._products / max(self._count, 1) - np.outer(offset, offset)
+        return self._products / max(self._count, 1) - _outer(offset, offset)
+
+
+def _outer(a: Float64Array, b: Float64Array) -> Float64Array:
+    return a[..., :, None] * b[..., None, :]
