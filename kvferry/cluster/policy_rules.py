@@ -20,9 +20,11 @@ MAX_RULES = 8192
 MAX_TTL_S = 10 * 365 * 86_400
 MAX_BUDGET_NATS = 10.0
 MAX_NODE_CHARS = 128
+MAX_SPANS = 64
 
 _NAME = re.compile(r"[\w .+-]{1,64}")
 _MODEL = re.compile(r"[0-9a-fA-F]{0,64}")
+_SPAN = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 _NODE = re.compile(r"[^\s\x00-\x1f\x7f]{0,128}")
 
 
@@ -42,6 +44,19 @@ def _adapt(text: str) -> bool:
 
 def _whole(*allowed: int) -> Callable[[str], bool]:
     return lambda text: text in {str(number) for number in allowed}
+
+
+def _among(*names: str) -> Callable[[str], bool]:
+    return lambda text: text in names
+
+
+def _spans(text: str) -> bool:
+    spans = [part.strip() for part in text.split(",")]
+    found = [_SPAN.fullmatch(span) for span in spans]
+    return len(spans) <= MAX_SPANS and all(
+        match and int(match[1]) < int(match[2] or int(match[1]) + 1) <= MAX_LAYERS
+        for match in found
+    )
 
 
 def _within(low: float, high: float) -> Callable[[str], bool]:
@@ -69,6 +84,9 @@ _POSITIVE: Check = (_positive, "a number above 0")
 _BITS: Check = (_whole(2, 3, 4, 8), "one of 2, 3, 4, 8")
 _ADAPT: Check = (_adapt, "a number from 0 to 2")
 _PAGE_SIZE: Check = (_whole(*range(16, 65)), "a whole number from 16 to 64")
+_RANK: Check = (_count(1, 4096), "a whole number from 1 to 4096")
+_IDENTITY: Check = (_spans, 'layers as "0-4,29" (0 to 3, and 29)')
+_SWITCH: Check = (_among("true", "false", "auto"), "true, false or auto")
 _LEVEL: Check = (_whole(*range(1, 23)), "a whole number from 1 to 22")
 
 _RATIO: Check = (_within(1, 1e6), "a number from 1 to 1e+06")
@@ -98,6 +116,17 @@ CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
         "sinks": _SINKS,
         "seed": _SEED,
         "positions": _POSITIONS,
+    },
+    "lowrank": {
+        "rank": _RANK,
+        "target": (_among("v", "k", "kv"), "v, k or kv"),
+        "bits": (_whole(8, 16), "8 or 16"),
+        "identity": _IDENTITY,
+        "ln_nullspace": _SWITCH,
+        "policy": (
+            _among("default", "high_compression", "memory_emergency"),
+            "default, high_compression or memory_emergency",
+        ),
     },
 }
 # Codecs whose pages lack tokens: they are stored, looked at and measured, but never put

@@ -82,9 +82,20 @@ def split_page(page: PageTensors, known: GroupCalibration) -> tuple[Span, dict[s
 
 
 def calibration_of(wanted: Wanted, calibrations: CalibrationSource) -> GroupCalibration:
-    """The calibration that a blob names, if it fits the blob.
+    """The calibration that a blob names, if it fits the blob and has bases of whole groups.
 
     Raises: CalibrationMissingError, CorruptBlobError, IdentityMismatchError.
+    """
+    known = named_calibration(wanted, calibrations)
+    if not known.bundles:
+        raise CorruptBlobError("calibration id", "names a calibration of another codec")
+    return known
+
+
+def named_calibration(wanted: Wanted, calibrations: CalibrationSource) -> GroupCalibration:
+    """The calibration that a blob names, if it fits the blob, whichever codec it is for.
+
+    Raises: as `calibration_of`.
     """
     if not wanted.calibration_id:
         raise CorruptBlobError("calibration id", "is empty")

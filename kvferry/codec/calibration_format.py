@@ -30,6 +30,7 @@ from kvferry.proto.v1 import blob_pb2
 DESCRIPTION_VERSION = 2  # 1 coded every stream of a group by itself
 MAX_DESCRIPTION_BYTES = 8 << 20
 GROUP_NAME = "ferry"
+LOWRANK_NAME = "lowrank"
 MANIFEST_NAME = "manifest"
 _DOMAIN = b"kvferry/calibration/1"
 
@@ -63,7 +64,7 @@ def frame(description: Mapping[str, object], tensors: Tensors) -> Framed:
 
 
 def to_blob(framed: Framed, name: str, model_id: bytes, layers: Range, heads: Range) -> bytes:
-    """The container. ``name`` is `GROUP_NAME` or `MANIFEST_NAME`."""
+    """The container. ``name`` is `GROUP_NAME`, `LOWRANK_NAME` or `MANIFEST_NAME`."""
     header = blob_pb2.BlobHeader(
         kind=blob_pb2.BLOB_KIND_CALIBRATION,
         model_id=model_id,

@@ -56,7 +56,7 @@ class GroupCalibration:
             return "heads are no range"
         if not self.source.isprintable() or self.tokens < 0:
             return "source or tokens cannot be"
-        parts = [part for bundle in self.bundles.values() for part in bundle.parts]
+        parts = self._parts()
         if len({part.name for part in parts}) != len(parts) or not set(self.ropes) <= {
             part.name for part in parts
         }:
@@ -74,11 +74,13 @@ class GroupCalibration:
                 return f"rope of stream {name!r} does not fit"
         return ""
 
+    def _parts(self) -> list[StreamPart]:
+        return [part for bundle in self.bundles.values() for part in bundle.parts]
+
     @cached_property
     def streams(self) -> Mapping[str, StreamPart]:
         """Stream name -> its shape and weights, whatever bundle it is in."""
-        parts = (part for bundle in self.bundles.values() for part in bundle.parts)
-        return {part.name: part for part in sorted(parts, key=lambda part: part.name)}
+        return {part.name: part for part in sorted(self._parts(), key=lambda part: part.name)}
 
     def _framed(self) -> fmt.Framed:
         tensors: dict[str, npt.NDArray[np.floating]] = {}
@@ -93,16 +95,8 @@ class GroupCalibration:
         return fmt.frame(self._description(), tensors)
 
     def _description(self) -> dict[str, object]:
-        distinct = sorted(
-            {spec for specs in self.ropes.values() for spec in specs},
-            key=lambda spec: spec.fingerprint(),
-        )
-        number = {spec: index for index, spec in enumerate(distinct)}
-        return {
+        return self._about() | {
             "kind": "group",
-            "model_id": self.model_id.hex(),
-            "layers": list(self.layers),
-            "heads": list(self.heads),
             "bundles": [
                 {
                     "streams": [
@@ -118,6 +112,19 @@ class GroupCalibration:
                 }
                 for _, bundle in sorted(self.bundles.items())
             ],
+        }
+
+    def _about(self) -> dict[str, object]:
+        """What all kinds of calibrations of a layer group say of themselves."""
+        distinct = sorted(
+            {spec for specs in self.ropes.values() for spec in specs},
+            key=lambda spec: spec.fingerprint(),
+        )
+        number = {spec: index for index, spec in enumerate(distinct)}
+        return {
+            "model_id": self.model_id.hex(),
+            "layers": list(self.layers),
+            "heads": list(self.heads),
             "rope_specs": [spec.to_json() for spec in distinct],
             "ropes": {name: [number[s] for s in specs] for name, specs in self.ropes.items()},
             "parent": self.parent.hex(),
@@ -153,8 +160,8 @@ class GroupCalibration:
         """
         if (layers, heads) == (self.layers, self.heads):
             return self
-        kept_layers = _within("layers", layers, self.layers)
-        kept_heads = _within("heads", heads, self.heads)
+        kept_layers = within("layers", layers, self.layers)
+        kept_heads = within("heads", heads, self.heads)
         whole = self.heads[1] - self.heads[0]
         return GroupCalibration(
             model_id=self.model_id,
@@ -188,26 +195,48 @@ class GroupCalibration:
         """Raises: CorruptBlobError, CalibrationCorruptError, UnsupportedVersionError."""
         opened = fmt.open_blob(data, fmt.GROUP_NAME, limits)
         fields, tensors = opened.fields, dict(opened.tensors)
-        specs = [RopeSpec.from_json(value) for value in fields.items("rope_specs")]
         found = cls(
-            model_id=fields.digest("model_id"),
-            layers=fields.range("layers"),
-            heads=fields.range("heads"),
             bundles={b.name: b for b in (_bundle(f, tensors) for f in fields.objects("bundles"))},
-            ropes=_ropes(fields, specs),
-            parent=fields.digest("parent", optional=True),
-            source=fields.text("source"),
-            tokens=fields.integer("tokens"),
+            **read_about(fields),
         )
-        fmt.check_header(opened, found.model_id, found.layers, found.heads)
-        if tensors:
-            raise CalibrationCorruptError(fields.where, f"unknown tensors {sorted(tensors)[:3]}")
-        if found.id != opened.header.page_key:
-            raise CalibrationCorruptError(fields.where, "is not written in canonical form")
+        check_read(found, opened, tensors)
         return found
 
 
-def _within(what: str, part: tuple[int, int], whole: tuple[int, int]) -> slice:
+def read_about(fields: fmt.Fields) -> dict[str, Any]:
+    """The fields that all kinds of calibrations of a layer group have.
+
+    Raises: CalibrationCorruptError.
+    """
+    specs = [RopeSpec.from_json(value) for value in fields.items("rope_specs")]
+    return {
+        "model_id": fields.digest("model_id"),
+        "layers": fields.range("layers"),
+        "heads": fields.range("heads"),
+        "ropes": _ropes(fields, specs),
+        "parent": fields.digest("parent", optional=True),
+        "source": fields.text("source"),
+        "tokens": fields.integer("tokens"),
+    }
+
+
+def check_read(found: GroupCalibration, opened: fmt.Opened, left: fmt.Tensors) -> None:
+    """Whether a calibration is what its blob says, and all of it.
+
+    Args:
+        left: tensors that it took nothing of.
+    Raises: CalibrationCorruptError.
+    """
+    where = opened.fields.where
+    fmt.check_header(opened, found.model_id, found.layers, found.heads)
+    if left:
+        raise CalibrationCorruptError(where, f"unknown tensors {sorted(left)[:3]}")
+    if found.id != opened.header.page_key:
+        raise CalibrationCorruptError(where, "is not written in canonical form")
+
+
+def within(what: str, part: tuple[int, int], whole: tuple[int, int]) -> slice:
+    """``part`` as indices within ``whole``. Raises: ConfigError: it reaches beyond."""
     if not whole[0] <= part[0] < part[1] <= whole[1]:
         raise ConfigError(what, f"{part[0]}-{part[1]}", f"within {whole[0]}-{whole[1]}")
     return slice(part[0] - whole[0], part[1] - whole[0])

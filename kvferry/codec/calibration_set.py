@@ -16,6 +16,7 @@ from kvferry.codec.calibration_curve import (
     step_on_curve,
 )
 from kvferry.codec.calibration_group import GroupCalibration
+from kvferry.codec.calibration_kinds import group_from_blob
 from kvferry.codec.files import read_capped, write_atomically
 from kvferry.errors import CalibrationCorruptError, ConfigError
 from kvferry.proto.container import DEFAULT_LIMITS, Limits
@@ -179,7 +180,7 @@ def group_file(calibration_id: bytes) -> str:
 def _load_group(folder: Path, entry: GroupEntry, model_id: bytes) -> GroupCalibration:
     path = folder / group_file(entry.id)
     try:
-        group = GroupCalibration.from_blob(read_capped(path, DEFAULT_LIMITS.max_blob))
+        group = group_from_blob(read_capped(path, DEFAULT_LIMITS.max_blob))
     except OSError as exc:
         raise CalibrationCorruptError(str(path), "cannot be read") from exc
     if (group.id, group.layers, group.heads) != (entry.id, entry.layers, entry.heads):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration
 from kvferry.codec.calibration_format import MANIFEST_NAME
+from kvferry.codec.calibration_kinds import group_from_blob
 from kvferry.codec.calibration_set import group_file
 from kvferry.codec.files import read_capped, write_atomically
 from kvferry.errors import (
@@ -132,4 +133,4 @@ class CalibrationStore:
 def _read(data: bytes, limits: Limits) -> GroupCalibration | CalibrationSet:
     if read_header(data, None, limits).codec.name == MANIFEST_NAME:
         return CalibrationSet.from_blob(data, limits)
-    return GroupCalibration.from_blob(data, limits)
+    return group_from_blob(data, limits)

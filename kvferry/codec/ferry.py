@@ -90,6 +90,9 @@ class FerryCodec(Calibrated):
         opts.check_names(cls.name, options, ("step", "target_kl", "adapt"))
         if calibration is None:
             raise CalibrationMissingError("")
+        if not calibration.bundles:
+            made_by = "of ferry; `kvferry calibrate` makes one"
+            raise ConfigError("calibration", calibration.id.hex()[:16], made_by)
         if ("step" in options) == ("target_kl" in options):
             raise ConfigError("ferry options", dict(options), "either step or target_kl")
         adapt = opts.number_within("adapt", options.get("adapt", DEFAULT_ADAPT), 0.0, MAX_ADAPT)

@@ -8,6 +8,7 @@ from kvferry.codec.bitpack import BitpackCodec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.kvtc import KvtcCodec
+from kvferry.codec.lowrank import LowRankCodec
 from kvferry.codec.random_share import RandomCodec
 from kvferry.codec.raw import RawCodec, ZstdCodec
 from kvferry.codec.streaming import StreamingCodec
@@ -22,6 +23,7 @@ CodecClass = (
     | type[KvtcCodec]
     | type[StreamingCodec]
     | type[RandomCodec]
+    | type[LowRankCodec]
 )
 
 CODECS: Mapping[str, CodecClass] = {
@@ -33,6 +35,7 @@ CODECS: Mapping[str, CodecClass] = {
     "kvtc": KvtcCodec,
     "streaming": StreamingCodec,
     "random": RandomCodec,
+    "lowrank": LowRankCodec,
 }
 
 
@@ -48,7 +51,8 @@ def make_codec(
     ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine, bitpack),
     ``page_size_kb`` (bitpack), ``level`` (zstd), ``ratio`` and ``entropy`` (kvtc),
     ``ratio`` or ``window``, ``sinks`` and ``positions`` (streaming), ``ratio`` or ``keep``,
-    ``sinks``, ``seed`` and ``positions`` (random).
+    ``sinks``, ``seed`` and ``positions`` (random),
+    those of `LowRankOptions` (lowrank).
 
     Raises: ConfigError (one line that lists what exists);
         CalibrationMissingError for a codec that needs one.

@@ -33,6 +33,19 @@ def page_rows(
     return rows
 
 
+def page_values(
+    page: PageTensors, name: str, ropes: Sequence[RopeSpec] | None, first: int
+) -> FloatArray:
+    """One stream with RoPE undone, from absolute token ``first`` on.
+
+    Returns: (layers, heads, tokens, dim) float32, contiguous.
+    """
+    layers, heads, _, dim = page.streams[name].data.shape
+    values = np.empty((layers, heads, page.tokens[1] - first, dim), dtype=np.float32)
+    _fill(values, page, name, ropes, first)
+    return values
+
+
 def _fill_rows(
     rows: FloatArray,
     page: PageTensors,
@@ -40,10 +53,19 @@ def _fill_rows(
     ropes: Sequence[RopeSpec] | None,
     first: int,
 ) -> None:
+    layers, heads, _, dim = page.streams[name].data.shape
+    _fill(from_rows(rows, layers, heads, dim), page, name, ropes, first)
+
+
+def _fill(
+    view: FloatArray,
+    page: PageTensors,
+    name: str,
+    ropes: Sequence[RopeSpec] | None,
+    first: int,
+) -> None:
     stream = page.streams[name]
-    layers, heads, _, dim = stream.data.shape
     skipped = first - page.tokens[0]
-    view = from_rows(rows, layers, heads, dim)
     part = stream.data[:, :, skipped:]
     if stream.dtype is DType.BFLOAT16:
         values = stream.float32()[:, :, skipped:]
@@ -77,7 +99,17 @@ def store_rows(
         tokens: absolute range of the rows.
     """
     layers, heads, _, dim = out.shape
-    values = from_rows(rows, layers, heads, dim)
+    store_values(out, dtype, from_rows(rows, layers, heads, dim), ropes, tokens)
+
+
+def store_values(
+    out: npt.NDArray[np.generic],
+    dtype: DType,
+    values: FloatArray,
+    ropes: Sequence[RopeSpec] | None,
+    tokens: tuple[int, int],
+) -> None:
+    """Inverse of `page_values`. As `store_rows`, of ``values`` in ``out``'s shape."""
     if ropes is None:
         _store(out, values, dtype)
         return

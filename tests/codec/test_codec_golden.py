@@ -8,15 +8,16 @@ import pytest
 from kvferry.codec.base import PageTensors
 from kvferry.codec.blob import decode_blob, encode_blob
 from kvferry.codec.calibration import GroupCalibration
+from kvferry.codec.calibration_kinds import group_from_blob
 from kvferry.codec.registry import make_codec
 from kvferry.proto import container
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-CALIBRATED = ("ferry", "kvtc")
 sys.path.insert(0, str(GOLDEN))
 
 from codec_samples import Calibrations, bits, restored, worst_error  # noqa: E402
 from golden_samples import (  # noqa: E402
+    CALIBRATED,
     DROPPED,
     SAMPLES,
     TOKENS,
@@ -39,7 +40,7 @@ def read(name: str) -> "object":
 
 
 def calibration(codec: str) -> GroupCalibration:
-    return GroupCalibration.from_blob((GOLDEN / f"calibration_{codec}.kvferry").read_bytes())
+    return group_from_blob((GOLDEN / f"calibration_{codec}.kvferry").read_bytes())
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in SAMPLES])

@@ -6,8 +6,11 @@ from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.blob import BlobMeta
 from kvferry.codec.calibration import BundleCalibration, GroupCalibration, StreamPart
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
+from kvferry.codec.lowrank_calibration import LAYER_NORM, LowRankCalibration
+from kvferry.codec.lowrank_heads import HeadBasis
 from kvferry.codec.rope import RopeSpec
 
+CALIBRATED = ("ferry", "kvtc", "lowrank")
 LAYERS, HEADS, TOKENS, DIM = (2, 4), (0, 1), (0, 12), 16
 SAMPLES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("raw", "raw", {}),
@@ -18,6 +21,7 @@ SAMPLES: tuple[tuple[str, str, dict[str, object]], ...] = (
     ("bitpack8", "bitpack", {"bits": 8, "page_size_kb": 16}),
     ("ferry", "ferry", {"step": 0.25}),
     ("kvtc", "kvtc", {"ratio": 2}),
+    ("lowrank", "lowrank", {"rank": 12, "bits": 8, "target": "kv", "identity": "3"}),
 )
 # Codecs that keep some tokens exactly, and which of the twelve.
 DROPPED: tuple[tuple[str, dict[str, object], tuple[int, ...]], ...] = (
@@ -57,6 +61,9 @@ def golden_errors(rank: int) -> StreamErrors:
 
 def golden_calibration(codec: str = "ferry") -> GroupCalibration:
     """For ``ferry`` K and V in one basis, weighted and with importance; for ``kvtc`` apart."""
+    rope = RopeSpec(8, False, (1.0, 0.5, 0.25, 0.125))
+    if codec == "lowrank":
+        return golden_bases(rope)
     bundles = {}
     for seed, names in enumerate([("k",), ("v",)] if codec == "kvtc" else [("k", "v")], 3):
         width = len(names) * 2 * DIM
@@ -71,7 +78,6 @@ def golden_calibration(codec: str = "ferry") -> GroupCalibration:
             importance=numbers(8, 5) / 4 if joint else None,
         )
         bundles[made.name] = made
-    rope = RopeSpec(8, False, (1.0, 0.5, 0.25, 0.125))
     known = GroupCalibration(
         model_id=bytes(range(32)),
         layers=LAYERS,
@@ -84,6 +90,31 @@ def golden_calibration(codec: str = "ferry") -> GroupCalibration:
     if codec != "kvtc":
         return known
     return KvtcCalibration.of(known, {name: golden_errors(2 * DIM - 4) for name in bundles})
+
+
+def golden_bases(rope: RopeSpec) -> LowRankCalibration:
+    """A basis per head: its own values in an order of their own, some turned round."""
+    order = np.arange(DIM) * 5 % DIM
+    vectors = np.eye(DIM, dtype=np.float32)[:, order] * np.where(order % 3, 1, -1)
+    vectors = np.tile(vectors.astype(np.float32), (2, 1, 1, 1))
+    variances = np.tile(np.arange(DIM, 0, -1, dtype=np.float32), (2, 1, 1))
+    bases = {
+        name: HeadBasis(
+            mean=numbers(2 * DIM, seed).reshape(2, 1, DIM) / 8, vectors=vectors, variances=variances
+        )
+        for seed, name in enumerate(("k", "v"), 3)
+    }
+    return LowRankCalibration(
+        model_id=bytes(range(32)),
+        layers=LAYERS,
+        heads=HEADS,
+        bases=bases,
+        nulls={"v": np.ones((2, 1), dtype=np.float32)},
+        norm=LAYER_NORM,
+        ropes={"k": (rope, rope)},
+        source="golden",
+        tokens=1,
+    )
 
 
 def meta() -> BlobMeta:

@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from golden_samples import (  # noqa: E402
+    CALIBRATED,
     DROPPED,
     SAMPLES,
     TOKENS,
@@ -191,7 +192,7 @@ def main() -> None:
         "namespace_tags": namespace_tags(),
     }
     (HERE / "keys.json").write_text(json.dumps(vectors, indent=1, ensure_ascii=False) + "\n")
-    known = {codec: golden_calibration(codec) for codec in ("ferry", "kvtc")}
+    known = {codec: golden_calibration(codec) for codec in CALIBRATED}
     for codec, calibration in known.items():
         (HERE / f"calibration_{codec}.kvferry").write_bytes(calibration.to_blob()[1])
 
