@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.calibrate_kvtc import calibrate_kvtc
+from kvferry.cli.calibrate_lowrank import calibrate_lowrank
 from kvferry.cli.interrupt import interruptible, stop_signals
 from kvferry.cli.options import ModelOption
 from kvferry.cli.output import JsonOption, write_json
@@ -35,10 +36,12 @@ def calibrate(
         Path | None, typer.Option(metavar="DIR", help="Where to. Default: the user's cache.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of text to fit on. Default: 16384.")
+        int | None,
+        typer.Option(help="Tokens of text to fit on. Default: 16384, of lowrank 8192."),
     ] = None,
     codec: Annotated[
-        str, typer.Option(help="ferry, or kvtc: the published codec, to compare with.")
+        str,
+        typer.Option(help="ferry; kvtc: the published codec, to compare with; lowrank."),
     ] = "ferry",
     weights: Annotated[
         str, typer.Option(help="fisher, or identity (faster, larger blobs). For ferry only.")
@@ -75,13 +78,14 @@ def calibrate(
     from kvferry.proto.identity import model_id
     from kvferry.settings import user_dir
 
-    if codec not in ("ferry", "kvtc"):
-        raise ConfigError("codec", codec, "ferry or kvtc; others need no calibration")
+    if codec not in ("ferry", "kvtc", "lowrank"):
+        raise ConfigError("codec", codec, "ferry, kvtc or lowrank; others need no calibration")
     if memory_limit is not None and not memory_limit > 0:
         raise ConfigError("memory-limit", memory_limit, "a number of GiB above 0")
     limit = None if memory_limit is None else int(memory_limit * GIB)
-    if codec == "kvtc":
-        calibrate_kvtc(
+    if codec != "ferry":
+        others = {"kvtc": calibrate_kvtc, "lowrank": calibrate_lowrank}
+        others[codec](
             model,
             text or [],
             out,

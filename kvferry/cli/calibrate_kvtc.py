@@ -43,7 +43,7 @@ def calibrate_kvtc(
     with stop_signals() as stopping:
         loaded = load_model(model)
         identity = model_id(fingerprint(loaded))
-        folder = out or kvtc_folder(identity)
+        folder = out or codec_folder(identity, "kvtc")
         if if_missing and _fits(folder, identity):
             typer.echo(f"calibration of {model} for kvtc is there already: {folder}", err=True)
             if json is not None:
@@ -92,12 +92,13 @@ def calibrate_kvtc(
         typer.echo(f"{folder}: {size / 1e6:.0f} MB, {seconds:.0f} s")
 
 
-def kvtc_folder(identity: bytes) -> Path:
-    """Where a model's calibration for kvtc lies unless the user says otherwise."""
+def codec_folder(identity: bytes, codec: str) -> Path:
+    """Where a model's calibration for another codec than ferry lies, unless the user says
+    otherwise."""
     from kvferry.node.calibrations import calibration_folder
     from kvferry.settings import user_dir
 
-    return calibration_folder(user_dir("cache"), identity) / "kvtc"
+    return calibration_folder(user_dir("cache"), identity) / codec
 
 
 def _fits(folder: Path, identity: bytes) -> bool:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvferry.codec.calibration import CalibrationSet, CurvePoint, GroupCalibration
     from kvferry.codec.mlx.load import LoadedModel
 
-CALIBRATED = frozenset({"ferry", "kvtc"})
+CALIBRATED = frozenset({"ferry", "kvtc", "lowrank"})
 
 
 def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
@@ -72,13 +72,15 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
     """What ``kvferry calibrate`` left for this model, where the codec needs it.
 
     Args:
-        folder: None: the user's cache. That of kvtc may lie in a folder of its name in it.
+        folder: None: the user's cache. Those of kvtc and lowrank may lie in a folder
+            of their name in it.
     Raises: ConfigError: there is none; IdentityMismatchError: it is another model's.
     """
-    from kvferry.cli.calibrate_kvtc import kvtc_folder
+    from kvferry.cli.calibrate_kvtc import codec_folder
     from kvferry.codec.calibration import CalibrationSet
     from kvferry.codec.calibration_set import SET_FILE
     from kvferry.codec.kvtc_calibration import KvtcCalibration
+    from kvferry.codec.lowrank_calibration import LowRankCalibration
     from kvferry.codec.mlx.device import device_products
     from kvferry.node.calibrations import calibration_folder
     from kvferry.settings import user_dir
@@ -86,18 +88,22 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
     if codec not in CALIBRATED:
         return Known()
     groups: Sequence[GroupCalibration]
-    if codec == "kvtc":
-        if folder is not None and (folder / "kvtc" / SET_FILE).is_file():
-            folder = folder / "kvtc"
-        folder = folder or kvtc_folder(identity)
+    if codec != "ferry":
+        if folder is not None and (folder / codec / SET_FILE).is_file():
+            folder = folder / codec
+        folder = folder or codec_folder(identity, codec)
         if not (folder / SET_FILE).is_file():
-            allowed = f"a folder with {SET_FILE}; `kvferry calibrate --codec kvtc` writes one"
+            allowed = f"a folder with {SET_FILE}; `kvferry calibrate --codec {codec}` writes one"
             raise ConfigError("calibration", str(folder), allowed)
+    folder = folder or calibration_folder(user_dir("cache"), identity)
+    if codec == "kvtc":
         found, whole = KvtcCalibration.load(folder)
         groups = [whole]
     else:
-        folder = folder or calibration_folder(user_dir("cache"), identity)
         found, groups = CalibrationSet.load(folder)
+    if isinstance(groups[0], LowRankCalibration) is not (codec == "lowrank"):
+        made_by = f"of {codec}; `kvferry calibrate --codec {codec}` makes one"
+        raise ConfigError("calibration", str(folder), made_by)
     if found.model_id != identity:
         raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
     return Known(found, [group.using(device_products()) for group in groups])

@@ -9,7 +9,11 @@ from typing import Protocol
 
 from kvferry.cluster.repository import BlobInfo, ListQuery
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration
+from kvferry.codec.calibration_format import LOWRANK_NAME
+from kvferry.codec.calibration_kinds import group_from_blob
+from kvferry.codec.calibration_set import SET_FILE
 from kvferry.codec.calibration_store import CalibrationStore
+from kvferry.codec.lowrank_calibration import LowRankCalibration
 from kvferry.errors import (
     CalibrationMissingError,
     CodecError,
@@ -57,7 +61,8 @@ class Calibrations:
         self._client, self._cache_dir = client, cache_dir
         self._store = CalibrationStore(cache_dir / "calibrations" / "by-id")
         self._sets: dict[bytes, CalibrationSet] = {}
-        self._asked: dict[bytes, float] = {}
+        self._lowrank: dict[bytes, LowRankCalibration] = {}
+        self._asked: dict[tuple[str, bytes], float] = {}
         self._published: set[bytes] = set()
         self._lock = threading.Lock()
 
@@ -69,14 +74,31 @@ class Calibrations:
         with self._lock:
             if model_id in self._sets:
                 return self._sets[model_id]
-            now = time.monotonic()
-            if now - self._asked.get(model_id, -RETRY_S) < RETRY_S:
+            if not self._may_ask(("ferry", model_id)):
                 return None
-            self._asked[model_id] = now
             found = self._local(model_id) or self._remote(model_id)
             if found is not None:
                 self._sets[model_id] = found
             return found
+
+    def find_lowrank(self, model_id: bytes) -> LowRankCalibration | None:
+        """The model's calibration for `lowrank`, all layers and heads; found as `find` does."""
+        with self._lock:
+            if model_id in self._lowrank:
+                return self._lowrank[model_id]
+            if not self._may_ask(("lowrank", model_id)):
+                return None
+            found = self._local_lowrank(model_id) or self._remote_lowrank(model_id)
+            if found is not None:
+                self._lowrank[model_id] = found
+            return found
+
+    def _may_ask(self, what: tuple[str, bytes]) -> bool:
+        now = time.monotonic()
+        if now - self._asked.get(what, -RETRY_S) < RETRY_S:
+            return False
+        self._asked[what] = now
+        return True
 
     def _local(self, model_id: bytes) -> CalibrationSet | None:
         folder = calibration_folder(self._cache_dir, model_id)
@@ -107,6 +129,38 @@ class Calibrations:
                     return found
         except FerryError as exc:
             log.info("no calibration from the cluster: %s", exc)
+        return None
+
+    def _local_lowrank(self, model_id: bytes) -> LowRankCalibration | None:
+        folder = calibration_folder(self._cache_dir, model_id) / LOWRANK_NAME
+        if not (folder / SET_FILE).is_file():
+            return None
+        try:
+            _, groups = CalibrationSet.load(folder)
+        except (CodecError, ConfigError) as exc:
+            log.warning("calibration in %s is left aside: %s", folder, exc)
+            return None
+        found = groups[0]
+        if not isinstance(found, LowRankCalibration) or found.model_id != model_id:
+            return None
+        self._store.put(found)
+        return found
+
+    def _remote_lowrank(self, model_id: bytes) -> LowRankCalibration | None:
+        if self._client is None:
+            return None
+        try:
+            listed = self._client.list(ListQuery(model_id=model_id, kind="calibration"))
+            # Cuts are there too, under their own ids; the whole is what they were cut from.
+            own = [info for info in listed if info.codec.name == LOWRANK_NAME]
+            own.sort(key=lambda i: (i.layers[1] - i.layers[0], i.stored_unix_s, str(i.key)))
+            for info in own[::-1]:
+                found = group_from_blob(self._client.get(info.key))
+                if isinstance(found, LowRankCalibration) and not found.parent:
+                    self._store.put(found)
+                    return found
+        except FerryError as exc:
+            log.info("no calibration for lowrank from the cluster: %s", exc)
         return None
 
     def get(self, calibration_id: bytes) -> GroupCalibration:

@@ -64,6 +64,7 @@ def page_coding(
     calibration: CalibrationSet | None,
     cut_group: CutGroup,
     node: str = "",
+    lowrank: GroupCalibration | None = None,
 ) -> list[CodedRange]:
     """How each page of ``shard`` is to be coded; empty: the policy stores nothing.
 
@@ -73,6 +74,7 @@ def page_coding(
 
     Args:
         calibration: of this model; None: ``ferry`` gives way to 8-bit ``affine``.
+        lowrank: of this whole model, for ``lowrank``, which without it gives way likewise.
         cut_group: (group id, layers, heads) -> calibration of just that part.
         node: id of the node that codes them.
     Raises:
@@ -86,7 +88,10 @@ def page_coding(
         for span, rule in whole:
             layers = _overlap(_overlap(span, group), shard.layers)
             if layers[0] < layers[1]:
-                codec = _codec(rule, layers, shard, calibration, group_id, cut_group)
+                if rule.codec == "lowrank":
+                    codec = _lowrank(rule, layers, shard, lowrank, cut_group)
+                else:
+                    codec = _codec(rule, layers, shard, calibration, group_id, cut_group)
                 coded.append(CodedRange(layers, codec))
     return coded
 
@@ -95,6 +100,11 @@ def stores(policy: coordinator_pb2.Policy, shard: Shard) -> bool:
     """Whether anything of this model is to be stored."""
     whole = layer_rules(policy, shard.model_id, (0, max(1, shard.model_layers)))
     return all(rule.codec != NOT_STORED for _, rule in whole)
+
+
+def uses(policy: coordinator_pb2.Policy, codec: str) -> bool:
+    """Whether a rule of a policy names a codec."""
+    return any(rule.codec == codec for rule in policy.rules)
 
 
 def exact(policy: coordinator_pb2.Policy) -> bool:
@@ -148,3 +158,19 @@ def _codec(
     except CodecError:
         return make_codec(*UNCALIBRATED)
     return make_codec("ferry", options, part, calibration.curve)
+
+
+def _lowrank(
+    rule: coordinator_pb2.LayerRule,
+    layers: tuple[int, int],
+    shard: Shard,
+    lowrank: GroupCalibration | None,
+    cut_group: CutGroup,
+) -> Codec:
+    if lowrank is None:
+        return make_codec(*UNCALIBRATED)
+    try:
+        part = cut_group(lowrank.id, layers, shard.heads)
+    except CodecError:
+        return make_codec(*UNCALIBRATED)
+    return make_codec(rule.codec, dict(rule.options), part)

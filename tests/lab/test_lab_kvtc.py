@@ -84,7 +84,7 @@ def test_too_few_tokens_are_one_line(tiny: LoadedModel, text: list[int]) -> None
     [
         (["eval", "--codec", "kvtc", "--opt", "ratio=0.5"], "ratio"),
         (["eval", "--codec", "kvtc", "--opt", "entropy=zip"], "zlib or zstd"),
-        (["calibrate", "--codec", "raw"], "ferry or kvtc"),
+        (["calibrate", "--codec", "raw"], "ferry, kvtc or lowrank"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_loaded(

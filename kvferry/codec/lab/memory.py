@@ -16,6 +16,7 @@ from kvferry.codec.calibration import DEFAULT_MAX_RANK, layer_groups
 from kvferry.codec.kvtc_fit import KEPT_ROWS, MAX_BASIS_BYTES, RowsAside
 from kvferry.codec.lab.fisher import CONTINUATION
 from kvferry.codec.lab.kvtc_state import KvtcPlan
+from kvferry.codec.lab.lowrank import LowRankPlan
 from kvferry.codec.lab.plan import Plan
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.shape import ModelShape
@@ -156,6 +157,23 @@ def kvtc_memory_need(
         fitting=_FIT_MATRICES * widest**2 * _DOUBLE + kept * _HALF,
         measuring=covariances + kept * (_HALF + _FLOAT) + measured,
         rows=(fitted + others) * (per_token + widest) * _FLOAT,
+    )
+
+
+def lowrank_memory_need(loaded: LoadedModel, shape: ModelShape, plan: LowRankPlan) -> MemoryNeed:
+    """What `kvferry.codec.lab.lowrank.calibrate` is going to need with this plan."""
+    weights = _weights(loaded.model)
+    streams = shape.streams.values()
+    squares = sum(shape.layers * stream.heads * stream.dim**2 for stream in streams)
+    cached = plan.sequence * shape.layers * sum(stream.heads * stream.dim for stream in streams)
+    return MemoryNeed(
+        resident=resident_memory(),
+        model=sum(value.nbytes for value in weights),
+        covariances=squares * _DOUBLE,
+        fisher=0,
+        passing=cached * (_item(weights) + 3 * _FLOAT) + squares * (_FLOAT + _DOUBLE),
+        fitting=_FIT_MATRICES * squares * _DOUBLE,
+        measuring=0,
     )
 
 

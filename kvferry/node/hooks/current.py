@@ -5,11 +5,11 @@ import threading
 from pathlib import Path
 
 from kvferry.cluster.curves import curve_id
-from kvferry.codec.calibration import CalibrationSet
+from kvferry.codec.calibration import CalibrationSet, GroupCalibration
 from kvferry.errors import FerryError
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.client import NodeClient
-from kvferry.node.coding import Shard, page_coding, stores, tail_codec
+from kvferry.node.coding import Shard, page_coding, stores, tail_codec, uses
 from kvferry.node.curve import model_curve
 from kvferry.node.hooks.part import Part
 from kvferry.node.hooks.standing import Standing
@@ -61,11 +61,12 @@ class CurrentCoding:
             return None
         calibration = self.calibrations.find(model_id)
         policy = standing.policy
-        known = calibration and calibration.id
+        lowrank = self.calibrations.find_lowrank(model_id) if uses(policy, "lowrank") else None
+        known = calibration and calibration.id, lowrank and lowrank.id
         basis = (policy.version, policy.name, standing.node_id, standing.salt, known)
         with self._lock:
             if basis != self._made_for:
-                self._made = self._make(model_id, policy, calibration)
+                self._made = self._make(model_id, policy, calibration, lowrank)
                 self._made_for = basis
             return self._made
 
@@ -99,15 +100,22 @@ class CurrentCoding:
             log.exception("no warm start")
 
     def _make(
-        self, model_id: bytes, policy: pb.Policy, calibration: CalibrationSet | None
+        self,
+        model_id: bytes,
+        policy: pb.Policy,
+        calibration: CalibrationSet | None,
+        lowrank: GroupCalibration | None,
     ) -> Coding:
         shard = self._part.shard(model_id)
         self._tell(shard, calibration)
         node = self._standing.node_id
-        pages = page_coding(policy, shard, calibration, self.calibrations.cut, node)
+        pages = page_coding(policy, shard, calibration, self.calibrations.cut, node, lowrank)
         used = [coded.codec.calibration_id for coded in pages]
-        if calibration is not None and any(used):
-            self.calibrations.publish([*used, *(g.id for g in calibration.groups), calibration.id])
+        if any(used):
+            whole = [] if lowrank is None else [lowrank.id]
+            if calibration is not None:
+                whole += [*(group.id for group in calibration.groups), calibration.id]
+            self.calibrations.publish([*used, *whole])
         tail = tail_codec(policy)
         return Coding(
             shard=shard,
