@@ -223,8 +223,10 @@ def _calibration(
     data: bytes | memoryview, header: blob_pb2.BlobHeader, limits: Limits
 ) -> tuple[Finding, Mapping[str, object]]:
     """Whether its content hashes to its id and fits together, and what it is."""
-    from kvferry.codec.calibration import CalibrationSet, GroupCalibration
+    from kvferry.codec.calibration import CalibrationSet
     from kvferry.codec.calibration_format import MANIFEST_NAME
+    from kvferry.codec.calibration_kinds import group_from_blob
+    from kvferry.codec.lowrank_calibration import LowRankCalibration
 
     whole = Finding("calibration", True, "content hashes to its id")
     try:
@@ -235,9 +237,9 @@ def _calibration(
                 {"step": p.step, "bits_per_value": p.bits_per_value, "kl": p.kl}
                 for p in known.curve
             ]
-            about = {"text_source": known.text_source, "text_tokens": known.tokens}
-            return whole, {"type": "set", **about, "groups": groups, "curve": points}
-        group = GroupCalibration.from_blob(data, limits)
+            learned = {"text_source": known.text_source, "text_tokens": known.tokens}
+            return whole, {"type": "set", **learned, "groups": groups, "curve": points}
+        group = group_from_blob(data, limits)
     except CodecError as exc:
         return Finding("calibration", False, str(exc)), {}
     ranks = {
@@ -248,7 +250,14 @@ def _calibration(
         }
         for name, bundle in group.bundles.items()
     }
-    about = {"text_source": group.source, "text_tokens": group.tokens}
+    about: dict[str, object] = {"text_source": group.source, "text_tokens": group.tokens}
+    if isinstance(group, LowRankCalibration):
+        ranks = {
+            name: {"rank": basis.rank, "width": basis.dim, "weighted": False}
+            for name, basis in sorted(group.bases.items())
+        }
+        about["norm"] = group.norm
+        about["empty_directions"] = {n: int(flags.sum()) for n, flags in group.nulls.items()}
     return whole, {"type": "group", **about, "parent": group.parent.hex(), "streams": ranks}
 
 

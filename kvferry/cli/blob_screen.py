@@ -187,6 +187,10 @@ def _content(content: Mapping[str, object]) -> dict[str, str]:
     for name, value in dict(content.get("streams", {})).items():  # type: ignore[call-overload]
         weighted = ", weighted" if value["weighted"] else ""
         rows[f"stream {name}"] = f"rank {value['rank']:,} of {value['width']:,}{weighted}"
+    if "norm" in content:
+        empty = dict(content.get("empty_directions", {}))  # type: ignore[call-overload]
+        heads = ", ".join(f"{count} heads of {name}" for name, count in empty.items())
+        rows["norm"] = f"{content['norm']} before attention leaves {heads or 'nothing'} empty"
     if content["type"] == "set":
         groups: Sequence[Mapping[str, Sequence[int]]] = content["groups"]  # type: ignore[assignment]
         spans = ", ".join("{}-{}".format(*group["layers"]) for group in groups)

@@ -1,8 +1,10 @@
 """``kvferry eval``: any codec on any model and text, measured the same way."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +12,11 @@ from kvferry.cli.options import CalibrationOption, ContextOption, ContinuationOp
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import CalibrationMissingError, ConfigError
 
+if TYPE_CHECKING:
+    from kvferry.codec.lab.preset import Preset
+
 DEFAULT_CODEC = "ferry"
+CODEC_NAMES = "raw, zstd, affine, bitpack, ferry, kvtc, lowrank, streaming or random"
 DEFAULT_OPTIONS = {"ferry": {"target_kl": "0.005"}, "kvtc": {"ratio": "8"}}
 
 
@@ -24,10 +30,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(metavar="FILE", help="Text to measure on.")],
     codec: Annotated[
         str | None,
-        typer.Option(
-            help="raw, zstd, affine, bitpack, ferry, kvtc, streaming or random. "
-            f"Default: {DEFAULT_CODEC}."
-        ),
+        typer.Option(help=f"{CODEC_NAMES}. Default: {DEFAULT_CODEC}."),
     ] = None,
     opt: Annotated[
         list[str] | None,
@@ -35,7 +38,8 @@ def evaluate(
             metavar="K=V",
             help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
             "affine: bits; bitpack: bits, page_size_kb; streaming: ratio or window, sinks; "
-            "random: ratio or keep, sinks, seed; both: positions=contiguous|original).",
+            "random: ratio or keep, sinks, seed; both: positions=contiguous|original; lowrank: policy, rank, "
+            "target, bits, identity, ln_nullspace, or preset).",
         ),
     ] = None,
     preset: Annotated[
@@ -55,27 +59,16 @@ def evaluate(
     from kvferry.cli import lab_input as given
     from kvferry.codec.lab.evaluate import Setup
     from kvferry.codec.lab.evaluate import evaluate as run
-    from kvferry.codec.lab.preset import load_preset
     from kvferry.codec.lab.text import first_tokens, read_text
-    from kvferry.codec.registry import make_codec
 
     # Mistakes are refused before the model is loaded.
-    tuned = None if preset is None else load_preset(preset)
-    if tuned is None:
-        codec = codec or DEFAULT_CODEC
-        options = parse_options(opt or []) or dict(DEFAULT_OPTIONS.get(codec, {}))
-    elif codec is not None or opt:
-        raise ConfigError("--preset", str(preset), "without --codec and --opt, which it gives")
-    else:
-        codec, options = tuned.codec, dict(tuned.options)
-    with suppress(CalibrationMissingError):
-        make_codec(codec, options)
+    choice = chosen(codec, opt or [], preset)
+    codec, options = choice.codec, choice.options
     Setup(codec=codec, context=context, continuation=continuation)
     content = read_text(text)[skip_chars:]
     loaded, identity = given.open_model(model)
-    known = given.calibration_of(codec, calibration, identity)
-    if tuned is not None:
-        tuned.check(identity, known.id, str(preset))
+    known = given.calibration_of(codec, calibration or choice.calibration, identity)
+    choice.check(identity, known.id)
     setup = Setup(
         codec=codec,
         options=options,
@@ -105,6 +98,71 @@ def evaluate(
             f"same top-1 {100 * float(str(result['top1_agreement'])):.1f} %, "
             f"encode {result['encode_seconds']:.2f} s, decode {result['decode_seconds']:.2f} s"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A codec and its options as a command line gives them.
+
+    Attributes:
+        calibration: folder that a preset names; None: the usual one.
+        preset: what they come from, and its file.
+    """
+
+    codec: str
+    options: Mapping[str, object]
+    calibration: Path | None = None
+    preset: "Preset | None" = None
+    file: Path | None = None
+
+    def check(self, model_id: bytes, calibration_id: bytes) -> None:
+        """Whether a preset was tuned for these. Raises: ConfigError."""
+        if self.preset is not None:
+            self.preset.check(model_id, calibration_id, str(self.file))
+
+
+def chosen(codec: str | None, opt: Sequence[str], preset: Path | None) -> Choice:
+    """The codec and its options, checked as far as can be without a calibration.
+
+    Args:
+        codec: None: the default, or the preset's.
+        preset: codec and options; of lowrank ``--opt preset=FILE`` gives one too.
+    Raises: ConfigError.
+    """
+    from kvferry.codec.lab.preset import load_preset
+    from kvferry.codec.lowrank_options import warning
+    from kvferry.codec.registry import make_codec
+
+    given = parse_options(list(opt))
+    if preset is not None and (codec is not None or given):
+        raise ConfigError("--preset", str(preset), "without --codec and --opt, which it gives")
+    tuned = None if preset is None else load_preset(preset)
+    if (codec == "lowrank" and "preset" in given) or (
+        tuned is not None and tuned.codec == "lowrank"
+    ):
+        choice = _lowrank(given, preset)
+    elif tuned is not None:
+        choice = Choice(tuned.codec, dict(tuned.options), None, tuned, preset)
+    else:
+        codec = codec or DEFAULT_CODEC
+        choice = Choice(codec, given or dict(DEFAULT_OPTIONS.get(codec, {})))
+    with suppress(CalibrationMissingError):
+        make_codec(choice.codec, choice.options)
+    if choice.codec == "lowrank" and (told := warning(choice.options)):
+        typer.echo(f"kvferry: {told}", err=True)
+    return choice
+
+
+def _lowrank(given: Mapping[str, object], preset: Path | None) -> Choice:
+    """A preset of lowrank with what else was given instead of its own."""
+    from kvferry.codec.lab.lowrank_preset import load
+
+    file = preset or Path(str(given["preset"]))
+    found = load(file)
+    more = {name: value for name, value in given.items() if name != "preset"}
+    if found.preset is None:
+        typer.echo(f"kvferry: {file} does not say what it was tuned with: settings only", err=True)
+    return Choice("lowrank", {**found.options, **more}, found.calibration, found.preset, file)
 
 
 def parse_options(given: list[str]) -> dict[str, object]:

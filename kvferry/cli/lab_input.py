@@ -46,6 +46,7 @@ class Known:
 
     found: "CalibrationSet | None" = None
     groups: "Sequence[GroupCalibration]" = ()
+    folder: Path | None = None
 
     @property
     def curve(self) -> "Sequence[CurvePoint]":
@@ -106,7 +107,7 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
         raise ConfigError("calibration", str(folder), made_by)
     if found.model_id != identity:
         raise IdentityMismatchError("model", found.model_id.hex()[:16], identity.hex()[:16])
-    return Known(found, [group.using(device_products()) for group in groups])
+    return Known(found, [group.using(device_products()) for group in groups], folder)
 
 
 def text_names(files: Sequence[Path]) -> list[str]:

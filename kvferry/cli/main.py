@@ -34,6 +34,7 @@ COMMAND_MODULES: tuple[str, ...] = (
     "prune",
     "quota",
     "serve",
+    "stability",
     "status",
     "store",
     "tune",

@@ -1,5 +1,7 @@
 """``kvferry tune``: the smallest blobs that stay within a bound."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,12 @@ from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvferry.codec.lab.tune import Trial, Tuned
+    from kvferry.cli.lab_input import Known
+    from kvferry.codec.calibration import GroupCalibration
+    from kvferry.codec.lab.knobs import Knob
+    from kvferry.codec.lab.preset import Preset
+    from kvferry.codec.lab.tune import Bound, Trial, Tuned
+    from kvferry.codec.mlx.load import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -19,11 +26,15 @@ def register(app: typer.Typer) -> None:
 
 
 def tune(
-    model: ModelOption,
-    text: Annotated[
-        list[Path], typer.Option(metavar="FILE", help="Text to hold the bound on; repeat.")
-    ],
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="Where to write the preset.")],
+    model: ModelOption = "smollm2",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to hold the bound on; repeat. Default: source, prose and chat of Python's.",
+        ),
+    ] = None,
     max_kl: Annotated[
         float | None, typer.Option(metavar="NATS", help="Bound on the mean KL, e.g. 0.01.")
     ] = None,
@@ -31,7 +42,20 @@ def tune(
         float | None,
         typer.Option(metavar="PCT", help="Or: bound on the growth of perplexity in per cent."),
     ] = None,
+    target_ppl_delta: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="The same as a share: 0.05 is 5 per cent."),
+    ] = None,
     codec: Annotated[str, typer.Option(help="Codec to tune.")] = "ferry",
+    target: Annotated[
+        str | None, typer.Option(help="lowrank: v (default), k or kv, which cost much.")
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="N,N", help="lowrank: ranks to try, as 60,56,48.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="N,N", help="lowrank: bits to try. Default: 16,8.")
+    ] = None,
     calibration: CalibrationOption = None,
     context: ContextOption = 2048,
     continuation: ContinuationOption = 512,
@@ -41,6 +65,7 @@ def tune(
     """Find the coarsest setting whose loss stays within a bound on ALL texts.
 
     Each text is read once and takes CONTEXT + 129 + CONTINUATION tokens.
+    Of lowrank every rank is tried with every width, the smallest blobs first.
     The preset holds codec, options, calibration and what was measured.
     `kvferry eval --preset FILE` takes it, and so does a policy: copy its
     codec and options into a rule, as `codec = "ferry"` and
@@ -51,32 +76,21 @@ def tune(
     ensure_openblas()
     from kvferry.cli import lab_input as given
     from kvferry.codec.lab.evaluate import Prepared, Setup, prepare
-    from kvferry.codec.lab.knobs import knob_of
-    from kvferry.codec.lab.preset import Preset, save_preset
-    from kvferry.codec.lab.text import first_tokens, read_text
-    from kvferry.codec.lab.tune import Bound, Tuner
+    from kvferry.codec.lab.preset import Preset
+    from kvferry.codec.lab.tune import Tuner
 
     # Mistakes are refused before the model is loaded.
-    if (max_kl is None) == (max_ppl_delta is None):
-        raise ConfigError("--max-kl", max_kl, "given, or --max-ppl-delta, and not both")
-    bound = (
-        Bound("kl_mean", max_kl)
-        if max_kl is not None
-        else Bound("ppl_delta_pct", max_ppl_delta or 0.0)
-    )
+    bound = _bound(max_kl, max_ppl_delta, target_ppl_delta)
     given.check_codec(codec)
-    knob_of(codec)
+    asked = Asked(codec, target, ranks, bits)
+    asked.knob(())
     sizes = Setup(codec=codec, context=context, continuation=continuation)
     given.check_output("--out", out)
     given.check_json(json)
-    names = given.text_names(text)
-    contents = dict(zip(names, map(read_text, text), strict=True))
+    contents = _contents(text or [])
     loaded, identity = given.open_model(model)
     known = given.calibration_of(codec, calibration, identity)
-    tokens = {
-        name: first_tokens(loaded.tokenizer, content, sizes.text_tokens, name)
-        for name, content in contents.items()
-    }
+    tokens = _tokens(loaded, contents, sizes.text_tokens)
     work = len(tokens) * (sizes.text_tokens + evaluations * continuation)
     total = 0
     note = "reading"
@@ -98,7 +112,7 @@ def tune(
         }
         tuner = Tuner(
             texts=texts,
-            knob=knob_of(codec, known.groups),
+            knob=asked.knob(known.groups),
             bound=bound,
             groups=known.groups,
             curve=known.curve,
@@ -121,19 +135,102 @@ def tune(
         compression_ratio=result.best.ratio,
         measured=result.measured(model),
     )
-    save_preset(preset, out)
+    written = _save(preset, known, result, out)
     if json is not None:
-        write_json({**preset.to_json(), "preset": str(out), "tried": _tried(result)}, json)
+        write_json({**written, "preset": str(out), "tried": _tried(result)}, json)
     if json != "-":
         for trial in result.trials:
             mark = "*" if trial is result.best else " "
             typer.echo(f"{mark} {_shown(trial)}")
-        typer.echo(f"{out}: {preset.compression_ratio:.1f}x on {len(text)} texts")
+        typer.echo(f"{out}: {preset.compression_ratio:.3g}x on {len(texts)} texts")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The codec to tune, and what of it is to be tried, as given."""
+
+    codec: str
+    target: str | None
+    ranks: str | None
+    bits: str | None
+
+    def knob(self, groups: "Sequence[GroupCalibration]") -> "Knob":
+        """What is turned. Raises: ConfigError."""
+        from kvferry.codec.lab.knobs import knob_of, lowrank_knob
+        from kvferry.codec.lowrank_options import warning
+
+        if self.codec != "lowrank":
+            for name in ("target", "ranks", "bits"):
+                if (value := getattr(self, name)) is not None:
+                    raise ConfigError(f"--{name}", value, "left out: it is of --codec lowrank")
+            return knob_of(self.codec, groups)
+        target = self.target or "v"
+        ranks, bits = _numbers("--ranks", self.ranks), _numbers("--bits", self.bits)
+        knob = lowrank_knob(groups, ranks, bits or (16, 8), target)
+        if not groups and (told := warning({"target": target})):
+            typer.echo(f"kvferry: {told}", err=True)
+        return knob
+
+
+def _numbers(option: str, text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as exc:
+        raise ConfigError(option, text, "whole numbers with commas, as 60,56,48") from exc
+
+
+def _bound(max_kl: float | None, percent: float | None, share: float | None) -> "Bound":
+    """The one bound that was given. Raises: ConfigError."""
+    from kvferry.codec.lab.tune import Bound
+
+    if sum(value is not None for value in (max_kl, percent, share)) != 1:
+        allowed = "given, or --max-ppl-delta or --target-ppl-delta, and only one of them"
+        raise ConfigError("--max-kl", max_kl, allowed)
+    if max_kl is not None:
+        return Bound("kl_mean", max_kl)
+    return Bound("ppl_delta_pct", 100 * share if share is not None else percent or 0.0)
+
+
+def _contents(files: list[Path]) -> dict[str, str]:
+    from kvferry.cli.lab_input import text_names
+    from kvferry.codec.lab.text import read_text
+
+    return dict(zip(text_names(files), map(read_text, files), strict=True))
+
+
+def _tokens(loaded: "LoadedModel", contents: dict[str, str], count: int) -> dict[str, list[int]]:
+    """The first ``count`` of each text; without any those that calibrations are measured on."""
+    from kvferry.codec.lab.held import held_texts
+    from kvferry.codec.lab.text import first_tokens, held_text
+
+    if not contents:
+        held = held_texts(loaded.tokenizer, count, held_text())
+        return {text.name: list(text.tokens) for text in held}
+    return {
+        name: first_tokens(loaded.tokenizer, content, count, name)
+        for name, content in contents.items()
+    }
+
+
+def _save(preset: "Preset", known: "Known", result: "Tuned", out: Path) -> dict[str, object]:
+    """Write the preset; of lowrank with the fields of its own format. What was written."""
+    from kvferry.codec.lab import lowrank_preset
+    from kvferry.codec.lab.preset import save_preset
+    from kvferry.codec.lowrank_calibration import LowRankCalibration
+
+    group = known.groups[0] if known.groups else None
+    if isinstance(group, LowRankCalibration) and known.folder is not None:
+        measured = list(result.best.results.values())
+        written = lowrank_preset.fields(preset, group, measured, known.folder, out)
+        lowrank_preset.save(written, out)
+        return written
+    save_preset(preset, out)
+    return preset.to_json()
 
 
 def _shown(trial: "Trial") -> str:
     options = " ".join(f"{name}={value}" for name, value in trial.options.items())
-    return f"{options or 'exact'}: {trial.ratio:.1f}x, worst {trial.error:.4g}"
+    return f"{options or 'exact'}: {trial.ratio:.3g}x, worst {trial.error:.4g}"
 
 
 def _tried(result: "Tuned") -> list[dict[str, object]]:

@@ -343,3 +343,18 @@ def test_unknown_codecs_are_shown_all_the_same() -> None:
     report = report_on(_changed(later), "x")
     assert report.ok  # whole, though this release could not decode it
     assert "ferry.9" in _screen(_changed(later))
+
+
+def test_low_rank_blobs_and_calibrations_say_what_they_are() -> None:
+    page = _screen((GOLDEN / "lowrank.kvferry").read_bytes())
+    assert "lowrank.1" in page
+    assert "rank={k:12 v:12}" in page
+    assert "identity=[3]" in page
+    known = (GOLDEN / "calibration_lowrank.kvferry").read_bytes()
+    report = report_on(known, "somewhere")
+    assert report.ok
+    assert report.content["norm"] == "layernorm"
+    assert report.content["empty_directions"] == {"v": 2}
+    screen = _screen(known)
+    assert "rank 16 of 16" in screen
+    assert "layernorm before attention leaves 2 heads of v empty" in " ".join(screen.split())

@@ -7,6 +7,8 @@ from kvferry.codec.affine import BITS
 from kvferry.codec.bitpack import BITS as BITPACK_BITS
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.lab.calibrate import steps_for_bits
+from kvferry.codec.lowrank_calibration import LowRankCalibration
+from kvferry.codec.lowrank_options import LowRankOptions
 from kvferry.codec.registry import codec_names
 from kvferry.errors import ConfigError
 
@@ -25,15 +27,20 @@ class Knob:
         settings: values from fine to coarse: all there are, or those for a curve where
             any number between 0 and infinity can be set.
         free: any number can be set; a larger one is coarser.
+        table: settings with several options each, from large blobs to small; ``settings``
+            are then places in it, and need not be finer the larger they are.
     """
 
     codec: str
     option: str = ""
     settings: tuple[float, ...] = (0.0,)
     free: bool = False
+    table: Sequence[Options] = ()
 
     def options(self, value: float) -> Options:
         """As `make_codec` takes them, numbers with five digits."""
+        if self.table:
+            return self.table[int(value)]
         if not self.option:
             return {}
         rounded = float(f"{value:.5g}")
@@ -61,4 +68,34 @@ def knob_of(codec: str, groups: Sequence[GroupCalibration] = ()) -> Knob:
         return Knob(codec=codec, option="ratio", settings=ratios, free=True)
     if codec in ("streaming", "random"):
         return Knob(codec=codec, option="ratio", settings=(2.0, 4.0, 8.0, 16.0, 32.0), free=True)
+    if codec == "lowrank":
+        return lowrank_knob(groups)
     raise ConfigError("codec", codec, f"one of {', '.join(codec_names())}")
+
+
+def lowrank_knob(
+    groups: Sequence[GroupCalibration] = (),
+    ranks: Sequence[int] = (),
+    bits: Sequence[int] = (16, 8),
+    target: str = "v",
+) -> Knob:
+    """All ranks with all widths of coefficients, by the bytes that they take.
+
+    Args:
+        groups: the model's calibration, for the values of a head.
+        ranks: default: shares of a head's directions from 15/16 to 1/4.
+    Raises: ConfigError: ranks, bits or a target that cannot be.
+    """
+    for rank in ranks or (1,):
+        for width in bits:
+            LowRankOptions.parse({"rank": rank, "bits": width, "target": target})
+    known = [group for group in groups if isinstance(group, LowRankCalibration)]
+    dim = min((basis.dim for group in known for basis in group.bases.values()), default=64)
+    for rank in ranks:
+        if known and rank > dim:
+            raise ConfigError("ranks", rank, f"at most {dim}, the values of a head")
+    wanted = ranks or [max(1, dim * share // 16) for share in (15, 14, 12, 8, 4)]
+    pairs = sorted({(rank * width, width, rank) for rank in wanted for width in bits})[::-1]
+    table = [{"rank": rank, "bits": width, "target": target} for _, width, rank in pairs]
+    settings = tuple(float(place) for place in range(len(table)))
+    return Knob(codec="lowrank", option="rank", settings=settings, table=table)

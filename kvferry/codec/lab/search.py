@@ -102,3 +102,17 @@ def coarsest_of(
     if finest is None:
         raise ValueError("no settings")
     return best, finest[1]
+
+
+def last_of(error: Error, settings: Sequence[float], bound: float) -> tuple[Found | None, Found]:
+    """The last of a few settings that holds, where errors need not rise; asked from the last.
+
+    Returns: as `coarsest`; the first is what was measured last if none holds.
+    """
+    if not settings:
+        raise ValueError("no settings")
+    for setting in reversed(settings):
+        found = Found(setting, error(setting))
+        if found.error <= bound:
+            return found, found
+    return None, found

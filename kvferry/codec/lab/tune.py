@@ -7,7 +7,7 @@ from kvferry.codec.calibration import CurvePoint, GroupCalibration, step_on_curv
 from kvferry.codec.lab.evaluate import Evaluation, Prepared, measure
 from kvferry.codec.lab.forward import Done
 from kvferry.codec.lab.knobs import Knob, Options
-from kvferry.codec.lab.search import Found, coarsest, coarsest_of
+from kvferry.codec.lab.search import Found, coarsest, coarsest_of, last_of
 from kvferry.errors import ConfigError
 
 DEFAULT_BUDGET = 8
@@ -112,6 +112,8 @@ class Tuner:
         return Tuned(trials[best.value], list(trials.values()))
 
     def _search(self, error: Callable[[float], float]) -> tuple[Found | None, Found]:
+        if self.knob.table:
+            return last_of(error, self.knob.settings, self.bound.limit)
         if not self.knob.free:
             return coarsest_of(error, self.knob.settings, self.bound.limit)
         return coarsest(error, self._start(), self.bound.limit, self.budget)
