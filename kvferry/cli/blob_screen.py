@@ -153,9 +153,9 @@ def _identity(report: BlobReport, header: blob_pb2.BlobHeader, calibration: str 
 
 
 def _kept_text(kept: KeptTokens) -> str:
-    text = f"{kept.entries:,} of {kept.tokens:,} tokens, {kept.tokens - kept.entries:,} dropped"
     if not kept.spans:
-        return f"{text}; each head has its own"
+        return f"{kept.tokens:,} tokens in at most {kept.entries:,} entries, of each head its own"
+    text = f"{kept.entries:,} of {kept.tokens:,} tokens, {kept.tokens - kept.entries:,} dropped"
     shown = [str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in kept.spans[:_SPANS_SHOWN]]
     more = len(kept.spans) - len(shown)
     return f"{text}: {', '.join(shown)}{f' and {more} more runs' if more else ''}"

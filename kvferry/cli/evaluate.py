@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvferry.codec.lab.preset import Preset
 
 DEFAULT_CODEC = "ferry"
-CODEC_NAMES = "raw, zstd, affine, bitpack, ferry, kvtc, lowrank, streaming or random"
+CODEC_NAMES = "raw, zstd, affine, bitpack, centroid, ferry, kvtc, lowrank, streaming or random"
 DEFAULT_OPTIONS = {"ferry": {"target_kl": "0.005"}, "kvtc": {"ratio": "8"}}
 
 
@@ -37,9 +37,10 @@ def evaluate(
         typer.Option(
             metavar="K=V",
             help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
-            "affine: bits; bitpack: bits, page_size_kb; streaming: ratio or window, sinks; "
-            "random: ratio or keep, sinks, seed; both: positions=contiguous|original; lowrank: policy, rank, "
-            "target, bits, identity, ln_nullspace, or preset).",
+            "affine: bits; bitpack: bits, page_size_kb; centroid: ratio or similarity, "
+            "window, persistence, min_merge, init_preserve, flush; lowrank: policy, rank, "
+            "target, bits, identity, ln_nullspace, or preset; streaming: ratio or window, sinks; "
+            "random: ratio or keep, sinks, seed; both: positions=contiguous|original).",
         ),
     ] = None,
     preset: Annotated[

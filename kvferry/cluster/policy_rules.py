@@ -92,6 +92,7 @@ _LEVEL: Check = (_whole(*range(1, 23)), "a whole number from 1 to 22")
 _RATIO: Check = (_within(1, 1e6), "a number from 1 to 1e+06")
 _SHARE: Check = (_within(1e-6, 1), "a number from 1e-06 to 1")
 _WINDOW: Check = (_count(1, 1 << 24), "a whole number from 1 to 16777216")
+_FROM_0: Check = (_count(0, 1 << 24), "a whole number from 0 to 16777216")
 _SINKS: Check = (_count(0, 1 << 16), "a whole number from 0 to 65536")
 _SEED: Check = (_count(0, (1 << 53) - 1), "a whole number from 0 to 9007199254740991")
 _POSITIONS: Check = (lambda text: text in ("contiguous", "original"), "contiguous or original")
@@ -109,6 +110,15 @@ CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
         "window": _WINDOW,
         "sinks": _SINKS,
         "positions": _POSITIONS,
+    },
+    "centroid": {
+        "ratio": _RATIO,
+        "similarity": (_within(-1, 1), "a number from -1 to 1"),
+        "window": _FROM_0,
+        "init_preserve": _FROM_0,
+        "flush": (_count(1, 1024), "a whole number from 1 to 1024"),
+        "persistence": _FROM_0,
+        "min_merge": _WINDOW,
     },
     "random": {
         "ratio": _RATIO,

@@ -6,6 +6,7 @@ from kvferry.codec.affine import AffineCodec
 from kvferry.codec.base import Codec, drops_tokens
 from kvferry.codec.bitpack import BitpackCodec
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.centroid import CentroidCodec
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.kvtc import KvtcCodec
 from kvferry.codec.lowrank import LowRankCodec
@@ -21,6 +22,7 @@ CodecClass = (
     | type[BitpackCodec]
     | type[FerryCodec]
     | type[KvtcCodec]
+    | type[CentroidCodec]
     | type[StreamingCodec]
     | type[RandomCodec]
     | type[LowRankCodec]
@@ -33,6 +35,7 @@ CODECS: Mapping[str, CodecClass] = {
     "bitpack": BitpackCodec,
     "ferry": FerryCodec,
     "kvtc": KvtcCodec,
+    "centroid": CentroidCodec,
     "streaming": StreamingCodec,
     "random": RandomCodec,
     "lowrank": LowRankCodec,
@@ -49,9 +52,10 @@ def make_codec(
 
     Options may be text, as they come from a command line or a policy: ``step`` or
     ``target_kl`` (ferry; ``target_kl`` needs ``curve``), ``bits`` (affine, bitpack),
-    ``page_size_kb`` (bitpack), ``level`` (zstd), ``ratio`` and ``entropy`` (kvtc),
-    ``ratio`` or ``window``, ``sinks`` and ``positions`` (streaming), ``ratio`` or ``keep``,
-    ``sinks``, ``seed`` and ``positions`` (random),
+    ``page_size_kb`` (bitpack), ``level`` (zstd), ``ratio`` and ``entropy`` (kvtc), ``ratio``
+    or ``similarity``, ``window``, ``persistence``, ``min_merge``, ``init_preserve`` and
+    ``flush`` (centroid), ``ratio`` or ``window``, ``sinks`` and ``positions`` (streaming),
+    ``ratio`` or ``keep``, ``sinks``, ``seed`` and ``positions`` (random),
     those of `LowRankOptions` (lowrank).
 
     Raises: ConfigError (one line that lists what exists);

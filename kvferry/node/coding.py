@@ -7,6 +7,7 @@ from kvferry.cluster.policy import layer_rules
 from kvferry.codec.base import RING_KEYS, RING_VALUES, Codec
 from kvferry.codec.calibration import CalibrationSet, GroupCalibration, layer_groups
 from kvferry.codec.registry import make_codec
+from kvferry.codec.unrotating import UnrotatingCodec
 from kvferry.errors import CodecError
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, pages_behind_window, root_key
 from kvferry.proto.v1 import coordinator_pb2
@@ -73,7 +74,8 @@ def page_coding(
     a machine holds a part of a group.
 
     Args:
-        calibration: of this model; None: ``ferry`` gives way to 8-bit ``affine``.
+        calibration: of this model; None: ``ferry``, and ``centroid``, which asks it how
+            keys are rotated, give way to 8-bit ``affine``.
         lowrank: of this whole model, for ``lowrank``, which without it gives way likewise.
         cut_group: (group id, layers, heads) -> calibration of just that part.
         node: id of the node that codes them.
@@ -149,15 +151,16 @@ def _codec(
     cut_group: CutGroup,
 ) -> Codec:
     options: dict[str, object] = dict(rule.options)
-    if rule.codec != "ferry":
-        return make_codec(rule.codec, options)
+    plain = None if rule.codec == "ferry" else make_codec(rule.codec, options)
+    if plain is not None and not isinstance(plain, UnrotatingCodec):
+        return plain
     if calibration is None:
         return make_codec(*UNCALIBRATED)
     try:
         part = cut_group(group_id, layers, shard.heads)
     except CodecError:
         return make_codec(*UNCALIBRATED)
-    return make_codec("ferry", options, part, calibration.curve)
+    return make_codec(rule.codec, options, part, calibration.curve)
 
 
 def _lowrank(

@@ -111,6 +111,17 @@ def test_a_blob_that_lacks_tokens_says_which_it_kept() -> None:
     assert report_on(_page("raw")[1], "x").kept is None
 
 
+def test_a_blob_of_merged_tokens_says_how_many_entries_they_became() -> None:
+    data = (Path(__file__).parents[1] / "golden" / "centroid.kvferry").read_bytes()
+    report = report_on(data, "x")
+    assert report.ok
+    assert report.kept is not None
+    assert not report.kept.spans
+    shown = _screen(data, 100, None)
+    assert f"12 tokens in at most {report.kept.entries} entries, of each head its own" in shown
+    assert "similarity=0.2" in shown
+
+
 def test_layers_that_are_coded_together_get_a_fair_share() -> None:
     report = report_on(FERRY, "x")
     assert not any(layer.exact for layer in report.layers)

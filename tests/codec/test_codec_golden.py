@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from kvferry.codec.base import PageTensors
 from kvferry.codec.blob import decode_blob, encode_blob
@@ -85,3 +86,24 @@ def test_sections_of_arithmetic_codecs_are_the_same_on_every_machine(
 @pytest.mark.parametrize("codec", CALIBRATED)
 def test_calibration_keeps_its_id(codec: str) -> None:
     assert calibration(codec).id == golden_calibration(codec).id
+
+
+def test_golden_blob_of_merged_tokens_decodes_to_its_recorded_numbers() -> None:
+    found = read("centroid")
+    assert isinstance(found, PageTensors)
+    assert found.kept is not None
+    assert found.kept.weights is not None
+    assert found.kept.positions.tolist() == [
+        [[0, 2, 4, 5, 7, 10, 11, 11]],
+        [[0, 1, 4, 5, 5, 7, 10, 11]],
+    ]
+    assert found.kept.weights.tolist() == [
+        [[1.0, 1.0, 2.0, 4.0, 2.0, 1.0, 1.0, 0.0]],
+        [[1.0, 1.0, 2.0, 1.0, 3.0, 2.0, 1.0, 1.0]],
+    ]
+    digests = {n: blake3(d).hexdigest()[:16] for n, d in bits(found).items()}
+    assert digests == {"k": "1a22774df7d9042e", "v": "d860c4faa6971f72"}
+    # What was merged with nothing is as it was.
+    page = golden_page()
+    for name, stream in found.streams.items():
+        assert (stream.data[:, :, 0] == page.streams[name].data[:, :, 0]).all()

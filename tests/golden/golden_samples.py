@@ -29,6 +29,11 @@ DROPPED: tuple[tuple[str, dict[str, object], tuple[int, ...]], ...] = (
     ("random", {"ratio": 3, "seed": 5}, (3, 6, 8, 11)),
 )
 
+# Of codecs that merge tokens: no other codec could hold what comes back.
+MERGED: tuple[tuple[str, str, dict[str, object]], ...] = (
+    ("centroid", "centroid", {"similarity": 0.2, "window": 2, "init_preserve": 1, "flush": 4}),
+)
+
 
 def numbers(count: int, seed: int) -> np.ndarray:
     """Multiples of 1/256 in [-4, 4): exact in every dtype that caches have."""

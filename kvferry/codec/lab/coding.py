@@ -128,12 +128,13 @@ class Coder:
         values = encoding = 0.0
         model_layers = max(end for _, end in self.codecs)
         for layers, codec in self.codecs.items():
+            told = snapshot.told(codec, layers)
             for index, span in enumerate(spans):
                 tensors = snapshot.page(layers, span)
                 values += tensors.raw_bytes_fp16 / 2
                 meta = page_meta(self.model_id, index, model_layers, self.model_heads, self.kind)
                 started = time.perf_counter()
-                stored.setdefault(layers, []).append(encode_page(codec, tensors, meta))
+                stored.setdefault(layers, []).append(encode_page(told, tensors, meta))
                 encoding += time.perf_counter() - started
         started = time.perf_counter()
         decoded = {

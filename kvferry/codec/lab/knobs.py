@@ -66,7 +66,7 @@ def knob_of(codec: str, groups: Sequence[GroupCalibration] = ()) -> Knob:
     if codec == "kvtc":
         ratios = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
         return Knob(codec=codec, option="ratio", settings=ratios, free=True)
-    if codec in ("streaming", "random"):
+    if codec in ("streaming", "random", "centroid"):
         return Knob(codec=codec, option="ratio", settings=(2.0, 4.0, 8.0, 16.0, 32.0), free=True)
     if codec == "lowrank":
         return lowrank_knob(groups)

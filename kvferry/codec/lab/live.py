@@ -17,6 +17,7 @@ from kvferry.codec.mlx.gapped_cache import GappedKVCache
 from kvferry.codec.mlx.gaps import Ropes
 from kvferry.codec.mlx.leaves import leaves, rows_adapter, state_adapter
 from kvferry.codec.mlx.refill import restore
+from kvferry.codec.unrotating import told_ropes
 from kvferry.errors import ModelError
 
 _MODEL = bytes(32)
@@ -46,7 +47,8 @@ def compress_live(
         return copy.deepcopy(list(cache))
     page = live_page(rows, latent=latent)
     heads = page.heads[1]
-    blob = encode_page(codec, page, page_meta(_MODEL, 0, len(rows), heads))
+    told = told_ropes(codec, ropes, slice(None))
+    blob = encode_page(told, page, page_meta(_MODEL, 0, len(rows), heads))
     (found,) = decode_pages([blob], _MODEL, NoCalibrations())
     rings = [leaf for layer in cache for leaf in leaves(layer) if not _holds_rows(layer)]
     moved = found.kept is not None and found.kept.contiguous

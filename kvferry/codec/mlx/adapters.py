@@ -13,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.base import Codec, DType, PageTensors, Stream
 from kvferry.codec.mlx.gaps import Ropes
 from kvferry.codec.mlx.leaves import extracted, packed_rows, state_adapter
 from kvferry.codec.mlx.parts import length, parts_of, row_arrays, row_names
 from kvferry.codec.mlx.refill import restore
 from kvferry.codec.state_parts import StateLayout
+from kvferry.codec.unrotating import told_ropes
 from kvferry.errors import ModelError
 
 _DTYPES = {mx.float16: DType.FLOAT16, mx.bfloat16: DType.BFLOAT16, mx.float32: DType.FLOAT32}
@@ -64,6 +65,11 @@ class CacheSnapshot:
             parts = [np.asarray(view)[0, :, tokens[0] : tokens[1]] for view, _ in held]
             streams[name] = Stream(name, np.stack(parts), held[0][1])
         return PageTensors(layers, self.heads, tokens, streams)
+
+    def told(self, codec: Codec, layers: tuple[int, int]) -> Codec:
+        """``codec``, told how keys of absolute page layers rotate, if it has to know."""
+        first = self.layers[0]
+        return told_ropes(codec, self._ropes, slice(layers[0] - first, layers[1] - first))
 
     def state_pages(self, tokens: tuple[int, int], part: int = 0) -> Iterator[PageTensors]:
         """States of consecutive layers of one form, as stored. Any thread may call it.

@@ -20,9 +20,17 @@ _NAME = "scaled_dot_product_attention"
 Attention = Callable[..., mx.array]
 
 
-@contextmanager
-def weighted_attention(model: Any) -> Iterator[None]:
+def weighted_attention(model: Any) -> AbstractContextManager[None]:
     """Within it, ``model`` adds the weights of caches that have such; others are as ever.
+
+    Raises: ModelError: a model whose attention is not mlx-lm's own.
+    """
+    return replaced_attention(model, _weighted)
+
+
+@contextmanager
+def replaced_attention(model: Any, wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Within it, ``model`` calls ``wrap`` of mlx-lm's attention.
 
     The modules that define the model's layers are changed and put back at the end; it may
     be nested, but not left on one thread while another is within.
@@ -33,10 +41,10 @@ def weighted_attention(model: Any) -> Iterator[None]:
     homes = [sys.modules[name] for name in sorted(names) if hasattr(sys.modules[name], _NAME)]
     homes = [home for home in homes if home is not base]
     if not homes:
-        raise ModelError(f"the attention of {type(model).__module__} cannot be weighted")
+        raise ModelError(f"the attention of {type(model).__module__} cannot be replaced")
     before = [(home, getattr(home, _NAME)) for home in homes]
     for home, plain in before:
-        setattr(home, _NAME, _weighted(plain))
+        setattr(home, _NAME, wrap(plain))
     try:
         yield
     finally:
