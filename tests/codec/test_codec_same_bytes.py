@@ -30,9 +30,9 @@ known = [GroupCalibration.from_blob(Path(p).read_bytes()) for p in sys.argv[2:]]
 for calibration in known:
     for name, options in (
         ("ferry", {"step": 0.02}), ("raw", {}), ("zstd", {}), ("affine", {"bits": 4}),
-        ("bitpack", {}),
+        ("bitpack", {}), ("centroid", {"ratio": 4, "window": 8}),
     ):
-        codec = make_codec(name, options, calibration if name == "ferry" else None)
+        codec = make_codec(name, options, calibration if name in ("ferry", "centroid") else None)
         hasher = blake3()
         for seed, span in enumerate([(0, 256), (256, 512), (512, 513), (513, 516), (600, 900)]):
             page = page_of(calibration, span, seed=seed)
