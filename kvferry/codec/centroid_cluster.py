@@ -40,8 +40,7 @@ def merge(
         found = _assign(units[:, start:end], sums, open_, limit, start)
         found = _dissolved(found, start, how.min_merge)
         labels[:, start:end] = found
-        row, column = np.nonzero(found != np.arange(start, end))
-        np.add.at(sums, (row, found[row, column]), keys[row, start + column])
+        _add(sums, found, keys[:, start:end], start)
         np.put_along_axis(joined_in, found, number, axis=1)
     return labels
 
@@ -68,6 +67,19 @@ def entries_of(labels: Labels) -> npt.NDArray[np.int64]:
     """How many entries each row has, (rows,)."""
     found: Labels = (labels == np.arange(labels.shape[1])).sum(axis=1)
     return found
+
+
+def _add(sums: _Wide, found: Labels, batch: FloatArray, start: int) -> None:
+    """Add the keys of tokens that joined others to those entries' sums."""
+    row, column = np.nonzero(found != np.arange(start, start + found.shape[1]))
+    if not len(row):
+        return
+    flat = sums.reshape(-1, sums.shape[2])
+    entry = row * sums.shape[1] + found[row, column]
+    order = np.argsort(entry, kind="stable")
+    starts = np.flatnonzero(np.diff(entry[order], prepend=-1))
+    keys = batch[row[order], column[order]].astype(np.float64)
+    flat[entry[order][starts]] += np.add.reduceat(keys, starts, axis=0)
 
 
 def _assign(

@@ -34,7 +34,7 @@ class Merging:
     """
 
     similarity: float = 0.9
-    window: int = 128
+    window: int = 32
     init_preserve: int = 4
     flush: int = 64
     persistence: int = 16

@@ -119,7 +119,7 @@ def test_any_ratio_and_length_makes_a_page(
 def test_options_and_what_they_say() -> None:
     codec = make_codec("centroid", {"ratio": "8", "flush": "32", "persistence": "0"})
     assert codec.params == {
-        "ratio": 8.0, "flush": 32, "persistence": 0, "window": 128, "init_preserve": 4,
+        "ratio": 8.0, "flush": 32, "persistence": 0, "window": 32, "init_preserve": 4,
         "min_merge": 2,
     }  # fmt: skip
     assert make_codec("centroid", {"similarity": 0.8}).params["similarity"] == 0.8
