@@ -14,7 +14,7 @@ from kvferry.codec.centroid_plain import GRID, Labels, Merging
 _Wide = npt.NDArray[np.float64]
 _Mask = npt.NDArray[np.bool_]
 _NEVER = -2.0  # below every cosine
-_ROUNDS = 9  # halvings of an angle: to a third of a degree
+_ROUNDS = 7  # halvings of a right angle: to 0.7 degrees
 
 
 def merge(
@@ -53,7 +53,9 @@ def similarity_for(keys: FloatArray, how: Merging, entries: int) -> npt.NDArray[
     Args:
         keys: (rows, tokens, dim), un-rotated, finite.
     """
-    low, high = np.zeros(len(keys)), np.full(len(keys), np.pi)  # angles: more, fewer entries
+    low, high = np.zeros(len(keys)), np.full(len(keys), np.pi / 2)  # more, fewer entries
+    few = entries_of(merge(keys, how, np.cos(high))) <= entries
+    high[~few] = np.pi
     for _ in range(_ROUNDS):
         middle = (low + high) / 2
         labels = merge(keys, how, np.cos(middle))

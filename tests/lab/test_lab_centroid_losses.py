@@ -1,14 +1,23 @@
 """Merging by likeness beside merging by chance, with a model's own queries."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
+from kvferry.cli.lab_input import Known
 from kvferry.codec.base import drops_tokens
 from kvferry.codec.lab.centroid_losses import measure, recorded_queries
 from kvferry.codec.lab.coding import Coder, GroupSource, group_codecs
 from kvferry.codec.lab.evaluate import measure as evaluated
 from kvferry.codec.lab.evaluate import prepare
+from kvferry.codec.lab.experiment.bench import Bench
+from kvferry.codec.lab.experiment.registry import KINDS
+from kvferry.codec.lab.experiment.results import Result
+from kvferry.codec.lab.experiment.spec import CodecSpec
+from kvferry.codec.lab.experiment.table import Table
 from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.probe import describe
 from kvferry.errors import ConfigError
 
 MODEL_ID = bytes(range(32))
@@ -58,3 +67,37 @@ def test_eval_measures_centroid_on_whole_contexts(tiny: LoadedModel, tokens: lis
     assert page.kept is not None
     assert page.kept.weights is not None
     assert page.kept.weights.sum(axis=2).tolist() == [[300.0] * 2] * 3
+
+
+def test_an_experiment_reports_both_side_by_side(
+    tiny: LoadedModel, tokens: list[int], tmp_path: Path
+) -> None:
+    kind = KINDS["merging"]
+    table = Table("experiment", {"texts": ["license"], "contexts": 200, "queries": 20})
+    (run,) = kind.runs(table)
+    table.finish()
+    shape = describe(tiny.model, tiny.config)
+    bench = Bench(tiny, MODEL_ID, shape, {"license": lambda n: tokens[:n]}, lambda _: Known())
+    metrics = kind.measure(run, bench, lambda _: None)
+    result = Result(run=run, digest="0" * 32, about={}, metrics=metrics)
+    for ratio in (2, 8):
+        own, chance = (
+            result.number("points", str(ratio), by, "attention_loss")
+            for by in ("centroid", "random")
+        )
+        assert own is not None
+        assert chance is not None
+        assert 0 < own < chance
+    lines = kind.section([result], tmp_path)
+    assert any(line.startswith("| 32 |") and "/" in line for line in lines)
+    assert "license (200 tokens)" in "".join(lines)
+
+
+def test_what_a_bench_captured_can_be_merged(tiny: LoadedModel, tokens: list[int]) -> None:
+    shape = describe(tiny.model, tiny.config)
+    bench = Bench(tiny, MODEL_ID, shape, {}, lambda _: Known())
+    snapshot = bench.capture(tokens[:120])
+    spec = CodecSpec(name="centroid", options={"ratio": 4, "window": 8})
+    found = bench.coded(spec, snapshot, (0, 120))
+    assert found.coded.pages[0].entries <= 30
+    assert bench.restored(snapshot, found.coded.pages)[0].offset == 120

@@ -1,17 +1,16 @@
 """What a model's attention gives, layer by layer, while it runs."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from kvferry.codec.lab.forward import logits
-from kvferry.errors import ModelError
+from kvferry.codec.mlx.weighted_attention import replaced_attention
 
-_NAME = "scaled_dot_product_attention"
 Outputs = list[mx.array]
 
 
@@ -24,20 +23,9 @@ def recorded_attention(model: Any) -> Iterator[Outputs]:
     Yields: one array (1, query heads, tokens, dim) per call, in the order of calls.
     Raises: ModelError: a model whose attention is not mlx-lm's own.
     """
-    names = sorted({type(module).__module__ for module in model.modules()})
-    homes = [sys.modules[name] for name in names if hasattr(sys.modules[name], _NAME)]
-    homes = [home for home in homes if home.__name__ != "mlx_lm.models.base"]
-    if not homes:
-        raise ModelError(f"the attention of {type(model).__module__} cannot be recorded")
     seen: Outputs = []
-    before = [(home, getattr(home, _NAME)) for home in homes]
-    for home, plain in before:
-        setattr(home, _NAME, _recording(plain, seen))
-    try:
+    with replaced_attention(model, partial(_recording, seen=seen)):
         yield seen
-    finally:
-        for home, plain in before:
-            setattr(home, _NAME, plain)
 
 
 def _recording(plain: Callable[..., mx.array], seen: Outputs) -> Callable[..., mx.array]:

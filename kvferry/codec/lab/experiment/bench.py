@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from blake3 import blake3
@@ -19,6 +20,7 @@ from kvferry.codec.lab.knobs import knob_of
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.rope import page_ropes
 from kvferry.codec.mlx.shape import ModelShape
 from kvferry.errors import ConfigError
 
@@ -118,7 +120,8 @@ class Bench:
         """Prefill ``tokens`` and hold on to all of them."""
         cache = make_prompt_cache(self.model)
         prefill(self.model, tokens, cache, done)
-        return adapters.snapshot(cache, len(tokens), latent=self.shape.latent)
+        ropes = partial(page_ropes, self.model, self.shape.page_layers)
+        return adapters.snapshot(cache, len(tokens), latent=self.shape.latent, ropes=ropes)
 
     def coded(self, codec: CodecSpec, snapshot: CacheSnapshot, span: tuple[int, int]) -> Turned:
         """Tokens ``span`` of a snapshot through a codec and back.
