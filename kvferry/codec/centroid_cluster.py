@@ -13,7 +13,7 @@ from kvferry.codec.centroid_plain import GRID, Labels, Merging
 
 _Wide = npt.NDArray[np.float64]
 _Mask = npt.NDArray[np.bool_]
-_NEVER = -2.0  # below every cosine
+_NEVER = -4.0 / GRID  # below every cosine, also if one is added
 _ROUNDS = 7  # halvings of a right angle: to 0.7 degrees
 
 
@@ -88,24 +88,33 @@ def _assign(
     batch: _Wide, sums: _Wide, open_: _Mask, limit: npt.NDArray[np.floating], start: int
 ) -> Labels:
     """Labels of a batch's tokens, before small groups are dissolved: (rows, batch)."""
-    rows, count, _ = batch.shape
+    rows, count, dim = batch.shape
     most = int(open_.sum(axis=1).max(initial=0))
     # Open entries of each row side by side; rows that have fewer end in others, masked.
     entries = np.argsort(~open_, axis=1, kind="stable")[:, :most]
-    means = _unit(np.take_along_axis(sums, entries[:, :, None], axis=1))
-    old = _cosines(batch, means)
-    old[~np.broadcast_to(np.take_along_axis(open_, entries, axis=1)[:, None], old.shape)] = _NEVER
+    flat = entries + np.arange(rows)[:, None] * sums.shape[1]
+    old = _cosines(batch, _unit(np.take(sums.reshape(-1, dim), flat, axis=0)))
+    old += np.where(np.take_along_axis(open_, entries, axis=1), 0.0, _NEVER)[:, None]
+    older, top = _nearest(old)
+    limit = (limit / GRID)[:, None]
     among = _cosines(batch, batch)
-    wanted = limit[:, None, None]
     earlier = np.tri(count, k=-1, dtype=np.bool_)
-    joins_old: _Mask = np.asarray((old >= wanted).any(axis=2))
-    leads = _leaders((among >= wanted) & earlier, ~joins_old)
-    among[~(leads[:, None] & earlier)] = _NEVER
-    both = np.concatenate([old, among], axis=2)
-    own = np.broadcast_to(np.arange(start, start + count, dtype=np.int64), (rows, count))
-    names = np.concatenate([entries, own], axis=1)
-    best = np.take_along_axis(names, both.argmax(axis=2), axis=1)
-    return np.where(both.max(axis=2) >= limit[:, None], best, own)
+    leads = _leaders((among >= limit[:, None]) & earlier, top < limit)
+    among += np.where(leads[:, None] & earlier, 0.0, _NEVER)
+    newer, newest = _nearest(among)
+    named = np.take_along_axis(entries, older, axis=1) if most else older
+    best = np.where(newest > top, newer + start, named)
+    own = np.arange(start, start + count, dtype=np.int64)
+    return np.where(np.maximum(top, newest) >= limit, best, own)
+
+
+def _nearest(cosines: _Wide) -> tuple[Labels, _Wide]:
+    """Of each token the first of those most like it, and how like: (rows, batch) each."""
+    if not cosines.shape[2]:
+        none = np.zeros(cosines.shape[:2], dtype=np.int64)
+        return none, np.full(cosines.shape[:2], _NEVER)
+    place = cosines.argmax(axis=2)
+    return place, np.take_along_axis(cosines, place[:, :, None], axis=2)[:, :, 0]
 
 
 def _leaders(like: _Mask, unsettled: _Mask) -> _Mask:
@@ -138,10 +147,10 @@ def _dissolved(labels: Labels, start: int, least: int) -> Labels:
 
 
 def _cosines(a: _Wide, b: _Wide) -> _Wide:
+    """In units of `GRID`, whole."""
     found: _Wide = a @ b.transpose(0, 2, 1)
-    found /= GRID
+    found *= 1 / GRID
     np.rint(found, out=found)
-    found *= GRID
     return found
 
 
