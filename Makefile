@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint unit test-long test-ceph bench proto setup clean
+.PHONY: demo test lint unit test-long test-ceph bench experiments report proto setup clean
 
 demo: setup
 	$(BIN)/kvferry demo
@@ -35,6 +35,16 @@ test-ceph: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# What benchmarks/runbook.md calls the default set: 40 minutes on two quiet cores.
+EXPERIMENTS = codecs lengths calibrations onoff cost needles instructions
+
+experiments: setup
+	$(BIN)/kvferry experiment $(EXPERIMENTS:%=benchmarks/experiments/%.toml) \
+		--report benchmarks/report.md
+
+report: setup
+	$(BIN)/kvferry experiment --report benchmarks/report.md
 
 proto: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/generate_proto.py

@@ -50,6 +50,12 @@ def evaluate(
     calibration: CalibrationOption = None,
     context: ContextOption = 2048,
     continuation: ContinuationOption = 512,
+    greedy: Annotated[
+        int,
+        typer.Option(
+            min=0, max=4096, help="Also generate so many tokens, and compare them: slower."
+        ),
+    ] = 0,
     skip_chars: Annotated[int, typer.Option(min=0, help="Start so far into the text.")] = 0,
     json: JsonOption = None,
 ) -> None:
@@ -58,9 +64,10 @@ def evaluate(
 
     ensure_openblas()
     from kvferry.cli import lab_input as given
-    from kvferry.codec.lab.evaluate import Setup
-    from kvferry.codec.lab.evaluate import evaluate as run
+    from kvferry.codec.lab.evaluate import Setup, coder_of, measure, prepare
+    from kvferry.codec.lab.spoken import exact_pages, spoken, words
     from kvferry.codec.lab.text import first_tokens, read_text
+    from kvferry.codec.mlx.probe import describe
 
     # Mistakes are refused before the model is loaded.
     choice = chosen(codec, opt or [], preset)
@@ -81,14 +88,21 @@ def evaluate(
     tokens = first_tokens(loaded.tokenizer, content, setup.text_tokens, str(text))
     total = 0
 
-    with progress(f"evaluating {codec}", len(tokens) + continuation) as bar:
+    with progress(f"evaluating {codec}", len(tokens) + continuation + 2 * greedy) as bar:
 
         def done(count: int) -> None:
             nonlocal total
             total += count
             bar.update(total)
 
-        result = run(loaded, identity, tokens, setup, done).to_json(model)
+        coder_of(identity, describe(loaded.model, loaded.config), setup)  # or refused at once
+        prepared = prepare(loaded, identity, tokens, context, continuation, done)
+        found = measure(prepared, setup, done)
+        result = found.to_json(model)
+        if greedy:
+            pages = [*found.pages.pages, *found.tail.pages]
+            exact = words(prepared, exact_pages(prepared), greedy, done)
+            result |= spoken(exact, words(prepared, pages, greedy, done))
     if json is not None:
         write_json(result, json)
     if json != "-":

@@ -1,10 +1,13 @@
 """``kvferry experiment``: everything a TOML file asks for, one JSON a run, and a report."""
 
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvferry.cli.interrupt import INTERRUPTED, stop_signals
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
     from kvferry.codec.lab.experiment.bench import Bench
     from kvferry.codec.lab.experiment.plan import Plan
     from kvferry.codec.lab.experiment.runner import Outcome
+    from kvferry.codec.mlx.load import LoadedModel
+
+    Opened = Callable[[str], tuple[LoadedModel, bytes]]
 
 DEFAULT_OUT = Path("benchmarks/results/experiments")
 _SCALE = 1000.0
@@ -55,19 +61,24 @@ def experiment(
         from kvferry.codec.mlx.openblas import ensure_openblas
 
         ensure_openblas()
+        from kvferry.cli.experiment_calibrations import make_calibrations
+        from kvferry.cli.lab_input import open_model
         from kvferry.codec.lab.experiment.plan import load_plan
 
         plans = [load_plan(file, model) for file in files]
         _writable(out)
-        outcomes = [_run(plan, out, again) for plan in plans]
+        opened = cache(open_model)  # files of one model share it
+        for plan in plans:
+            make_calibrations(plan, out)
+        for plan in plans:
+            outcomes.append(_run(plan, out, again, opened))
+            if outcomes[-1].stopped:
+                break
     if json is not None:
         write_json(_told(outcomes, out), json)
     if json != "-":
         for outcome in outcomes:
-            typer.echo(
-                f"{len(outcome.results) - len(outcome.failed)} measured, "
-                f"{outcome.skipped} there already, {len(outcome.failed)} failed: {out}"
-            )
+            typer.echo(f"{outcome.described()}: {out}")
     if report is not None:
         from kvferry.codec.lab.experiment.report import build_report
         from kvferry.codec.lab.experiment.results import load_results
@@ -78,16 +89,18 @@ def experiment(
     failed = [result for outcome in outcomes for result in outcome.failed]
     for result in failed:
         typer.echo(f"kvferry: {result.run.described()}: {result.problem}", err=True)
+    if any(outcome.stopped for outcome in outcomes):
+        typer.echo("kvferry: stopped; the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED)
     if failed:
         raise typer.Exit(1)
 
 
-def _run(plan: "Plan", out: Path, again: bool) -> "Outcome":
-    from kvferry.cli.interrupt import stop_signals
+def _run(plan: "Plan", out: Path, again: bool, opened: "Opened") -> "Outcome":
     from kvferry.codec.lab.experiment.runner import run_all
 
     with stop_signals() as stopping, progress(f"measuring {plan.path.name}", _SCALE) as bar:
-        bench = _bench(plan, out)
+        bench = _bench(plan, out, *opened(plan.model))
 
         def report(share: float, note: str) -> None:
             bar.update(_SCALE * share, note)
@@ -95,24 +108,20 @@ def _run(plan: "Plan", out: Path, again: bool) -> "Outcome":
         return run_all(plan.runs, bench, out, report, again=again, stopping=stopping)
 
 
-def _bench(plan: "Plan", out: Path) -> "Bench":
-    from functools import cache, partial
-
-    from kvferry.cli import lab_input as given
+def _bench(plan: "Plan", out: Path, loaded: "LoadedModel", identity: bytes) -> "Bench":
+    from kvferry.cli.experiment_calibrations import calibration_folder
+    from kvferry.cli.lab_input import calibration_of
     from kvferry.codec.lab.experiment.bench import Bench, KnownCalibration
     from kvferry.codec.lab.experiment.spec import CodecSpec
     from kvferry.codec.lab.experiment.texts import tokens_of
     from kvferry.codec.mlx.probe import describe
 
-    loaded, identity = given.open_model(plan.model)
-
     @cache
     def found(name: str, folder: Path | None) -> KnownCalibration:
-        return given.calibration_of(name, folder, identity)
+        return calibration_of(name, folder, identity)
 
     def known(codec: CodecSpec) -> KnownCalibration:
-        folder = plan.path.parent / codec.calibration if codec.calibration else None
-        return found(codec.name, folder)
+        return found(codec.name, calibration_folder(plan, codec, out))
 
     texts = {
         name: cache(partial(tokens_of, name, plan.path.parent, loaded.tokenizer))
@@ -137,11 +146,12 @@ def _told(outcomes: "list[Outcome]", out: Path) -> dict[str, object]:
     return {
         "folder": str(out),
         "measured": sum(not result.problem for result in results),
+        "stopped": any(outcome.stopped for outcome in outcomes),
         "skipped": sum(outcome.skipped for outcome in outcomes),
         "failed": sum(len(outcome.failed) for outcome in outcomes),
         "results": [
             {
-                "file": result.file_name if result.digest else None,
+                "file": result.file_name,
                 "status": result.status.value,
                 "run": result.run.to_json(),
                 "problem": result.problem,

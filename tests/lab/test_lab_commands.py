@@ -16,7 +16,7 @@ CONTRACT = {
     "model", "codec", "context_tokens", "continuation_tokens", "raw_bytes_fp16", "blob_bytes",
     "compression_ratio", "bits_per_value", "kl_mean", "kl_p99", "ppl_exact", "ppl_restored",
     "ppl_delta_pct", "top1_agreement", "encode_seconds", "decode_seconds", "window_tokens",
-    "tail_bytes", "ratio_with_tail",
+    "tail_bytes", "ratio_with_tail", "logit_cosine", "errors",
 }  # fmt: skip
 
 
@@ -53,7 +53,11 @@ def test_the_default_codec_reaches_its_figures(calibrated: Path, prose: Path, ok
 def test_eight_bits_are_close_and_need_no_calibration(prose: Path, ok: Ok, tmp_path: Path) -> None:
     sizes = ("--context", "300", "--continuation", "32", "--skip-chars", "500")
     given = ("--model", "smollm2", "--text", prose, *sizes)
-    found = ok("eval", *given, "--codec", "affine", "--opt", "bits=8")
+    found = ok("eval", *given, "--codec", "affine", "--opt", "bits=8", "--greedy", "3")
+    assert (found["greedy_tokens"], found["token_match"]) == (3, 1.0)
+    assert all(0 < found["errors"][name]["relative"] < 0.02 for name in ("k", "v"))
+    assert len(found["errors"]["k"]["relative_by_layer"]) == 30
+    assert found["logit_cosine"] > 0.999
     assert 1.7 < found["compression_ratio"] < 2.0
     assert found["kl_mean"] < 0.001
 

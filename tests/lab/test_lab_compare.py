@@ -47,6 +47,12 @@ def test_definitions(
     assert found.ppl_restored == pytest.approx(np.exp(-np.log(q[rows, then[1:]]).mean()), rel=1e-4)
     assert found.top1_agreement == np.mean(p.argmax(axis=-1) == q.argmax(axis=-1))
     assert kl.mean() > 1e-4
+    a, b = (
+        np.array(tiny.model(whole, cache=c)[0], dtype=np.float64)
+        for c in (filled(held), disturbed(filled(held)))
+    )
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert found.logit_cosine == pytest.approx(cosine.mean(), abs=1e-5)
 
 
 def test_the_same_cache_costs_nothing(tiny: LoadedModel, tokens: list[int], filled: Fill) -> None:

@@ -15,8 +15,8 @@ from kvferry.codec.lab.evaluate import Prepared, Setup, coder_of, prepare
 from kvferry.codec.lab.experiment.ratio import Turned, turned_to
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.forward import Done, prefill
-from kvferry.codec.lab.greedy import greedy
 from kvferry.codec.lab.knobs import knob_of
+from kvferry.codec.lab.spoken import exact_pages, words
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
@@ -107,8 +107,7 @@ class Bench:
         """
         if count not in self._words or not self.is_prepared(run):
             prepared = self.prepared(run, done)
-            cache, first = self.exact(prepared.snapshot), prepared.reference[0].fed[0]
-            self._words[count] = greedy(self.model, cache, first, count, done)
+            self._words[count] = words(prepared, exact_pages(prepared), count, done)
         return self._words[count]
 
     def is_prepared(self, run: Run) -> bool:

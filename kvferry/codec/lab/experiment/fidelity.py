@@ -11,7 +11,7 @@ from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.spec import Run
 from kvferry.codec.lab.experiment.table import Table
 from kvferry.codec.lab.forward import Done
-from kvferry.codec.lab.greedy import first_difference, greedy, token_match
+from kvferry.codec.lab.spoken import spoken, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,8 @@ class Fidelity:
         count = int(str(run.settings["greedy"]))
         if count:
             pages = [*found.coded.pages, *prepared.tail.pages]
-            restored = bench.restored(prepared.snapshot, pages)
             exact = bench.words(run, count, done)
-            own = greedy(bench.model, restored, prepared.reference[0].fed[0], count, done)
-            metrics["greedy_tokens"] = count
-            metrics["token_match"] = token_match(exact, own)
-            metrics["first_difference"] = first_difference(exact, own)
+            metrics |= spoken(exact, words(prepared, pages, count, done))
         return metrics
 
     def section(self, results: Sequence[Result], folder: Path) -> Sequence[str]:

@@ -17,8 +17,8 @@ from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.spec import Run
 from kvferry.codec.lab.experiment.table import Table
 from kvferry.codec.lab.forward import Done
-from kvferry.codec.lab.greedy import first_difference, greedy, token_match
 from kvferry.codec.lab.likeness import bleu, check_lab, rouge_l
+from kvferry.codec.lab.spoken import spoken, words
 from kvferry.codec.mlx.rope import page_ropes
 
 # Tokens over which attention is compared, and keys that are drawn.
@@ -32,7 +32,8 @@ class OnOff:
 
     BLEU and ROUGE-L of the one against the other, the perplexity of both under the exact
     cache, the difference that attention comes to by layer, and the keys of one head
-    (``layer``, ``head``; the middle layer's first by default) on a plane.
+    (``layer``, ``head``; the middle layer's first by default) on a plane, that of UMAP too
+    unless ``umap`` is false or the package is not there.
     """
 
     name: ClassVar[str] = "onoff"
@@ -45,6 +46,7 @@ class OnOff:
             "greedy": table.whole("greedy", 100, low=1, high=4096),
             "layer": table.whole("layer", -1, low=-1, high=4096),
             "head": table.whole("head", 0, low=0, high=4096),
+            "umap": table.flag("umap", True),
         }
         return [
             Run(
@@ -102,16 +104,14 @@ def _generations(
 ) -> dict[str, Any]:
     count, first = whole(run, "greedy"), prepared.reference[0].fed[0]
     off = bench.words(run, count, done)
-    on = greedy(bench.model, bench.restored(prepared.snapshot, pages), first, count, done)
+    on = words(prepared, pages, count, done)
     perplexity = {
         name: float(np.exp(loss_of(bench.model, bench.exact(prepared.snapshot), [first, *said])))
         for name, said in (("off", off), ("on", on))
     }
     texts = {name: bench.loaded.tokenizer.decode(said) for name, said in (("off", off), ("on", on))}
     return {
-        "greedy_tokens": count,
-        "token_match": token_match(off, on),
-        "first_difference": first_difference(off, on),
+        **spoken(off, on),
         "bleu": bleu(texts["on"], texts["off"]),
         "rouge_l": rouge_l(texts["on"], texts["off"]),
         "ppl_off": perplexity["off"],
@@ -140,7 +140,7 @@ def _keys(
     shown, own = exact.sample(_DRAWN), restored.sample(_DRAWN)
     first, second, share = clusters.pca(shown.values, own.values)
     planes = {"pca": _plane(first, second)}
-    laid = clusters.umap(shown.values, own.values)
+    laid = clusters.umap(shown.values, own.values) if run.settings["umap"] else None
     if laid is not None:
         planes["umap"] = _plane(*laid)
     return {

@@ -89,7 +89,7 @@ def _planes(own: Sequence[Series], plane: str, folder: Path) -> list[str]:
             panels.append((series, keys, planes[plane]))
     if not panels:
         if plane == "umap":
-            return ["No UMAP pictures: `pip install 'kvferry[lab]'`, then measure again.", ""]
+            return ["No UMAP pictures: `pip install 'kvferry[lab]'`, and `umap` not false.", ""]
         return ["No keys were drawn.", ""]
     panels = panels[:_PANELS]
     columns = min(3, len(panels))

@@ -1,9 +1,12 @@
 """A TOML file as runs."""
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from blake3 import blake3
 
 from kvferry.codec.files import read_capped
 from kvferry.codec.lab.experiment.registry import KINDS
@@ -21,11 +24,13 @@ _OWN = ("model", "name")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSpec:
-    """A calibration that the file wants made, of given texts.
+    """A calibration that the file wants made, of the second halves of texts.
+
+    Runs read the first halves, so nothing is measured on what was fitted on.
 
     Attributes:
         name: as ``calibration = "..."`` of a codec has it.
-        codecs: for which `kvferry calibrate` is run.
+        codecs: for which ``kvferry calibrate`` is run.
         texts: names of texts; tokens: how many are fitted on.
     """
 
@@ -33,6 +38,12 @@ class CalibrationSpec:
     codecs: tuple[str, ...]
     texts: tuple[str, ...]
     tokens: int
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: another one if anything of it is changed."""
+        told = json.dumps([self.codecs, self.texts, self.tokens])
+        return f"{self.name}-{blake3(told.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +145,20 @@ def _calibration(table: Table, folder: Path) -> CalibrationSpec:
         tokens=table.whole("tokens", 4096, low=512),
     )
     table.finish()
+    if not _is_name(found.name):
+        raise ConfigError(f"{table.where}: name", found.name, "letters, digits, - and _")
     for text in found.texts:
         check_text(text, folder, table.where)
+        if text == "chat":
+            raise ConfigError(f"{table.where}: texts", text, "prose, source, or a file")
     for codec in found.codecs:
         if codec not in codec_names():
             raise ConfigError(f"{table.where}: codecs", codec, f"of {', '.join(codec_names())}")
     return found
+
+
+def _is_name(name: str) -> bool:
+    return len(name) <= 64 and all(c.isalnum() or c in "-_" for c in name)
 
 
 def _together(runs: Sequence[Run]) -> list[Run]:

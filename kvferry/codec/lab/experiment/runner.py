@@ -35,10 +35,22 @@ class Outcome:
     Attributes:
         results: of the runs that were measured now.
         skipped: runs whose results were there.
+        stopped: whether runs are left, since it was asked to stop.
     """
 
     results: Sequence[Result]
     skipped: int
+    stopped: bool = False
+
+    def described(self) -> str:
+        """For people: one line."""
+        counts = dict.fromkeys(Status, 0)
+        for result in self.results:
+            counts[result.status] += 1
+        return (
+            f"{counts[Status.MEASURED]} measured, {self.skipped} there already, "
+            f"{counts[Status.OUT_OF_REACH]} out of reach, {counts[Status.FAILED]} failed"
+        )
 
     @property
     def failed(self) -> list[Result]:
@@ -69,6 +81,7 @@ def run_all(
     for run in runs:
         made = _todo(run, bench)
         if isinstance(made, Result):
+            made.save(folder)
             problems.append(made)
         elif again or not _there(folder, made):
             todo.append(made)
@@ -93,18 +106,24 @@ def run_all(
         found.append(result)
         before += work
     report(before / total, "")
-    return Outcome([*problems, *found], skipped)
+    return Outcome([*problems, *found], skipped, stopped=len(found) < len(todo))
 
 
 def _todo(run: Run, bench: Bench) -> Todo | Result:
-    about: dict[str, object] = {"model_id": bench.model_id.hex()}
+    parts: dict[str, object] = {"model_id": bench.model_id.hex()}
     try:
-        about["calibration_id"] = bench.known(run.codec).id.hex()
-        about["codec_version"] = CODECS[run.codec.name].version
-        about["text_digest"] = bench.text_digest(run)
+        parts["calibration_id"] = bench.known(run.codec).id.hex()
+        parts["codec_version"] = CODECS[run.codec.name].version
+        parts["text_digest"] = bench.text_digest(run)
     except FerryError as exc:
-        return Result(run=run, digest="", about=about, status=Status.FAILED, problem=str(exc))
-    return Todo(run, run.digest(about), about)
+        return Result(
+            run=run,
+            digest=run.digest(parts),
+            about={**about(bench), **parts},
+            status=Status.FAILED,
+            problem=str(exc),
+        )
+    return Todo(run, run.digest(parts), parts)
 
 
 def _there(folder: Path, entry: Todo) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvferry.codec.lab.experiment.spec import CodecSpec
+from kvferry.codec.lab.knobs import knob_of
 from kvferry.codec.registry import codec_names
 from kvferry.errors import ConfigError
 
@@ -92,6 +93,7 @@ class Table:
     def codecs(self) -> tuple[CodecSpec, ...]:
         """Those of ``codecs`` (labels; all of the file's by default), at each of ``ratios``.
 
+        ``"*"`` stands for every codec of the registry that has something to turn.
         With ``ratios`` codecs are taken by name, all options but the one that is turned
         as they are by default; without, as ``[[codec]]`` says.
         """
@@ -100,7 +102,8 @@ class Table:
             raise ConfigError(self.where, "no codecs", "given a [[codec]]")
         ratios = self.numbers("ratios", (), low=1.0, high=1e4)
         found: dict[CodecSpecKey, CodecSpec] = {}
-        for label in labels:
+        named = [name for label in labels for name in (_turnable() if label == "*" else [label])]
+        for label in named:
             specs = self.offered.get(label)
             if specs is None and label in codec_names():
                 specs = [CodecSpec(name=label)]
@@ -149,6 +152,10 @@ class Table:
 
     def _wrong(self, key: str, value: object, allowed: str) -> ConfigError:
         return ConfigError(f"{self.where}: {key}", value, allowed)
+
+
+def _turnable() -> list[str]:
+    return [name for name in codec_names() if knob_of(name).option]
 
 
 CodecSpecKey = tuple[object, ...]

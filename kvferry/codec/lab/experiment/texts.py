@@ -31,6 +31,12 @@ def tokens_of(name: str, folder: Path, tokenizer: Tokenizer, count: int) -> Sequ
     return first_tokens(tokenizer, content_of(name, folder), count, name)
 
 
+def second_half(name: str, folder: Path) -> str:
+    """What of a text is calibrated on: not what is measured on. Raises: ModelError."""
+    content = content_of(name, folder)
+    return content[len(content) // 2 :]
+
+
 def content_of(name: str, folder: Path) -> str:
     """A text as text; ``chat`` exists only as tokens. Raises: ModelError."""
     if name == "prose":
