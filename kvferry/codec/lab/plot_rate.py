@@ -124,7 +124,11 @@ def draw_rate(points: Sequence[RatePoint], headline: str, below: str, path: Path
     axes.set_ylabel("mean KL (nats per token)")
     band = ", band: their spread" if len(names) <= _MOST_BANDS else ""
     spread = f"line: median of {texts} texts{band}" if texts > 1 else "one text"
-    axes.legend(title=spread, frameon=False, loc="lower right", title_fontsize=8, alignment="left")
+    look: dict[str, object] = {"frameon": False, "title_fontsize": 8, "alignment": "left"}
+    if len(names) <= _MOST_BANDS:
+        axes.legend(title=spread, loc="lower right", **look)
+    else:  # beside the lines: of so many some would run through it
+        figure.legend(title=spread, loc="outside right upper", **look)
     style.tidy(axes)
     return style.save_png(figure, path)
 

@@ -13,6 +13,7 @@ from kvferry.codec.lab.experiment.series import (
     series_of,
     shown,
     table,
+    text_name,
 )
 from kvferry.codec.lab.plot_rate import RatePoint, draw_rate
 
@@ -28,7 +29,7 @@ def fidelity_section(results: Sequence[Result], folder: Path) -> list[str]:
     own = series_of(at_context(usual, context))
     if not own:
         return ["No run was measured."]
-    texts = sorted({r.run.text for series in own for r in series.results})
+    texts = sorted({text_name(r.run.text) for series in own for r in series.results})
     continuation = sorted({r.run.continuation for series in own for r in series.results})
     spans = " or ".join(str(n) for n in continuation)
     about = f"{context:,} tokens coded, {spans} predicted, on {', '.join(texts)}"
@@ -54,6 +55,12 @@ def rate_points(own: Sequence[Series]) -> list[RatePoint]:
             text = result.run.text
             points.append(RatePoint(series.label, series.index, options, text, ratio, kl, ppl))
     return points
+
+
+def looks(own: Sequence[Series]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line of each codec, the same in all pictures."""
+    labels = dict.fromkeys(series.label for series in own)
+    return {label: style.look(index) for index, label in enumerate(labels)}
 
 
 def _rate(own: Sequence[Series], about: str, folder: Path) -> list[str]:
@@ -106,7 +113,7 @@ def _mse(own: Sequence[Series], about: str, folder: Path) -> list[str]:
     panels = figure.subplots(1, 2, sharex=True)
     style.title(figure, panels[0], "Squared error against compression", about)
     for axes, stream in zip(panels, ("k", "v"), strict=True):
-        for index, label in enumerate(dict.fromkeys(series.label for series in found)):
+        for label, (colour, marker, dash) in looks(own).items():
             rows = sorted(
                 (ratio, max(mse, 1e-9))
                 for s in found
@@ -115,7 +122,6 @@ def _mse(own: Sequence[Series], about: str, folder: Path) -> list[str]:
                 and (mse := s.middle("errors", stream, "mse")) is not None
             )
             if rows:
-                colour, marker, dash = style.look(index)
                 axes.plot(
                     *zip(*rows, strict=True),
                     color=colour,
@@ -151,8 +157,8 @@ def _layers(own: Sequence[Series], about: str, folder: Path) -> list[str]:
     panels = figure.subplots(1, 2, sharey=True)
     style.title(figure, panels[0], "Error of each layer", f"{about}; nearest to {_NEAR_RATIO:g}x")
     for axes, stream in zip(panels, ("k", "v"), strict=True):
-        for index, series in enumerate(list(chosen.values())[:_MAX_LINES]):
-            colour, marker, dash = style.look(index)
+        for series in list(chosen.values())[:_MAX_LINES]:
+            colour, marker, dash = looks(own)[series.label]
             size = shown(series.middle("compression_ratio"), ".1f", "x")
             axes.plot(
                 [max(v, 1e-6) for v in _by_layer(series, stream)],
@@ -193,7 +199,7 @@ def _lengths(results: Sequence[Result], usual: int) -> list[str]:
             (
                 f"{length:,}",
                 series.shown,
-                ", ".join(sorted({r.run.text for r in series.results})),
+                ", ".join(sorted({text_name(r.run.text) for r in series.results})),
                 shown(series.middle("compression_ratio"), ".2f", "x"),
                 shown(series.mean("kl_mean"), ".2g"),
                 percent(series.mean("top1_agreement")),
@@ -218,7 +224,7 @@ def _calibrations(results: Sequence[Result]) -> list[str]:
         (codec, calibration, *(_cell(own.get(text)) for text in texts))
         for (codec, calibration), own in sorted(rows.items())
     ]
-    head = ("codec", "calibrated on", *(f"{text}: ratio, KL" for text in texts))
+    head = ("codec", "calibrated on", *(f"{text_name(text)}: ratio, KL" for text in texts))
     return ["### Calibrated on one text, tested on another", "", *table(head, cells), ""]
 
 

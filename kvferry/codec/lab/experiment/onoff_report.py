@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kvferry.codec.lab import plot_style as style
 from kvferry.codec.lab.experiment.fidelity_report import percent
 from kvferry.codec.lab.experiment.results import Result
-from kvferry.codec.lab.experiment.series import Series, measured, series_of, shown, table
+from kvferry.codec.lab.experiment.series import Series, measured, series_of, shown, table, text_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +138,7 @@ def _excerpts(results: Sequence[Result]) -> list[str]:
     """How generations on one text begin."""
     found = measured(results)
     text = found[0].run.text
-    lines = [f"How the generations on *{text}* begin:", ""]
+    lines = [f"How the generations on *{text_name(text)}* begin:", ""]
     rows = [("without", _start(found[0].metrics.get("text_off")))]
     rows += [
         (result.run.codec.described(), _start(result.metrics.get("text_on")))

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvferry.codec.lab.experiment.results import Result, Status
 
@@ -97,6 +98,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def text_name(text: str) -> str:
+    """A text as people call it: files without folder and ending."""
+    return Path(text).stem
 
 
 def shown(value: float | None, form: str = ".3g", unit: str = "") -> str:
