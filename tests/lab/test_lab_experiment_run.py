@@ -290,3 +290,13 @@ def test_attention_differs_where_caches_do(bench: Bench, tokens: list[int]) -> N
     off = bench.restored(held, coarse.pages)
     other = attention_difference(bench.model, bench.exact(held), off, tokens[100:110])
     assert all(value > 0.01 for value in other)
+
+
+def test_results_do_not_say_where_home_is(tmp_path: Path, bench: Bench) -> None:
+    def at_home(codec: CodecSpec) -> NoCalibration:
+        raise ConfigError("calibration", str(Path.home() / "cache"), "made")
+
+    other = Bench(bench.loaded, MODEL_ID, bench.shape, bench.texts, at_home)
+    (failed,) = run_all([run_of(CodecSpec(name="affine"))], other, tmp_path, silent).failed
+    assert "~/cache" in failed.problem
+    assert str(Path.home()) not in (tmp_path / failed.file_name).read_text()

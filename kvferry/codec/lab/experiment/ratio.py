@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvferry.codec.lab.coding import Coded
@@ -14,6 +15,7 @@ _OVER = 1.03
 _BUDGET = 12
 # How far off a knob of many settings, and one of few, may end.
 _NEAR, _NEAR_OF_FEW = 0.08, 0.2
+_SAME = 0.01
 Code = Callable[[Options], Coded]
 
 
@@ -44,14 +46,27 @@ def turned_to(knob: Knob, ratio: float, code: Code, start: float | None = None) 
 
     def measured(value: float) -> float:
         options = knob.options(value)
+        before = list(seen.values())[-1:]
         seen[value] = Turned(value, options, code(options))
+        if knob.free and before and _flat(before[0], seen[value]):
+            raise _FlatError
         return seen[value].ratio
 
-    _search(knob, ratio, measured, start)
+    with suppress(_FlatError):
+        _search(knob, ratio, measured, start)
     best = min(seen.values(), key=lambda turned: abs(math.log(turned.ratio / ratio)))
     if not abs(best.ratio / ratio - 1) <= (_NEAR if knob.free else _NEAR_OF_FEW):
         raise _out_of_reach(knob, ratio, best)
     return best
+
+
+class _FlatError(Exception):
+    """Turning the knob further changes nothing more."""
+
+
+def _flat(first: Turned, second: Turned) -> bool:
+    turned = abs(math.log(second.value / first.value)) > math.log(2)
+    return turned and abs(second.ratio / first.ratio - 1) < _SAME
 
 
 def _search(

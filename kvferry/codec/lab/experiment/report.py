@@ -80,21 +80,27 @@ def _head(own: Sequence[Result], others: Sequence[str]) -> list[str]:
 
 
 def _problems(own: Sequence[Result]) -> list[str]:
-    """What was asked for and is not to be had, each kind of problem once per codec."""
-    found: dict[tuple[str, str], list[Result]] = {}
+    """What was asked for and is not to be had, one line for each codec and setting."""
+    found: dict[str, list[Result]] = {}
     for result in own:
         if result.status is not Status.MEASURED:
-            found.setdefault((result.run.codec.described(), result.problem), []).append(result)
+            found.setdefault(result.run.codec.described(), []).append(result)
     if not found:
         return ["## Asked for and not to be had", "", "Nothing.", ""]
     rows = [
-        (codec, ", ".join(sorted({r.run.kind for r in results})), str(len(results)), problem)
-        for (codec, problem), results in list(found.items())[:_MAX_PROBLEMS]
+        (codec, ", ".join(sorted({r.run.kind for r in results})), str(len(results)), _why(results))
+        for codec, results in sorted(found.items())[:_MAX_PROBLEMS]
     ]
     head = ("codec", "kind", "runs", "why")
     lines = ["## Asked for and not to be had", "", *table(head, rows), ""]
     left = len(found) - len(rows)
     return [*lines, f"And {left} more.", ""] if left > 0 else lines
+
+
+def _why(results: Sequence[Result]) -> str:
+    problems = list(dict.fromkeys(result.problem for result in results))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0].replace("|", "\\|") + more
 
 
 def _machine(value: object) -> str:

@@ -121,9 +121,14 @@ def _todo(run: Run, bench: Bench) -> Todo | Result:
             digest=run.digest(parts),
             about={**about(bench), **parts},
             status=Status.FAILED,
-            problem=str(exc),
+            problem=_line(exc),
         )
     return Todo(run, run.digest(parts), parts)
+
+
+def _line(exc: FerryError) -> str:
+    """Results go into repositories: they do not say where somebody's home is."""
+    return str(exc).replace(str(Path.home()), "~")
 
 
 def _there(folder: Path, entry: Todo) -> bool:
@@ -141,9 +146,9 @@ def _measured(entry: Todo, bench: Bench, done: Callable[[int], None]) -> Result:
     try:
         metrics = KINDS[entry.run.kind].measure(entry.run, bench, done)
     except OutOfReachError as exc:
-        status, problem = Status.OUT_OF_REACH, str(exc)
+        status, problem = Status.OUT_OF_REACH, _line(exc)
     except FerryError as exc:
-        status, problem = Status.FAILED, str(exc)
+        status, problem = Status.FAILED, _line(exc)
     return Result(
         run=entry.run,
         digest=entry.digest,
