@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from blake3 import blake3
 from mlx_lm.models.cache import make_prompt_cache
@@ -42,6 +42,7 @@ class KnownCalibration(Protocol):
 
 
 Tokens = Callable[[int], Sequence[int]]
+_Made = TypeVar("_Made")
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +63,7 @@ class Bench:
     _prepared: tuple[object, Prepared] | None = None
     _turned: dict[tuple[str, ...], float] = field(default_factory=dict)
     _words: dict[int, list[int]] = field(default_factory=dict)
+    _kept: tuple[object, Any] | None = None
 
     @property
     def model(self) -> Any:
@@ -98,6 +100,14 @@ class Bench:
         tokens = self.tokens(run.text, sizes.text_tokens)
         made = prepare(self.loaded, self.model_id, tokens, run.context, run.continuation, done)
         self._prepared = key, made
+        return made
+
+    def kept(self, key: object, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` gave for this key, made once while calls for it follow each other."""
+        if self._kept is None or self._kept[0] != key:
+            self._prepared = self._kept = None  # their memory is needed for the next
+            self._kept = key, make()
+        made: _Made = self._kept[1]
         return made
 
     def words(self, run: Run, count: int, done: Done) -> list[int]:

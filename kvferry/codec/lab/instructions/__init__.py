@@ -1,0 +1,1 @@
+"""Conversations with an early instruction: what a codec lets the model remember."""

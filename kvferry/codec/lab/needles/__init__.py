@@ -1,0 +1,1 @@
+"""Passkeys in long texts: what a codec lets the model find again."""

@@ -1,0 +1,148 @@
+"""Needles as a kind of experiment: runs, what they share, results and the report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kvferry.codec.lab.experiment.bench import Bench
+from kvferry.codec.lab.experiment.needles import Needles
+from kvferry.codec.lab.experiment.results import Result, Status
+from kvferry.codec.lab.experiment.spec import CodecSpec, Run
+from kvferry.codec.lab.experiment.table import Table
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.probe import describe
+from kvferry.errors import ConfigError
+
+KIND = Needles()
+OFFERED = {"affine": [CodecSpec(name="affine", options={"bits": bits}) for bits in (8, 2)]}
+
+
+def table(**values: object) -> Table:
+    return Table("here", values, {}, OFFERED)
+
+
+@pytest.fixture
+def bench(tiny: LoadedModel) -> Bench:
+    def text(count: int) -> Sequence[int]:
+        return [1 + i * i % 90 for i in range(count)]
+
+    nothing = SimpleNamespace(groups=(), curve=(), id=b"")
+    shape = describe(tiny.model, tiny.config)
+    return Bench(tiny, bytes(32), shape, {"prose": text}, lambda _: nothing)
+
+
+def test_runs_begin_with_the_models_own_cache_and_share_haystacks() -> None:
+    made = table(lengths=[512, 1024], seeds=2, depths=[0.0, 1.0], several=0)
+    runs = KIND.runs(made)
+    made.finish()
+    assert len(runs) == 2 * 2 * 3
+    assert [r.codec.name for r in runs[:3]] == ["raw", "affine", "affine"]
+    assert [r.settings["seed"] for r in runs[:6]] == [0, 0, 0, 1, 1, 1]
+    assert {r.context for r in runs} == {384, 896}
+    assert len({r.digest({}) for r in runs}) == len(runs)
+    assert runs[0].digest({}) == KIND.runs(table(lengths=[512], several=0, depths=[0, 1]))[
+        0
+    ].digest({})
+
+
+@pytest.mark.parametrize(
+    "values", [{"several": 1}, {"depths": [1.5]}, {"lengths": [100]}, {"depths": [], "several": 0}]
+)
+def test_what_cannot_be_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="here"):
+        KIND.runs(table(**values))
+
+
+def run_all(bench: Bench, runs: Sequence[Run]) -> list[Result]:
+    about = {"model": "tiny", "date": "2026-01-01"}
+    return [
+        Result(run=r, digest=r.digest({}), about=about, metrics=KIND.measure(r, bench, fed.append))
+        for r in runs
+        for fed in [[]]
+    ]
+
+
+def test_a_haystack_is_read_once_for_all_codecs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = Bench.capture
+
+    def capture(self: Bench, tokens: Sequence[int], done: object = None) -> object:
+        read.append(len(tokens))
+        return plain(self, tokens)
+
+    monkeypatch.setattr(Bench, "capture", capture)
+    runs = KIND.runs(table(lengths=[900], depths=[0.2, 0.8], several=3))
+    results = run_all(bench, runs)
+    assert read == [900] * 3
+    raw, fine, coarse = (result.metrics["needles"] for result in results)
+    assert [n["needles"] for n in raw] == [1, 1, 3, 3, 3]
+    assert [n["key"] for n in raw] == [n["key"] for n in coarse]
+    gaps = [
+        sum(abs(a["log_prob"] - b["log_prob"]) for a, b in zip(raw, own, strict=True))
+        for own in (fine, coarse)
+    ]
+    assert 0 < gaps[0] < gaps[1]
+    assert results[0].metrics["compression_ratio"] == 1.0
+    assert (
+        1.5 < results[1].metrics["compression_ratio"] < 3 < results[2].metrics["compression_ratio"]
+    )
+
+
+def needle(exact: bool, depth: float, needles: int = 1) -> dict[str, object]:
+    return {
+        "length": 512,
+        "depth": depth,
+        "needles": needles,
+        "name": "willow",
+        "key": f"{depth}",
+        "ratio": 4.0,
+        "kept": 1.0,
+        "exact": exact,
+        "log_prob": -0.6,
+        "tokens": 6,
+        "said": " 1",
+    }
+
+
+def result(codec: CodecSpec, found: Sequence[bool], model: str = "tiny") -> Result:
+    needles = [needle(exact, depth) for exact, depth in zip(found, (0.0, 0.5, 1.0), strict=False)]
+    run = Run(kind="needles", codec=codec, text="prose", context=384, settings={"seed": 0})
+    metrics = {"compression_ratio": 4.0, "needles": needles}
+    return Result(run=run, digest="0" * 32, about={"model": model}, metrics=metrics)
+
+
+def test_the_report_judges_a_codec_by_what_the_model_finds_itself(tmp_path: Path) -> None:
+    results = [
+        result(CodecSpec(name="raw"), [True, True, False]),
+        result(CodecSpec(name="affine"), [True, True, True]),  # measured again below
+        result(CodecSpec(name="affine"), [True, False, True]),
+    ]
+    lines = "\n".join(KIND.section(results, tmp_path))
+    assert "| 512 | 1/1 | 1/1 | 0/1 | 67 %" in lines
+    # One needle of the two that the model finds; the third it does not, whatever the codec.
+    assert "| affine | 4.0 | 2/3 |  | 50 % (9-91) | -0.10 | 100 % |" in lines
+    picture = tmp_path / "needles.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "(needles.png)" in lines
+
+
+def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
+    far = CodecSpec(name="affine", ratio=99.0)
+    run = Run(kind="needles", codec=far, text="prose", context=384, settings={"seed": 0})
+    missing = Result(
+        run=run, digest="", about={"model": "tiny"}, status=Status.OUT_OF_REACH, problem="too far"
+    )
+    lines = "\n".join(KIND.section([missing], tmp_path))
+    assert "Not measured without compression" in lines
+    assert not list(tmp_path.iterdir())
+    both = [
+        result(CodecSpec(name="raw"), [False]),
+        result(CodecSpec(name="affine"), [False]),
+        missing,
+    ]
+    lines = "\n".join(KIND.section(both, tmp_path))
+    assert "fails mostly by itself" in lines
