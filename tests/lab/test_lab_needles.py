@@ -22,6 +22,7 @@ from kvferry.codec.lab.needles.haystack import (
 from kvferry.codec.lab.needles.measure import measure, read
 from kvferry.codec.mlx.adapters import snapshot
 from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.probe import describe
 from kvferry.errors import ConfigError
 from kvferry.proto.keys import SINK_TOKENS, WINDOW_TOKENS
 
@@ -30,7 +31,7 @@ MODEL_ID = bytes(32)
 DEPTHS = st.lists(st.floats(0, 1), min_size=1, max_size=len(NAMES), unique=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(length=st.integers(900, 1500), depths=DEPTHS, seed=st.integers(0, 99))
 def test_a_needle_is_never_in_what_is_kept_exact(
     length: int, depths: list[float], seed: int
@@ -111,7 +112,8 @@ def test_every_needle_is_asked_for_after_a_cache_of_its_own(tiny: LoadedModel) -
     haystack = make_haystack(Words(), FILLER, 900, [0.1, 0.9], 0)
     cache = make_prompt_cache(tiny.model)
     prefill(tiny.model, haystack.tokens, cache)
-    ready = read(tiny, MODEL_ID, haystack, snapshot(cache, 900))
+    shape = describe(tiny.model, tiny.config)
+    ready = read(Words(), MODEL_ID, shape, haystack, snapshot(cache, 900))
     exact = measure(tiny, ready, ready.exact())
     assert [r.depth for r in exact] == [0.1, 0.9]
     assert all(r.ratio == 1 and r.kept == 1 and r.needles == 2 for r in exact)
@@ -124,5 +126,9 @@ def test_every_needle_is_asked_for_after_a_cache_of_its_own(tiny: LoadedModel) -
         return [r.found.log_prob for r in measure(tiny, ready, coded)]
 
     own = [r.found.log_prob for r in exact]
-    assert through("raw", {}) == own
-    assert through("affine", {"bits": 2}) != own
+
+    def away(found: list[float]) -> float:
+        return sum(abs(a - b) for a, b in zip(found, own, strict=True))
+
+    # The window is at 8 bits whatever the codec; the model's own cache is exact throughout.
+    assert 0 < away(through("raw", {})) < away(through("affine", {"bits": 2})) / 2

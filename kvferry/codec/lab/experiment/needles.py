@@ -147,5 +147,5 @@ def _read(run: Run, bench: "Bench", done: Done) -> "list[ReadHaystack]":
     for depths in places:
         made = make_haystack(bench.loaded.tokenizer, text, plan.length, depths, plan.seed)
         snapshot = bench.capture(made.tokens, done)
-        found.append(read(bench.loaded, bench.model_id, made, snapshot))
+        found.append(read(bench.loaded.tokenizer, bench.model_id, bench.shape, made, snapshot))
     return found

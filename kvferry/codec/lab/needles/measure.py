@@ -14,7 +14,8 @@ from kvferry.codec.lab.needles.ask import Found, ask
 from kvferry.codec.lab.needles.haystack import Haystack, Question, question
 from kvferry.codec.mlx.adapters import CacheSnapshot
 from kvferry.codec.mlx.load import LoadedModel
-from kvferry.codec.mlx.probe import describe
+from kvferry.codec.mlx.shape import ModelShape
+from kvferry.codec.mlx.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +61,27 @@ class ReadHaystack:
     tail: Coded
 
     def exact(self) -> Coded:
-        """The cache as it was, in place of what a codec makes of it; of ratio 1."""
-        page = self.snapshot.page(self.snapshot.layers, (0, self.haystack.coded))
+        """The cache as it was, its window too, in place of what codecs make of it; of ratio 1."""
+        page = self.snapshot.page(self.snapshot.layers, (0, self.snapshot.tokens))
         return Coded([page], page.raw_bytes_fp16 // 2, page.raw_bytes_fp16, 0.0, 0.0)
 
 
 def read(
-    loaded: LoadedModel, model_id: bytes, haystack: Haystack, snapshot: CacheSnapshot
+    tokenizer: Tokenizer,
+    model_id: bytes,
+    shape: ModelShape,
+    haystack: Haystack,
+    snapshot: CacheSnapshot,
 ) -> ReadHaystack:
     """What is the same for all codecs.
 
     Args:
         snapshot: of the haystack's tokens, all of them.
     """
-    shape = describe(loaded.model, loaded.config)
     codecs = group_codecs(*TAIL_CODEC, [(0, shape.layers)])
     coder = Coder(model_id, codecs, GroupSource(), shape.kv_heads, kind="tail")
     tail = coder.run(snapshot, (haystack.coded, len(haystack.tokens)))
-    asked = [question(loaded.tokenizer, haystack, needle) for needle in haystack.needles]
+    asked = [question(tokenizer, haystack, needle) for needle in haystack.needles]
     return ReadHaystack(haystack, asked, snapshot, tail)
 
 
@@ -92,10 +96,12 @@ def measure(
     Raises: ModelError.
     """
     haystack, ratio = ready.haystack, 2 * coded.values / coded.blob_bytes
+    whole = coded.pages[-1].tokens[1] == ready.snapshot.tokens
+    pages = coded.pages if whole else [*coded.pages, *ready.tail.pages]
     results = []
     for one in ready.questions:
         cache = make_prompt_cache(loaded.model)
-        ready.snapshot.refill(cache, [*coded.pages, *ready.tail.pages])
+        ready.snapshot.refill(cache, pages)
         found = ask(loaded.model, loaded.tokenizer, cache, one)
         if done is not None:
             done(len(one.asked) + len(one.answer))
