@@ -1,5 +1,6 @@
 """Passkeys in haystacks: where they stand, and when an answer counts as found."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import mlx.core as mx
@@ -106,6 +107,31 @@ def test_exact_means_what_the_model_says_greedily(tiny: LoadedModel) -> None:
         assert found.exact is (right and not goes_on)
         assert found.tokens == 3
         assert found.log_prob < 0
+
+
+class Letters(Words):
+    """Whatever is said is a letter."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "a" * len(tokens)
+
+
+class Digits(Words):
+    """Whatever is said is a digit."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "1" * len(tokens)
+
+
+def test_a_key_that_goes_on_with_a_digit_is_another_key(tiny: LoadedModel) -> None:
+    context, asked = FILLER[:60], [5, 6, 7]
+    right = Question(Needle("willow", "1", 0.0, (0, 1)), asked, greedy(tiny, context, asked, 3))
+    exact = []
+    for tokenizer in (Letters(), Digits()):
+        cache = make_prompt_cache(tiny.model)
+        prefill(tiny.model, context, cache)
+        exact.append(ask(tiny.model, tokenizer, cache, right).exact)
+    assert exact == [True, False]
 
 
 def test_every_needle_is_asked_for_after_a_cache_of_its_own(tiny: LoadedModel) -> None:

@@ -28,22 +28,22 @@ class Curve:
     points: Sequence[CurvePoint]
 
 
-def draw_recall(curves: Sequence[Curve], exact: Recall | None, model: str, path: Path) -> int:
+def draw_recall(curves: Sequence[Curve], exact: Recall | None, told: str, path: Path) -> int:
     """Above: needles still found; below: how likely the key still is.
 
     Args:
-        exact: what the model finds with its own cache.
+        exact: of the same needles with the model's own cache.
+        told: what the reader must know of the model.
     Returns: bytes written. Raises: ConfigError.
     """
     figure = style.new_figure(8.0, 7.2)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     asked = max(point.recall.asked for curve in curves for point in curve.points)
-    told = "" if exact is None else f"the model itself finds {exact.found} of {exact.asked}; "
     style.title(
         figure,
         upper,
         "Passkeys found again in a compressed cache",
-        f"{model}; {told}here: up to {asked} of those, bars are 95 % intervals",
+        f"{told}; here: up to {asked} of those, bars are 95 % intervals",
     )
     for index, curve in enumerate(curves):
         _draw(upper, lower, curve, index, len(curves))

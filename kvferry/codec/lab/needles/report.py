@@ -45,7 +45,10 @@ def section(results: Sequence[Result], folder: Path) -> list[str]:
     if not fair:
         return lines
     model = str(own[-1].about.get("model"))
-    draw_recall(_curves(settings, fair), recall(exact.values()), model, folder / PICTURE)
+    told = f"{model}; with its own cache it finds {len(fair)} of {len(exact)} needles"
+    lengths = _common_lengths(settings)
+    base = recall(needle for needle in fair.values() if _length(needle) in lengths)
+    draw_recall(_curves(settings, fair, lengths), base, told, folder / PICTURE)
     return [*lines, f"![Recall against compression]({PICTURE})"]
 
 
@@ -142,10 +145,15 @@ def _still(needles: Iterable[Needle], fair: Mapping[Place, Needle]) -> Recall | 
     return recall(n for n in needles if n["place"] in fair)
 
 
-def _curves(settings: Sequence[_Setting], fair: Mapping[Place, Needle]) -> list[Curve]:
-    """Over the lengths that every setting was measured at, or all if there is none such."""
-    lengths_of = [{_length(needle) for needle in one.needles} for one in settings]
-    lengths = set.intersection(*lengths_of) or set.union(*lengths_of)
+def _common_lengths(settings: Sequence[_Setting]) -> set[int]:
+    """Lengths that every setting was measured at, or all if there is none such."""
+    lengths = [{_length(needle) for needle in one.needles} for one in settings]
+    return set.intersection(*lengths) or set.union(*lengths)
+
+
+def _curves(
+    settings: Sequence[_Setting], fair: Mapping[Place, Needle], lengths: set[int]
+) -> list[Curve]:
     found = []
     for name in dict.fromkeys(setting.codec for setting in settings):
         points = []
