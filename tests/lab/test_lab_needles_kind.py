@@ -124,7 +124,7 @@ def test_the_report_judges_a_codec_by_what_the_model_finds_itself(tmp_path: Path
     lines = "\n".join(KIND.section(results, tmp_path))
     assert "| 512 | 1/1 | 1/1 | 0/1 | 67 %" in lines
     # One needle of the two that the model finds; the third it does not, whatever the codec.
-    assert "| affine | 4.0 | 2/3 |  | 50 % (9-91) | -0.10 | 100 % |" in lines
+    assert "| affine | 4.0 | 2/3 | 1/1 0/1 1/1 |  | 50 % (9-91) | -0.10 | 100 % |" in lines
     picture = tmp_path / "needles.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "(needles.png)" in lines

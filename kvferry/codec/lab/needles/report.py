@@ -115,7 +115,9 @@ def _settings(results: Sequence[Result]) -> list[_Setting]:
 
 
 def _codecs(settings: Sequence[_Setting], fair: Mapping[Place, Needle]) -> list[str]:
-    lengths = sorted({_length(needle) for one in settings for needle in one.needles})
+    every = [needle for one in settings for needle in one.needles]
+    lengths = sorted({_length(needle) for needle in every})
+    depths = sorted({number(n, "depth") for n in every if n["needles"] == 1})
     rows = []
     for one in sorted(settings, key=lambda s: (s.codec, s.ratio)):
         both = recall(one.needles)
@@ -123,14 +125,17 @@ def _codecs(settings: Sequence[_Setting], fair: Mapping[Place, Needle]) -> list[
             continue
         single = [n for n in one.needles if n["needles"] == 1]
         cells = [_counted(n for n in single if _length(n) == length) for length in lengths]
-        cells.append(_counted(n for n in one.needles if n["needles"] != 1))
+        cells += [
+            " ".join(_counted(n for n in single if number(n, "depth") == d) for d in depths),
+            _counted(n for n in one.needles if n["needles"] != 1),
+        ]
         cells += [shown(_still(one.needles, fair)), f"{both.log_prob:.2f}"]
         rows.append([one.described, f"{one.ratio:.1f}", *cells, f"{100 * both.kept:.0f} %"])
-    head = ["codec", "ratio", *(f"{length:,}" for length in lengths), "several"]
+    head = ["codec", "ratio", *(f"{length:,}" for length in lengths), "far to near", "several"]
     return [
-        'Codecs: exact matches, one needle by length. "Still found" counts only needles that '
-        "the model finds with its own cache; the key's log-probability shows what exact "
-        "matches are too coarse for.",
+        'Codecs: exact matches, one needle by length and by depth. "Still found" counts only '
+        "needles that the model finds with its own cache; the key's log-probability shows what "
+        "exact matches are too coarse for.",
         "",
         *table([*head, "still found", "key, nats per token", "needle's tokens kept"], rows),
         "",
