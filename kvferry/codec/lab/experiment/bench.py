@@ -94,7 +94,7 @@ class Bench:
         key = (run.text, run.context, run.continuation)
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared[1]
-        self._prepared = None  # its memory is needed for the next
+        self._prepared = self._kept = None  # their memory is needed for the next
         self._words.clear()
         sizes = Setup(codec="", context=run.context, continuation=run.continuation)
         tokens = self.tokens(run.text, sizes.text_tokens)
