@@ -4,8 +4,10 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+HF := $(VENV)-hf
+HF_STAMP := $(HF)/.installed
 
-.PHONY: demo test lint unit test-long test-ceph bench experiments report proto setup clean
+.PHONY: demo test lint unit test-long test-ceph test-hf bench experiments report proto setup clean
 
 demo: setup
 	$(BIN)/kvferry demo
@@ -33,6 +35,11 @@ test-long: setup
 test-ceph: setup
 	$(BIN)/python -m pytest -m ceph tests/cluster
 
+# torch and transformers, in an environment laid over the other one: whatever loads mlx-lm
+# would load torch too, had it been installed beside it.
+test-hf: $(HF_STAMP)
+	env $(PRELOAD) $(HF)/bin/python -m pytest -m hf tests/hf $(PYTEST_ARGS)
+
 bench: setup
 	$(BIN)/python -m benchmarks
 
@@ -55,5 +62,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" sh scripts/setup.sh
 	touch $@
 
+$(HF_STAMP): $(STAMP) scripts/setup_hf.sh
+	VENV="$(VENV)" HF="$(HF)" sh scripts/setup_hf.sh
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(HF) build dist *.egg-info

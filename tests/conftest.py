@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 settings.register_profile("kvferry", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvferry")
 
-LATER = ("long", "faults", "ceph")
+LATER = ("long", "faults", "ceph", "hf")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ every rank arrives at the same `model_id` whatever the split. No file is read he
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from blake3 import blake3
 
@@ -17,6 +17,12 @@ from kvferry.proto.keys import DIGEST_BYTES, canonical_json
 CACHE_LAYOUT_VERSION = 1
 _DOMAIN = b"kvferry/model/1"
 _Key = TypeVar("_Key", int, str)
+# What hubs and converters write into a config without changing a single number.
+VOLATILE = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "architectures", "torch_dtype",
+     "dtype", "use_cache", "_commit_hash", "_attn_implementation", "auto_map", "eos_token_id",
+     "bos_token_id", "pad_token_id"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,22 @@ def _content(fingerprint: ModelFingerprint) -> bytes:
             "adapter": fingerprint.adapter.hex(),
         }
     )
+
+
+def canonical_config(config: Mapping[str, Any]) -> dict[str, object]:
+    """The config without what changes no number; infinities become text."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): clean(v) for k, v in value.items() if k not in VOLATILE}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        if isinstance(value, float) and not -1e308 < value < 1e308:
+            return str(value)
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    cleaned: dict[str, object] = clean(config)
+    return cleaned
 
 
 def merge(parts: Sequence[ModelFingerprint]) -> ModelFingerprint:

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
@@ -20,18 +19,12 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import reference_model
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.errors import ModelError
-from kvferry.proto.identity import ModelFingerprint
+from kvferry.proto.identity import ModelFingerprint, canonical_config
 from kvferry.proto.keys import canonical_json
 from kvferry.settings import user_dir
 
 MAX_HEADER = 256 << 20
 CHUNK = 8 << 20
-# What hubs and converters write into a config without changing a single number.
-VOLATILE = frozenset(
-    {"_name_or_path", "name_or_path", "transformers_version", "architectures", "torch_dtype",
-     "dtype", "use_cache", "_commit_hash", "_attn_implementation", "auto_map", "eos_token_id",
-     "bos_token_id", "pad_token_id"}
-)  # fmt: skip
 _LAYER = re.compile(
     r"(?:(?:language_model|model|transformer|backbone)\.)*(?:layers|h|blocks)\.(\d+)\."
 )
@@ -81,22 +74,6 @@ def fingerprint(
         rope={layer: specs[layer].fingerprint() for layer in range(*held)},
         adapter=_adapter_digest(loaded.adapter_files),
     )
-
-
-def canonical_config(config: Mapping[str, Any]) -> dict[str, object]:
-    """The config without what changes no number; infinities become text."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): clean(v) for k, v in value.items() if k not in VOLATILE}
-        if isinstance(value, list | tuple):
-            return [clean(item) for item in value]
-        if isinstance(value, float) and not -1e308 < value < 1e308:
-            return str(value)
-        return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-    cleaned: dict[str, object] = clean(config)
-    return cleaned
 
 
 def _digests(loaded: LoadedModel, wanted: range, cache_dir: Path) -> dict[str, bytes]:

@@ -1,0 +1,205 @@
+"""A transformers `DynamicCache` as page tensors, and back, bit by bit.
+
+Keys are taken as the cache has them: rotated, for llamas by halves, which is MLX's
+``traditional=False``. So pages of both worlds have one layout, (layers, heads, tokens, dim).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.errors import ModelError
+
+_DTYPES = {
+    torch.float16: DType.FLOAT16,
+    torch.bfloat16: DType.BFLOAT16,
+    torch.float32: DType.FLOAT32,
+}
+_TORCH = {kind: dtype for dtype, kind in _DTYPES.items()}
+_Host = npt.NDArray[np.generic]
+Rows = tuple[torch.Tensor, torch.Tensor]
+Device: TypeAlias = "torch.device | str"
+Devices: TypeAlias = "Device | Mapping[int, Device]"
+
+
+def dtype_of(dtype: torch.dtype) -> DType:
+    """Raises: ModelError: an element type that no page has."""
+    if dtype not in _DTYPES:
+        raise ModelError(f"a cache of {dtype} cannot be stored: float32, float16 or bfloat16 can")
+    return _DTYPES[dtype]
+
+
+def torch_dtype(kind: DType) -> torch.dtype:
+    """Inverse of `dtype_of`."""
+    return _TORCH[kind]
+
+
+def rows_of(cache: Any) -> list[Rows | None]:
+    """Keys and values of each layer, (1, heads, tokens, dim); None for a layer without any.
+
+    Args:
+        cache: a `DynamicCache` whose layers all attend to everything; or what iterating
+            one gives, (keys, values) or (keys, values, None) for each layer, as it was
+            before transformers had caches and is between processes.
+    Raises: ModelError: sliding, static, quantized, recurrent and encoder-decoder caches by
+        their names; more than one sequence; layers that differ in tokens.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is not None:
+        rows = [_of_layer(index, layer) for index, layer in enumerate(layers)]
+    elif isinstance(cache, list | tuple):
+        rows = [_of_tuple(index, entry) for index, entry in enumerate(cache)]
+    else:
+        raise ModelError(f"a {type(cache).__name__} cannot be stored: a DynamicCache can")
+    held = {pair[0].shape[-2] for pair in rows if pair is not None}
+    if len(held) > 1:
+        raise ModelError(f"layers of the cache hold {sorted(held)} tokens: they must be alike")
+    return rows
+
+
+def length(cache: Any) -> int:
+    """Tokens that the cache holds. Raises: ModelError, as `rows_of`."""
+    return next((int(pair[0].shape[-2]) for pair in rows_of(cache) if pair is not None), 0)
+
+
+def read(
+    cache: Any,
+    layers: tuple[int, int] | None = None,
+    tokens: tuple[int, int] | None = None,
+    *,
+    head_start: int = 0,
+) -> PageTensors:
+    """Host copies of some layers and tokens, from any device.
+
+    Args:
+        cache: see `rows_of`. One sequence without padding: its first row is position 0.
+        layers, tokens: absolute, half-open; all that the cache holds if None.
+        head_start: absolute index of the first KV head (tensor parallelism).
+    Returns: streams "k" and "v", (layers, heads, tokens, dim), the bits as they are.
+    Raises: ModelError: as `rows_of`, and for ranges that the cache does not hold.
+    """
+    rows = rows_of(cache)
+    first, last = layers or _filled(rows)
+    if not 0 <= first < last <= len(rows) or None in rows[first:last]:
+        raise ModelError(f"layers {(first, last)} are not all within the cache's {len(rows)}")
+    part = [pair for pair in rows[first:last] if pair is not None]
+    held = int(part[0][0].shape[-2])
+    start, end = tokens or (0, held)
+    if not 0 <= start < end <= held:
+        raise ModelError(f"tokens {(start, end)} are not within the cache's {held}")
+    streams = {}
+    for index, name in enumerate(("k", "v")):
+        tensors = [pair[index] for pair in part]
+        kinds = {(tensor.dtype, tensor.shape[1], tensor.shape[3]) for tensor in tensors}
+        if len(kinds) > 1:
+            raise ModelError(f"layers {(first, last)} differ in heads, dims or element type")
+        host = np.stack([host_array(tensor[0, :, start:end]) for tensor in tensors])
+        streams[name] = Stream(name, host, dtype_of(tensors[0].dtype))
+    heads = part[0][0].shape[1]
+    return PageTensors((first, last), (head_start, head_start + heads), (start, end), streams)
+
+
+def fill(pages: Sequence[PageTensors], device: Devices = "cpu") -> DynamicCache:
+    """A fresh cache that holds pages; every layer at its absolute index.
+
+    Args:
+        pages: in any order; of each layer that has any, tokens 0 to the same end without
+            gaps. Layers without any stay empty, as transformers leaves those that have
+            not run.
+        device: of all layers, or of each.
+    Raises: ModelError: pages that do not fit together.
+    """
+    layers = sorted({layer for page in pages for layer in range(*page.layers)})
+    ends = {page.tokens[1] for page in pages}
+    staged = {layer: _joined(pages, layer, max(ends)) for layer in layers}
+    cache = DynamicCache()
+    for layer, (keys, values) in staged.items():
+        where = device[layer] if isinstance(device, Mapping) else device
+        cache.update(keys.to(where), values.to(where), layer)
+    return cache
+
+
+def host_array(tensor: torch.Tensor) -> _Host:
+    """A tensor's bits in the host's memory, in its `DType`'s storage."""
+    kind = dtype_of(tensor.dtype)
+    host = tensor.detach().cpu()
+    if kind is DType.BFLOAT16:  # numpy has none
+        bits: _Host = host.contiguous().view(torch.int16).numpy().view(kind.storage)
+        return bits
+    found: _Host = host.numpy()
+    return found
+
+
+def tensor_of(host: _Host, kind: DType) -> torch.Tensor:
+    """Inverse of `host_array`; a copy."""
+    if kind is DType.BFLOAT16:
+        return torch.from_numpy(host.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(host.copy())
+
+
+def _of_layer(index: int, layer: Any) -> Rows | None:
+    if type(layer) is not DynamicLayer:
+        raise ModelError(
+            f"layer {index} of the cache is a {type(layer).__name__}: only a DynamicLayer, which "
+            "holds every token as it is, can be stored"
+        )
+    return _checked(index, layer.keys, layer.values)
+
+
+def _of_tuple(index: int, entry: Any) -> Rows | None:
+    if not isinstance(entry, list | tuple) or len(entry) not in (2, 3):
+        raise ModelError(f"layer {index} of the cache is no pair of keys and values")
+    if len(entry) == 3 and entry[2] is not None:
+        raise ModelError(f"layer {index} of the cache has a sliding window: it cannot be stored")
+    return _checked(index, entry[0], entry[1])
+
+
+def _checked(index: int, keys: Any, values: Any) -> Rows | None:
+    if keys is None or values is None or keys.numel() == 0:
+        return None
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+        raise ModelError(
+            f"layer {index}: keys {tuple(keys.shape)} and values {tuple(values.shape)} are not "
+            "(1, heads, tokens, dim) both"
+        )
+    if keys.shape[0] != 1:
+        raise ModelError(f"a cache of {keys.shape[0]} sequences at once cannot be stored")
+    dtype_of(keys.dtype)
+    dtype_of(values.dtype)
+    return keys, values
+
+
+def _filled(rows: Sequence[Rows | None]) -> tuple[int, int]:
+    filled = [index for index, pair in enumerate(rows) if pair is not None]
+    if not filled:
+        raise ModelError("the cache is empty")
+    return filled[0], filled[-1] + 1
+
+
+def _joined(pages: Iterable[PageTensors], layer: int, end: int) -> Rows:
+    mine = sorted(
+        (page for page in pages if page.layers[0] <= layer < page.layers[1]),
+        key=lambda page: page.tokens,
+    )
+    edges = [0, *(page.tokens[1] for page in mine)]
+    if [page.tokens[0] for page in mine] != edges[:-1] or edges[-1] != end:
+        raise ModelError(f"pages of layer {layer} do not hold tokens 0 to {end} without gaps")
+    joined = []
+    for name in ("k", "v"):
+        if any(set(page.streams) != {"k", "v"} for page in mine):
+            raise ModelError(
+                f"pages of streams {sorted(mine[0].streams)} do not fit a DynamicCache"
+            )
+        held = [page.streams[name] for page in mine]
+        kinds = {(s.dtype, s.data.shape[1], s.data.shape[3]) for s in held}
+        if len(kinds) > 1:
+            raise ModelError("pages differ in heads, dimensions or element type")
+        parts = [s.data[layer - page.layers[0]] for s, page in zip(held, mine, strict=True)]
+        joined.append(tensor_of(np.concatenate(parts, axis=1)[None], held[0].dtype))
+    return joined[0], joined[1]
