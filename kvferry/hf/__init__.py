@@ -17,6 +17,7 @@ except ImportError as exc:
     ) from exc
 
 from kvferry.hf.blobs import offload, restore
+from kvferry.hf.calibrations import adopt, calibrate_lowrank
 from kvferry.hf.compressed import CompressedCache
 from kvferry.hf.identity import TorchModel, identify
 from kvferry.hf.prefix_cache import PrefixCache
@@ -27,6 +28,8 @@ __all__ = [
     "CompressedCache",
     "PrefixCache",
     "TorchModel",
+    "adopt",
+    "calibrate_lowrank",
     "fill",
     "identify",
     "length",

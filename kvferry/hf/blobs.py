@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from kvferry.codec.affine import AffineCodec
-from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations, PageTensors
+from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations, PageTensors, drops_tokens
 from kvferry.codec.blob import (
     BlobMeta,
     StoredBlob,
@@ -16,7 +15,8 @@ from kvferry.codec.blob import (
     encode_blob,
 )
 from kvferry.codec.calibration import layer_groups
-from kvferry.errors import CodecError, ModelError
+from kvferry.codec.raw import ZstdCodec
+from kvferry.errors import CodecError, ConfigError, ModelError
 from kvferry.hf.identity import TorchModel
 from kvferry.hf.tensors import Devices, fill, length, read
 from kvferry.proto.keys import (
@@ -32,7 +32,7 @@ from kvferry.proto.keys import (
 
 Range = tuple[int, int]
 Codecs = Codec | Mapping[Range, Codec]
-TAIL = AffineCodec(8)
+EXACT = ZstdCodec()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +52,8 @@ def layer_codecs(codec: Codecs, model: TorchModel) -> Mapping[Range, Codec]:
     A single codec is used for kvferry's own layer groups; one with a calibration covers
     its calibration's layers and needs a mapping unless those are all.
 
-    Raises: ModelError: layers without a codec, or with two.
+    Raises: ModelError: layers without a codec, or with two; ConfigError: a codec that drops
+        tokens, which nothing is restored from.
     """
     if isinstance(codec, Mapping):
         found = dict(sorted(codec.items()))
@@ -60,6 +61,8 @@ def layer_codecs(codec: Codecs, model: TorchModel) -> Mapping[Range, Codec]:
         known = getattr(codec, "calibration", None)
         spans = layer_groups(model.layers, model.heads, model.head_dim)
         found = dict.fromkeys(spans if known is None else [tuple(known.layers)], codec)
+    for used in found.values():
+        check_keeps(used)
     at = 0
     for start, end in found:
         if start != at or end <= start:
@@ -70,6 +73,12 @@ def layer_codecs(codec: Codecs, model: TorchModel) -> Mapping[Range, Codec]:
     return found
 
 
+def check_keeps(codec: Codec) -> None:
+    """Raises: ConfigError: a codec that drops tokens: a live cache must have them all."""
+    if drops_tokens(codec):
+        raise ConfigError("codec", codec.name, "one that keeps every token")
+
+
 def plan(
     cache: Any,
     tokens: Sequence[int],
@@ -77,7 +86,7 @@ def plan(
     model: TorchModel,
     *,
     salt: bytes,
-    tail: Codec | None = TAIL,
+    tail: Codec | None = EXACT,
     page_tokens: int = DEFAULT_PAGE_TOKENS,
 ) -> list[Pending]:
     """The blobs of a cache's first tokens; arguments and errors as `offload`."""
@@ -109,6 +118,7 @@ def plan(
         add("page", codecs, chain[index + 1], chain[index], span)
     start = count * page_tokens
     if tail is not None and start < len(ids):
+        check_keeps(tail)
         key = tail_key(chain[count], ids[start:])
         add("tail", {(0, model.layers): tail}, key, chain[count], (start, len(ids)))
     return made
@@ -128,7 +138,7 @@ def offload(
     model: TorchModel,
     *,
     salt: bytes,
-    tail: Codec | None = TAIL,
+    tail: Codec | None = EXACT,
     page_tokens: int = DEFAULT_PAGE_TOKENS,
 ) -> list[StoredBlob]:
     """A cache as blobs: whole pages behind the window, and a tail to the last token.
@@ -139,7 +149,8 @@ def offload(
         codec: of pages; or one for each range of layers.
         model: from `identify`.
         salt: of the namespace, 16 to 64 bytes (`root_key`); who has another finds nothing.
-        tail: codec of what is not a whole page 128 tokens behind the end; None: left out.
+        tail: codec of what is not a whole page 128 tokens behind the end, exact by default
+            (8-bit ``affine`` is enough for most uses); None: left out.
         page_tokens: a setting of the whole namespace, not of a caller.
     Returns: blobs in token order; store each under its key.
     Raises: ModelError: this cache or model cannot be stored; CodecError: nor these numbers.

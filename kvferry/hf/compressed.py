@@ -1,16 +1,23 @@
 """A cache for ``model.generate(past_key_values=...)`` that keeps its history encoded."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
 
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations
+from kvferry.codec.lowrank import LowRankCodec
 from kvferry.errors import ConfigError
+from kvferry.hf.blobs import check_keeps
 from kvferry.hf.compressed_layer import CompressedLayer
+from kvferry.hf.history import EncodedHistory, History
+from kvferry.hf.lowrank_history import LowRankHistory
+from kvferry.hf.preset import preset_coding
 
-CHUNK_TOKENS = 64
+CHUNK_TOKENS = 128
 WINDOW_TOKENS = 128
 
 
@@ -20,21 +27,21 @@ class CompressedCache(Cache):
     Prefill sees exact rows; what lies more than ``window`` tokens behind is encoded in
     chunks as it leaves the window, and decoded anew at each step, so that memory is what
     the codec makes of it plus one layer decoded. Batches, beams and cropping work as with
-    a `DynamicCache`. Codecs run on the CPU: on another device rows cross over at each step.
+    a `DynamicCache`. ``lowrank`` of V runs where the model does; other codecs run on the CPU,
+    so that on another device rows cross over at each step.
 
     Args:
-        layers: of the model.
-        codec: any that codes a single layer; or one for each layer. Codecs with a
-            calibration need one of each single layer (`GroupCalibration.cut`).
+        codec: one that codes any layer by itself (``affine``, ``bitpack``); or one for
+            each layer: codecs with a calibration need that of the single layer.
         identity: absolute layers to keep exact.
-        chunk, window: in tokens.
+        chunk: tokens encoded together; the larger, the less time each step takes.
+        window: newest tokens that are never encoded.
         calibrations: what decoding looks calibrations up in.
-    Raises: ConfigError: a layer that is not in the model, or without a codec.
+    Raises: ConfigError.
     """
 
     def __init__(
         self,
-        layers: int,
         codec: Codec | Mapping[int, Codec],
         *,
         identity: Collection[int] = (),
@@ -44,20 +51,48 @@ class CompressedCache(Cache):
     ) -> None:
         if chunk < 1 or window < 0:
             raise ConfigError("chunk, window", (chunk, window), "at least 1 and 0 tokens")
-        odd = sorted(set(identity) - set(range(layers)))
-        if odd:
-            raise ConfigError("identity", odd, f"layers of the model, 0 to {layers - 1}")
         source = calibrations or NoCalibrations()
-        made: list[Any] = []
-        for layer in range(layers):
+
+        def following() -> Any:
+            """The layer after those that are there: a model's layers come in order."""
+            layer = len(self.layers)
             used = codec.get(layer) if isinstance(codec, Mapping) else codec
             if layer in identity:
-                made.append(DynamicLayer())
-            elif used is None:
+                return DynamicLayer()
+            if used is None:
                 raise ConfigError("codec", f"none for layer {layer}", "one for every layer")
-            else:
-                made.append(CompressedLayer(layer, used, source, chunk, window))
-        super().__init__(layers=made)
+            check_keeps(used)
+            return CompressedLayer(partial(_history, layer, used, source), chunk, window)
+
+        super().__init__(layer_class_to_replicate=following)
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset: Path | str,
+        calibration: Path | str | None = None,
+        *,
+        chunk: int = CHUNK_TOKENS,
+        window: int = WINDOW_TOKENS,
+    ) -> Self:
+        """As a preset says: what ``kvferry tune`` wrote, or the shorter form in
+        `kvferry.hf.preset`.
+
+        Args:
+            preset: file.
+            calibration: folder or file; by default what the preset names, else where
+                ``kvferry calibrate`` leaves it.
+        Raises: ConfigError: files that are not there or not what they should be;
+            CalibrationMissingError, CalibrationCorruptError.
+        """
+        coding = preset_coding(Path(preset), None if calibration is None else Path(calibration))
+        return cls(
+            coding.codec,
+            identity=coding.identity,
+            chunk=chunk,
+            window=window,
+            calibrations=coding.calibrations,
+        )
 
     def to_dynamic(self) -> DynamicCache:
         """What the model sees, as a plain cache, for `kvferry.hf.offload` say.
@@ -81,3 +116,9 @@ class CompressedCache(Cache):
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
+
+
+def _history(layer: int, codec: Codec, calibrations: CalibrationSource) -> History:
+    if isinstance(codec, LowRankCodec) and set(codec.rank) == {"v"}:
+        return LowRankHistory(codec)
+    return EncodedHistory(layer, codec, calibrations)

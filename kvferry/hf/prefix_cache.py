@@ -13,9 +13,9 @@ from kvferry.cluster.repository import LookupQuery, LookupResult
 from kvferry.codec.base import Codec
 from kvferry.codec.blob import StoredBlob
 from kvferry.codec.calibration import GroupCalibration
-from kvferry.codec.raw import ZstdCodec
+from kvferry.codec.registry import restorable_names
 from kvferry.errors import FerryError
-from kvferry.hf.blobs import TAIL, Codecs, decoded, encode, filled, layer_codecs, plan
+from kvferry.hf.blobs import EXACT, Codecs, decoded, encode, filled, layer_codecs, plan
 from kvferry.hf.identity import TorchModel
 from kvferry.hf.tensors import Devices, length
 from kvferry.node.calibrations import Calibrations
@@ -26,7 +26,6 @@ from kvferry.settings import user_dir
 log = logging.getLogger(__name__)
 
 DAY_S = 86_400
-EXACT = ZstdCodec()
 
 
 class BlobClient(Protocol):
@@ -73,7 +72,7 @@ class PrefixCache:
         *,
         salt: bytes,
         codec: Codecs = EXACT,
-        tail: Codec | None = TAIL,
+        tail: Codec | None = EXACT,
         tail_ttl_s: int = DAY_S,
         page_tokens: int = DEFAULT_PAGE_TOKENS,
         calibrations: Sequence[GroupCalibration] = (),
@@ -162,7 +161,8 @@ class PrefixCache:
     def _restored(self, ids: list[int]) -> DynamicCache | None:
         model = self._model
         keys = page_keys(self._root, ids, self._page_tokens)
-        found = self._client.lookup(LookupQuery(root=self._root, page_keys=keys))
+        query = LookupQuery(root=self._root, page_keys=keys, codecs=restorable_names())
+        found = self._client.lookup(query)
         planned = plan_restore(
             found,
             keys,

@@ -187,6 +187,8 @@ def _joined(pages: Iterable[PageTensors], layer: int, end: int) -> Rows:
         (page for page in pages if page.layers[0] <= layer < page.layers[1]),
         key=lambda page: page.tokens,
     )
+    if any(page.kept is not None for page in mine):
+        raise ModelError("pages that lack tokens do not fit a DynamicCache")
     edges = [0, *(page.tokens[1] for page in mine)]
     if [page.tokens[0] for page in mine] != edges[:-1] or edges[-1] != end:
         raise ModelError(f"pages of layer {layer} do not hold tokens 0 to {end} without gaps")

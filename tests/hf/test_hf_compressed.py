@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from kvferry.codec.affine import AffineCodec
 from kvferry.codec.raw import RawCodec, ZstdCodec
+from kvferry.codec.registry import make_codec
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.hf import CompressedCache
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.hf
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exact_codec_changes_no_token(dtype: torch.dtype) -> None:
     model, tokens = tiny().to(dtype), prompt(150)
-    cache = CompressedCache(3, ZstdCodec(), chunk=16, window=8)
+    cache = CompressedCache(ZstdCodec(), chunk=16, window=8)
     assert greedy(model, tokens, cache) == greedy(model, tokens)
     assert cache.get_seq_length() == 150 + 23
     coded, exact = cache.layers[0].nbytes
@@ -27,8 +28,8 @@ def test_an_exact_codec_changes_no_token(dtype: torch.dtype) -> None:
 
 def test_chunks_are_the_same_however_tokens_come() -> None:
     model, tokens = tiny(), prompt(70)
-    whole = CompressedCache(3, RawCodec(), chunk=16, window=8)
-    single = CompressedCache(3, RawCodec(), chunk=16, window=8)
+    whole = CompressedCache(RawCodec(), chunk=16, window=8)
+    single = CompressedCache(RawCodec(), chunk=16, window=8)
     plain = prefilled(model, tokens)
     for layer, held in enumerate(plain.layers):
         whole.update(held.keys, held.values, layer)
@@ -44,7 +45,7 @@ def test_chunks_are_the_same_however_tokens_come() -> None:
 
 def test_a_lossy_codec_holds_less_and_stays_near() -> None:
     model, tokens = tiny(), prompt(300)
-    cache = CompressedCache(3, AffineCodec(8), identity=(1,), chunk=32, window=32)
+    cache = CompressedCache(AffineCodec(8), identity=(1,), chunk=32, window=32)
     plain = prefilled(model, tokens)
     with torch.no_grad():
         first = model(torch.tensor([tokens]), past_key_values=cache)
@@ -70,7 +71,7 @@ def test_beams_and_batches_reorder_encoded_rows() -> None:
     options["attention_mask"] = torch.ones_like(asked)
     with torch.no_grad():
         plain = model.generate(asked, past_key_values=DynamicCache(), **options)
-        cache = CompressedCache(3, RawCodec(), chunk=8, window=4)
+        cache = CompressedCache(RawCodec(), chunk=8, window=4)
         found = model.generate(asked, past_key_values=cache, **options)
     assert torch.equal(found, plain)
 
@@ -79,7 +80,7 @@ def test_beams_and_batches_reorder_encoded_rows() -> None:
 def test_cropping_leaves_what_a_plain_cache_leaves(removed: int) -> None:
     model, tokens = tiny(), prompt(70)
     plain = prefilled(model, tokens)
-    cache = CompressedCache(3, RawCodec(), chunk=16, window=8)
+    cache = CompressedCache(RawCodec(), chunk=16, window=8)
     for layer, held in enumerate(plain.layers):
         cache.update(held.keys, held.values, layer)
     cache.crop(-removed)
@@ -96,7 +97,7 @@ def test_cropping_leaves_what_a_plain_cache_leaves(removed: int) -> None:
 
 def test_it_is_as_new_after_a_reset() -> None:
     model, tokens = tiny(), prompt(90)
-    cache = CompressedCache(3, RawCodec(), chunk=16, window=8)
+    cache = CompressedCache(RawCodec(), chunk=16, window=8)
     first = greedy(model, tokens, cache)
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
@@ -104,13 +105,16 @@ def test_it_is_as_new_after_a_reset() -> None:
 
 
 def test_settings_and_numbers_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ConfigError, match="identity"):
-        CompressedCache(3, RawCodec(), identity=(3,))
+    rows = torch.zeros(1, 2, 4, 16)
+    few = CompressedCache({0: RawCodec()})
+    few.update(rows, rows, 0)
     with pytest.raises(ConfigError, match="layer 1"):
-        CompressedCache(2, {0: RawCodec()})
+        few.update(rows, rows, 1)
+    with pytest.raises(ConfigError, match="keeps every token"):
+        CompressedCache(make_codec("streaming", {})).update(rows, rows, 0)
     with pytest.raises(ConfigError, match="chunk"):
-        CompressedCache(2, RawCodec(), chunk=0)
-    cache = CompressedCache(1, AffineCodec(8), chunk=4, window=0)
+        CompressedCache(RawCodec(), chunk=0)
+    cache = CompressedCache(AffineCodec(8), chunk=4, window=0)
     rows = torch.full((1, 2, 4, 16), float("nan"))
     with pytest.raises(UnsupportedTensorError, match="NaN"):
         cache.update(rows, rows, 0)

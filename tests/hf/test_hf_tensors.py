@@ -93,7 +93,8 @@ def test_caches_that_cannot_be_stored_are_named() -> None:
     sliding = DynamicCache()
     sliding.layers = [DynamicSlidingWindowLayer(sliding_window=8)]
     static = StaticCache(config=model.config, max_cache_len=8)
-    compressed = CompressedCache(1, RawCodec())
+    compressed = CompressedCache(RawCodec())
+    compressed.update(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0)
     both = EncoderDecoderCache(DynamicCache(), DynamicCache())
     batch = DynamicCache()
     batch.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
