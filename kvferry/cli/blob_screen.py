@@ -25,7 +25,7 @@ def clean(text: str) -> str:
 def mib_number(size: float) -> str:
     """A size in MiB without the unit, with about three digits that count."""
     value = size / MIB
-    digits = 1 if value >= 100 else 3 if value >= 0.1 else 5
+    digits = 1 if value >= 100 else 3 if value >= 0.1 else 5 if value else 0
     return f"{value:,.{digits}f}"
 
 

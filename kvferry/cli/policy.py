@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from kvferry.proto.v1 import coordinator_pb2 as pb
 
 _T = TypeVar("_T")
+UNDECIDED = (
+    "The optimizer decides nothing here: no nodes that hold all of such a model have told its "
+    "calibration's curve (`kvferry calibrate`)."
+)
 
 AddressOption = Annotated[
     str | None,
@@ -136,6 +140,8 @@ def explain(
         return
     _print_runs(reply)
     print_decisions(reply.decisions, node)
+    if reply.policy.budget_nats and not reply.decisions:
+        typer.echo(UNDECIDED)
 
 
 def _print_runs(reply: "pb.ExplainReply") -> None:

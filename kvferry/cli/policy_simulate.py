@@ -95,6 +95,8 @@ def _print(name: str, machines: int, runs: "list[Run]") -> None:
     for run in runs:
         table.add_column(run.way, justify="right")
     figures = [run.figures() for run in runs]
+    for found in figures:
+        found["stored_mb"] = found["stored_bytes"] / 1e6
     seconds = "{:.3g} s"
     for label, key, form in (
         ("requests", "requests", "{:,.0f}"),
@@ -103,7 +105,7 @@ def _print(name: str, machines: int, runs: "list[Run]") -> None:
         ("restore, median", "restore_p50_s", seconds),
         ("restore, 90th percentile", "restore_p90_s", seconds),
         ("tokens restored", "restored_share", "{:.0%}"),
-        ("stored", "stored_bytes", "{:,.3g} B"),
+        ("stored", "stored_mb", "{:,.3g} MB"),
         ("mean KL at the end", "kl_nats", "{:.4f} nats"),
         ("changes of policy", "policy_changes", "{:.0f}"),
     ):

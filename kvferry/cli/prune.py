@@ -72,12 +72,12 @@ def prune(
     from kvferry.errors import ConfigError
 
     address = store_address(store)
-    chain = None
+    chain, left = None, 0
     if text is not None or tokens is not None:
         if any((older_than, unused_for, namespace, everything, calibrations)):
             raise ConfigError("--text or --tokens", text or tokens, "given without other filters")
         chain = _chain(text, tokens, model, chat, socket)
-        found = asyncio.run(_of_chain(address, chain, with_prefix))
+        found, left = asyncio.run(_of_chain(address, chain, with_prefix))
     else:
         if with_prefix or chat:
             raise ConfigError("--with-prefix and --chat", "", "given with --text or --tokens")
@@ -101,6 +101,11 @@ def prune(
             _say(found, "would be deleted")
         else:
             typer.echo(f"{deleted:,} blobs deleted")
+        if left:
+            typer.echo(
+                f"{left:,} blobs of this prompt's pages stay: others begin with them, or it "
+                "went on (--with-prefix takes these too)"
+            )
 
 
 def _chain(
@@ -148,7 +153,8 @@ async def _fitting(address: str, filters: "Filters") -> "Doomed":
         return await pick(client, filters)
 
 
-async def _of_chain(address: str, chain: "Chain", with_prefix: bool) -> "Doomed":
+async def _of_chain(address: str, chain: "Chain", with_prefix: bool) -> "tuple[Doomed, int]":
+    """What goes, and how many of its blobs stay."""
     from kvferry.cli.chain import find, leaf_first
     from kvferry.cli.clients import store_client
     from kvferry.cli.prune_work import doomed
@@ -156,7 +162,8 @@ async def _of_chain(address: str, chain: "Chain", with_prefix: bool) -> "Doomed"
     async with store_client(address, timeout_s=600.0) as client:
         found = await find(client, chain)
         going = await leaf_first(client, found, with_prefix=with_prefix)
-        return doomed((info.key, info.size) for info in going)
+        left = len(found.blobs) - len(going)
+        return doomed((info.key, info.size) for info in going), left
 
 
 async def _delete(address: str, socket: Path | None, found: "Doomed") -> int:

@@ -49,6 +49,9 @@ def show(
     if json:
         write_json({"namespaces": rows}, json)
     if json != "-":
+        if not rows:
+            typer.echo("no namespace holds anything yet, and none has a quota")
+            return
         _print(rows)
 
 

@@ -14,7 +14,12 @@ from kvferry.cluster.remote_store import RemoteStore
 from kvferry.cluster.served import OwnedRepository
 from kvferry.cluster.space import StoreLimits
 from kvferry.cluster.store import LocalStore
+from kvferry.errors import ConfigError
 
+PLACES = (
+    "file:///PATH, s3://BUCKET/PREFIX, memory://, redis://HOST:PORT, "
+    "redis+cluster://HOST:PORT,..., or HOST:PORT of a running store"
+)
 REDIS_TIMEOUT_S = 30.0
 REMOTE_TIMEOUT_S = 120.0
 _ADDRESS = re.compile(r"unix:.+|[^\s/]+:[0-9]{1,5}")
@@ -51,4 +56,6 @@ async def open_store(
         return RemoteStore(client)
     if is_bucket(url):
         return await open_bucket(url, limits, turn)
+    if not url.startswith(("file:", "memory:")):
+        raise ConfigError("backend", url, PLACES)
     return await LocalStore.open(open_backend(url), limits)

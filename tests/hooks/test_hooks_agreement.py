@@ -19,6 +19,7 @@ from kvferry.codec.mlx.load import LoadedModel, load_model
 from kvferry.errors import BlobNotFoundError, FerryError
 from kvferry.node.client import NodeClient
 from kvferry.node.hooks import HookOptions, PrefixCache
+from kvferry.node.tails import Tails
 from kvferry.proto.keys import BlobKey
 
 pytestmark = pytest.mark.processes
@@ -189,7 +190,7 @@ def test_one_rank_that_fails_takes_all_to_the_same_place(ranks: Ranks, fault: st
     tokens = tokens_of(SECOND + 20, seed=seed)
     ranks.offer(tokens[:FIRST])
     for prefix in ranks.prefixes:  # or the next turn would take the place of the first
-        prefix._offers._tails.clear()
+        prefix._offers._tails = Tails()
     ranks.offer(tokens[:SECOND])
     cache, held = ranks.restore(tokens)
     assert (held, ranks.collectives) == (SECOND, 2)
