@@ -1,26 +1,32 @@
 """From a policy to codecs."""
 
+import dataclasses
+
 from curve_samples import GROUPS, calibration, shard, tensors
 
 from kvferry.codec.centroid import CentroidCodec
+from kvferry.codec.rope import RopeSpec
 from kvferry.errors import CalibrationMissingError
 from kvferry.node.coding import page_coding
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
+ROPE = RopeSpec(4, False, (1.0, 0.5))
 POLICY = pb.Policy(
     name="own", rules=[pb.LayerRule(codec="centroid", options={"ratio": "4", "window": "16"})]
 )
 
 
 def test_centroid_is_told_by_the_calibration_how_keys_rotate() -> None:
-    known, groups = calibration()
+    known, plain = calibration()
+    ropes = {"k": (ROPE, ROPE)}
+    groups = {name: dataclasses.replace(group, ropes=ropes) for name, group in plain.items()}
     coded = page_coding(POLICY, shard((0, 4)), known, lambda found, _, __: groups[found])
     assert [part.layers for part in coded] == list(GROUPS)
     for part in coded:
         assert isinstance(part.codec, CentroidCodec)
-        group = next(g for g in groups.values() if g.layers == part.layers)
-        assert part.codec.ropes == group.ropes.get("k", ())
+        assert part.codec.ropes == (ROPE, ROPE)
         assert part.codec.params["ratio"] == 4
+        assert part.codec.encode(tensors(part.layers, (0, 64))).entries == 16
 
 
 def test_without_a_calibration_nobody_knows_and_eight_bits_take_its_place() -> None:
