@@ -44,7 +44,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 # What benchmarks/runbook.md calls the default set: 40 minutes on two quiet cores.
-EXPERIMENTS = codecs lengths calibrations onoff cost needles instructions
+EXPERIMENTS = codecs lengths calibrations onoff merging cost needles instructions
 
 experiments: setup
 	$(BIN)/kvferry experiment $(EXPERIMENTS:%=benchmarks/experiments/%.toml) \
