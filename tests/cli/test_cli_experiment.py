@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,26 @@ options = { bits = 4 }
 kind = "fidelity"
 greedy = 2
 codecs = ["affine", "kvtc"]
+"""
+
+
+CALIBRATED = """
+model = "MODEL"
+texts = "some.txt"
+contexts = 256
+continuation = 16
+[[calibration]]
+name = "one"
+codecs = "kvtc"
+texts = "some.txt"
+tokens = 2048
+[[codec]]
+name = "kvtc"
+calibration = "one"
+ratios = 4
+[[experiment]]
+kind = "fidelity"
+greedy = 0
 """
 
 
@@ -57,6 +78,27 @@ def test_from_a_file_to_a_report(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr
     assert "1 there already" in second.stdout
     assert "affine bits=4" in report.read_text()
+
+
+@pytest.mark.long
+def test_a_file_has_its_calibrations_made(tmp_path: Path) -> None:
+    model, out, report = tmp_path / "model", tmp_path / "out", tmp_path / "report.md"
+    model.mkdir()
+    save_model(*sharp_llama(97, head_dim=32), model)
+    letters = random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=30_000)
+    (tmp_path / "some.txt").write_text("".join(letters))
+    file = tmp_path / "some.toml"
+    file.write_text(CALIBRATED.replace("MODEL", str(model)))
+    done = kvferry(file, "--out", out, "--report", report)
+    assert done.returncode == 0, done.stderr
+    (text,) = out.glob("calibrations/one-*/texts/0.txt")
+    assert text.read_text() == "".join(letters[15_000:])  # runs read the other half
+    assert (
+        "| kvtc 4x | one | 4." in report.read_text() or "| kvtc 4x | one | 3." in report.read_text()
+    )
+    again = kvferry(file, "--out", out)
+    assert "1 there already" in again.stdout
+    assert "calibrating" not in again.stderr
 
 
 def test_a_bad_file_is_one_line(tmp_path: Path) -> None:

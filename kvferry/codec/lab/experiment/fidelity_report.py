@@ -27,8 +27,9 @@ def fidelity_section(results: Sequence[Result], folder: Path) -> list[str]:
     usual = [result for result in results if not result.run.codec.calibration]
     context = main_context(usual)
     own = series_of(at_context(usual, context))
+    apart = _calibrations([r for r in results if r.run.codec.calibration])
     if not own:
-        return ["No run was measured."]
+        return ["Nothing was measured with the usual calibrations.", "", *apart]
     texts = sorted({text_name(r.run.text) for series in own for r in series.results})
     continuation = sorted({r.run.continuation for series in own for r in series.results})
     spans = " or ".join(str(n) for n in continuation)
@@ -38,8 +39,7 @@ def fidelity_section(results: Sequence[Result], folder: Path) -> list[str]:
     lines += _table(own)
     lines += _mse(own, about, folder)
     lines += _layers(own, about, folder)
-    lines += _lengths(usual, context)
-    return lines + _calibrations([r for r in results if r.run.codec.calibration])
+    return [*lines, *_lengths(usual, context), *apart]
 
 
 def rate_points(own: Sequence[Series]) -> list[RatePoint]:
