@@ -94,12 +94,12 @@ def _planes(own: Sequence[Series], plane: str, folder: Path) -> list[str]:
     panels = panels[:_PANELS]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = style.new_figure(3.4 * columns, 3.2 * rows + 0.5)
+    figure = style.new_figure(max(6.8, 3.4 * columns), 3.2 * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False)
     keys = panels[0][1]
     where = f"Keys of layer {keys['layer']}, head {keys['head']} ({name})"
     figure.suptitle(
-        f"{where}: dots went in, crosses came back",
+        f"{where}: dots in, crosses back",
         x=0.02, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     for axes in grid.flat[len(panels) :]:
