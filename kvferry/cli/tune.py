@@ -48,7 +48,7 @@ def tune(
     ] = None,
     codec: Annotated[str, typer.Option(help="Codec to tune.")] = "ferry",
     target: Annotated[
-        str | None, typer.Option(help="lowrank: v (default), k or kv, which cost much.")
+        str | None, typer.Option(help="lowrank: v (default), k or kv, to be measured with care.")
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(metavar="N,N", help="lowrank: ranks to try, as 60,56,48.")

@@ -109,8 +109,8 @@ def warning(options: Mapping[str, object]) -> str:
     if str(options.get("target", "v")) == "v":
         return ""
     return (
-        f"lowrank target={options['target']}: keys lose much more than values at the same rank, "
-        "as every query reads them; measure before use, target=v is the safe choice"
+        f"lowrank target={options['target']}: what keys lose, every query meets, and where keys "
+        "were cut with RoPE on them it cost much; measure on your model before use"
     )
 
 

@@ -137,7 +137,7 @@ def test_a_preset_of_the_format_alone_gives_its_settings(
     assert (choice.preset, choice.calibration) == (None, None)
     assert "settings only" in capsys.readouterr().err
     chosen("lowrank", ["target=kv"], None)
-    assert "keys lose much more" in capsys.readouterr().err
+    assert "measure on your model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
