@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from kvferry.codec.lab.chat_frame import ChatFrame
 from kvferry.codec.lab.experiment.bench import Bench
 from kvferry.codec.lab.experiment.instructions import Instructions
+from kvferry.codec.lab.experiment.plan import load_plan
 from kvferry.codec.lab.experiment.results import Result, Status
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.experiment.table import Table
@@ -96,6 +97,12 @@ def test_codecs_that_drop_tokens_hold_the_same_share_after_every_turn(
     for count, tokens in held:
         assert count == round(tokens / 4)
     assert memory.share == held[-1][0] / held[-1][1]
+
+
+def test_the_default_set_measures_no_condition_twice() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
+    runs = load_plan(folder / "instructions.toml").runs
+    assert len({run.digest({}) for run in runs}) == len(runs) == 7
 
 
 def test_without_ratio_a_codec_keeps_what_its_options_say(bench: Bench) -> None:

@@ -164,7 +164,8 @@ def _is_name(name: str) -> bool:
 def _together(runs: Sequence[Run]) -> list[Run]:
     """In order, but all that share a text and lengths follow the first of them; no run twice."""
     groups: dict[object, dict[str, Run]] = {}
-    for index, run in enumerate(runs):
-        key: object = (run.text, run.context, run.continuation) if run.text else index
-        groups.setdefault(key, {}).setdefault(run.digest({}), run)
+    for run in runs:
+        digest = run.digest({})
+        key: object = (run.text, run.context, run.continuation) if run.text else digest
+        groups.setdefault(key, {}).setdefault(digest, run)
     return [run for group in groups.values() for run in group.values()]
