@@ -13,6 +13,7 @@ from kvferry.errors import FerryError
 
 SAMPLES: list[FerryError] = [
     errors.ConfigError("x", 3, "less"),
+    errors.OutOfReachError("ratio", 32, "at most 6.4"),
     errors.InvalidKeyError("k", "bad"),
     errors.CorruptBlobError("digest", "differs"),
     errors.BlobTooLargeError("size", 10**13, 10),

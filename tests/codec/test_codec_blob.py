@@ -262,7 +262,7 @@ def test_registry_reads_options_from_text() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("ferri", {}, "raw, zstd, affine, ferry"),
+        ("ferri", {}, "raw, zstd, affine, bitpack, ferry"),
         ("raw", {"level": 3}, "no options"),
         ("zstd", {"level": "fast"}, "1 to 22"),
         ("zstd", {"level": 23}, "1 to 22"),
