@@ -1,6 +1,6 @@
 """MLX's own group-wise affine quantization: ``w = scale * level + bias``."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,7 +10,6 @@ import numpy.typing as npt
 from kvferry.codec import options as opts
 from kvferry.codec import sections as sec
 from kvferry.codec.base import (
-    CalibrationLike,
     CalibrationSource,
     Encoded,
     FloatArray,
@@ -20,6 +19,7 @@ from kvferry.codec.base import (
 )
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.packing import pack_levels, packed_size, unpack_levels
+from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import CorruptBlobError, UnsupportedTensorError
 from kvferry.proto.container import SectionData
 
@@ -30,7 +30,7 @@ _TOO_LARGE = 1e38  # a level beyond the last one of such a group leaves float32
 
 
 @dataclass(frozen=True, slots=True)
-class AffineCodec:
+class AffineCodec(Uncalibrated):
     """Groups of 64 values of a head (32 where the head asks for it) share scale and bias.
 
     Scales and biases are float16 where they fit without loss that matters, else
@@ -58,15 +58,6 @@ class AffineCodec:
     def params(self) -> Mapping[str, object]:
         """``bits``."""
         return {"bits": self.bits}
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Raises: UnsupportedTensorError for NaN, infinities, and values beyond 1e38."""

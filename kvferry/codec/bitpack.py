@@ -1,6 +1,6 @@
 """6- or 8-bit min/max quantization, bit-packed into pages of 16 to 64 KB."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,7 +10,6 @@ from kvferry.codec import options as opts
 from kvferry.codec import sections as sec
 from kvferry.codec.base import (
     STATE_PREFIX,
-    CalibrationLike,
     CalibrationSource,
     DType,
     Encoded,
@@ -24,6 +23,7 @@ from kvferry.codec.bitpack_pages import PageLayout, check_values, pack_pages, un
 from kvferry.codec.calibrated import read_sink_count
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.sinks import check_sinks, pack_sinks, read_sinks, sink_count
+from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import CorruptBlobError
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
@@ -34,7 +34,7 @@ _PARAMS = ("bits", "page_size_kb", "sinks")
 
 
 @dataclass(frozen=True, slots=True)
-class BitpackCodec:
+class BitpackCodec(Uncalibrated):
     """Each channel of a head has its own range over the tokens of a page.
 
     Sections ``<stream>/<n>``: pages as `kvferry.codec.bitpack_pages` has them, layer by
@@ -66,15 +66,6 @@ class BitpackCodec:
     def params(self) -> Mapping[str, object]:
         """``bits``, ``page_size_kb``, ``sinks`` (exact tokens)."""
         return {"bits": self.bits, "page_size_kb": self.page_size_kb, "sinks": SINK_TOKENS}
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Raises: UnsupportedTensorError for NaN, infinities, and values beyond 1e38 that

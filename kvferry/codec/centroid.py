@@ -1,7 +1,7 @@
 """MP-KVM: tokens whose keys are alike become one entry that weighs as much as they did."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self, TypeVar
 
@@ -12,7 +12,6 @@ from kvferry.codec import dropping as drop
 from kvferry.codec import options as opts
 from kvferry.codec import sections as sec
 from kvferry.codec.base import (
-    CalibrationLike,
     CalibrationSource,
     Encoded,
     FloatArray,
@@ -28,6 +27,7 @@ from kvferry.codec.kept import Kept
 from kvferry.codec.kept_sections import POSITIONS, WEIGHTS, pack_kept, read_kept
 from kvferry.codec.rope import RopeSpec, apply, combined_fingerprint, undo
 from kvferry.codec.sinks import check_sinks, pack_sinks, read_sinks, sink_count
+from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import UnsupportedTensorError
 from kvferry.proto.container import SectionData
 
@@ -46,7 +46,7 @@ T = TypeVar("T", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
-class CentroidCodec:
+class CentroidCodec(Uncalibrated):
     """Merge tokens of each head by the likeness of their un-rotated keys.
 
     An entry has the mean key, rotated to the mean position of its tokens, the mean value,
@@ -108,15 +108,6 @@ class CentroidCodec:
         if self.ratio is None:
             return own | {"similarity": self.how.similarity}
         return own | {"ratio": self.ratio}
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Raises: UnsupportedTensorError: other streams than keys and values, a page that

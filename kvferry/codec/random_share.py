@@ -1,6 +1,6 @@
 """The control of every codec that chooses tokens: a random share of them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,7 +10,6 @@ import numpy.typing as npt
 from kvferry.codec import dropping as drop
 from kvferry.codec import options as opts
 from kvferry.codec.base import (
-    CalibrationLike,
     CalibrationSource,
     Encoded,
     PageTensors,
@@ -18,6 +17,7 @@ from kvferry.codec.base import (
     Wanted,
 )
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.proto.container import SectionData
 
 MAX_SEED = (1 << 53) - 1  # exact in any JSON
@@ -25,7 +25,7 @@ DEFAULT_RATIO = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class RandomCodec:
+class RandomCodec(Uncalibrated):
     """Keep tokens by lot, exactly, and forget the others.
 
     A token's lot depends on ``seed`` and its position alone: all layers keep the same
@@ -79,15 +79,6 @@ class RandomCodec:
             "seed": self.seed,
             "sinks": self.sinks,
         }
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Raises: UnsupportedTensorError for states, and for pages whose heads differ."""

@@ -1,6 +1,6 @@
 """Exact codecs: the bits as they are (`raw`), and byte-shuffled zstandard (`zstd`)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -9,7 +9,6 @@ import numpy as np
 from kvferry.codec import options as opts
 from kvferry.codec import sections as sec
 from kvferry.codec.base import (
-    CalibrationLike,
     CalibrationSource,
     Encoded,
     PageTensors,
@@ -18,12 +17,13 @@ from kvferry.codec.base import (
 )
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.entropy import DEFAULT_ZSTD_LEVEL, pack_bits, unpack_bits
+from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import CorruptBlobError
 from kvferry.proto.container import SectionData
 
 
 @dataclass(frozen=True, slots=True)
-class RawCodec:
+class RawCodec(Uncalibrated):
     """Every bit as it is, NaN included; sections ``<stream>/raw``."""
 
     name: ClassVar[str] = "raw"
@@ -44,15 +44,6 @@ class RawCodec:
     def params(self) -> Mapping[str, object]:
         """None."""
         return {}
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Copy the bits."""
@@ -84,7 +75,7 @@ class RawCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class ZstdCodec:
+class ZstdCodec(Uncalibrated):
     """Every bit as it is, bytes of equal significance together, zstandard.
 
     Sections ``<stream>/zstd``.
@@ -111,15 +102,6 @@ class ZstdCodec:
     def params(self) -> Mapping[str, object]:
         """``level``: equal keys mean equal bytes."""
         return {"level": self.level}
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Shuffle and compress, one thread."""

@@ -1,6 +1,6 @@
 """StreamingLLM's choice: the first tokens of a sequence and the most recent ones."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -9,13 +9,13 @@ import numpy as np
 from kvferry.codec import dropping as drop
 from kvferry.codec import options as opts
 from kvferry.codec.base import (
-    CalibrationLike,
     CalibrationSource,
     Encoded,
     PageTensors,
     Wanted,
 )
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
+from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
 
@@ -24,7 +24,7 @@ DEFAULT_RATIO = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class StreamingCodec:
+class StreamingCodec(Uncalibrated):
     """Keep sinks and a window of recent tokens exactly, forget those between.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
@@ -69,15 +69,6 @@ class StreamingCodec:
         """``positions``, ``sinks``, and ``window`` or ``ratio``."""
         size = {"ratio": self.ratio} if self.window is None else {"window": self.window}
         return {"positions": self.positions, "sinks": self.sinks, **size}
-
-    @property
-    def calibration_id(self) -> bytes:
-        """None."""
-        return b""
-
-    def fit(self, sample: Iterable[PageTensors]) -> CalibrationLike | None:
-        """Nothing to learn."""
-        return None
 
     def encode(self, page: PageTensors) -> Encoded:
         """Raises: UnsupportedTensorError for states, and for pages whose heads differ."""

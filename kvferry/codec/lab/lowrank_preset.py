@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvferry.codec.files import read_capped, write_atomically
+from kvferry.codec.files import write_atomically
 from kvferry.codec.lab.evaluate import Evaluation
-from kvferry.codec.lab.preset import MAX_FILE_BYTES, Preset, load_preset
+from kvferry.codec.lab.preset import Preset, load_preset, read_json
 from kvferry.codec.lowrank_calibration import LowRankCalibration
 from kvferry.codec.lowrank_options import LowRankOptions
 from kvferry.errors import ConfigError
@@ -118,13 +118,7 @@ def load(path: Path) -> LowRankPreset:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_capped(path, MAX_FILE_BYTES))
-    except OSError as exc:
-        allowed = f"a preset; `kvferry tune` writes one ({exc.strerror or exc})"
-        raise ConfigError("preset", str(path), allowed) from exc
-    except (ValueError, RecursionError) as exc:
-        raise ConfigError("preset", str(path), "JSON, as `kvferry tune` writes it") from exc
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ConfigError("preset", str(path), "a JSON object, as `kvferry tune` writes it")
     return value

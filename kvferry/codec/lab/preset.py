@@ -94,15 +94,20 @@ def save_preset(preset: Preset, path: Path) -> None:
         raise ConfigError("preset", str(path), f"a file to write ({exc.strerror})") from exc
 
 
-def load_preset(path: Path) -> Preset:
-    """Read what `save_preset` wrote. Raises: ConfigError, one line that names the file."""
+def read_json(path: Path) -> Any:
+    """What a preset's file holds, whatever that is. Raises: ConfigError."""
     try:
-        value = json.loads(read_capped(path, MAX_FILE_BYTES))
+        return json.loads(read_capped(path, MAX_FILE_BYTES))
     except OSError as exc:
         allowed = f"a preset; `kvferry tune` writes one ({exc.strerror or exc})"
         raise ConfigError("preset", str(path), allowed) from exc
     except (ValueError, RecursionError) as exc:
         raise ConfigError("preset", str(path), "JSON, as `kvferry tune` writes it") from exc
+
+
+def load_preset(path: Path) -> Preset:
+    """Read what `save_preset` wrote. Raises: ConfigError, one line that names the file."""
+    value = read_json(path)
     problem = _problem(value)
     if problem:
         raise ConfigError("preset", str(path), f"as `kvferry tune` writes it: {problem}")

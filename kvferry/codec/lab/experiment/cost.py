@@ -13,6 +13,7 @@ from typing import ClassVar
 from kvferry.codec.lab.coding import Coded
 from kvferry.codec.lab.evaluate import coder_of
 from kvferry.codec.lab.experiment.bench import Bench
+from kvferry.codec.lab.experiment.kind import each_codec
 from kvferry.codec.lab.experiment.onoff import whole
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.spec import Run
@@ -37,19 +38,7 @@ class Cost:
             "rounds": table.whole("rounds", 3, high=100),
             "generated": table.whole("generated", 16, high=1024),
         }
-        return [
-            Run(
-                kind=self.name,
-                codec=codec,
-                text=text,
-                context=context,
-                continuation=table.whole("continuation", 256),
-                settings=settings,
-            )
-            for context in table.wholes("contexts", (2048,))
-            for text in table.texts("texts")
-            for codec in table.codecs()
-        ]
+        return each_codec(self.name, table, settings)
 
     def work(self, run: Run) -> float:
         """Rounds of coding and of single tokens, each of which takes ten times as long."""

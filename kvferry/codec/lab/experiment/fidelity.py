@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from kvferry.codec.lab.evaluate import judge
 from kvferry.codec.lab.experiment.bench import Bench
+from kvferry.codec.lab.experiment.kind import each_codec
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.spec import Run
 from kvferry.codec.lab.experiment.table import Table
@@ -27,23 +28,8 @@ class Fidelity:
 
     def runs(self, table: Table) -> Sequence[Run]:
         """One per text, length and codec; those of a text together."""
-        texts = table.texts("texts")
-        contexts = table.wholes("contexts", (2048,))
-        continuation = table.whole("continuation", 256)
         settings = {"greedy": table.whole("greedy", 100, low=0, high=4096)}
-        return [
-            Run(
-                kind=self.name,
-                codec=codec,
-                text=text,
-                context=context,
-                continuation=continuation,
-                settings=settings,
-            )
-            for context in contexts
-            for text in texts
-            for codec in table.codecs()
-        ]
+        return each_codec(self.name, table, settings)
 
     def work(self, run: Run) -> float:
         """The continuation, and single tokens, which take ten times as long."""

@@ -44,3 +44,21 @@ class Kind(Protocol):
             results: of this kind, oldest first; never empty.
             folder: where PNG files go; the report lies in it too, so links are bare names.
         """
+
+
+def each_codec(kind: str, table: Table, settings: Mapping[str, object]) -> list[Run]:
+    """One run per length, text and codec of a table. Raises: ConfigError."""
+    continuation = table.whole("continuation", 256)
+    return [
+        Run(
+            kind=kind,
+            codec=codec,
+            text=text,
+            context=context,
+            continuation=continuation,
+            settings=settings,
+        )
+        for context in table.wholes("contexts", (2048,))
+        for text in table.texts("texts")
+        for codec in table.codecs()
+    ]

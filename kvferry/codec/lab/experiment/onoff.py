@@ -13,6 +13,7 @@ from kvferry.codec.lab.attention import attention_difference
 from kvferry.codec.lab.compare import loss_of
 from kvferry.codec.lab.evaluate import Prepared
 from kvferry.codec.lab.experiment.bench import Bench
+from kvferry.codec.lab.experiment.kind import each_codec
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.spec import Run
 from kvferry.codec.lab.experiment.table import Table
@@ -48,19 +49,7 @@ class OnOff:
             "head": table.whole("head", 0, low=0, high=4096),
             "umap": table.flag("umap", True),
         }
-        return [
-            Run(
-                kind=self.name,
-                codec=codec,
-                text=text,
-                context=context,
-                continuation=table.whole("continuation", 256),
-                settings=settings,
-            )
-            for context in table.wholes("contexts", (2048,))
-            for text in table.texts("texts")
-            for codec in table.codecs()
-        ]
+        return each_codec(self.name, table, settings)
 
     def work(self, run: Run) -> float:
         """Single tokens take ten times as long as tokens together."""
