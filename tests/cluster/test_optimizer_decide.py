@@ -263,6 +263,7 @@ def any_cluster(seed: int) -> tuple[Holder, ...]:
     return tuple(made)
 
 
+@pytest.mark.long
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["default", "high_compression"]))
 @settings(max_examples=40, deadline=None)
 def test_whatever_the_cluster_the_policy_holds_stays_and_keeps_the_budget(

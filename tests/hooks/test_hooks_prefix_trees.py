@@ -143,7 +143,12 @@ def common(a: list[int], b: list[int]) -> int:
     )
 
 
-@pytest.fixture(params=[1 << 30, 200_000], ids=["plenty", "scarce"])
+@pytest.fixture(
+    params=[
+        pytest.param(1 << 30, id="plenty", marks=pytest.mark.long),
+        pytest.param(200_000, id="scarce"),
+    ]
+)
 def at_hand(request: pytest.FixtureRequest) -> Iterator[StoreAtHand]:
     client = StoreAtHand(request.param)
     yield client

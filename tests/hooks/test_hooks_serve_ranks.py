@@ -15,7 +15,7 @@ from tiny_llama import sharp_llama
 
 from kvferry.cli.demo.cluster import Cluster
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.long]
 
 PROMPT = "".join(chr(97 + i * i % 23) for i in range(600))
 
