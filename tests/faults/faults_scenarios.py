@@ -82,9 +82,10 @@ def node_killed(site: Site) -> None:
     """kill -9 a node that has accepted what the store has not: nothing of it is lost."""
     site.links["n0"].set("hold")
     try:
-        # The node has all of it when the time is over, and the store nothing.
         assert not site.request("n0", 5, offer=True, flush=1.0)["flushed"]
-        assert site.nodes[0].metrics()["kvferry_node_uploads_pending"] >= PROMPT_BLOBS
+        # All of it gets to the node, and nothing to the store.
+        pending = "kvferry_node_uploads_pending"
+        wait_for(lambda: site.nodes[0].metrics()[pending] >= PROMPT_BLOBS)
         site.nodes[0].kill()
         site.request("n0", 5, policy="", policy_s=0.0)
     finally:
