@@ -52,6 +52,37 @@ def test_ratios_of_an_experiment_leave_options_aside(tmp_path: Path) -> None:
     assert told == [("affine", 2.0, {}), ("affine", 8.0, {}), ("kvtc", 2.0, {}), ("kvtc", 8.0, {})]
 
 
+def test_ratios_of_an_experiment_leave_other_options_as_they_are(tmp_path: Path) -> None:
+    """Only what is turned is taken out, under any of its names."""
+    asked = """
+[[codec]]
+name = "streaming"
+options = { sinks = 64, window = 100 }
+[[codec]]
+name = "ferry"
+options = { target_kl = 0.01, adapt = 1 }
+[[codec]]
+name = "ferry"
+options = { step = 0.1, adapt = 1 }
+[[codec]]
+name = "lowrank"
+options = { policy = "high_compression", identity = "0-4" }
+[[experiment]]
+kind = "fidelity"
+codecs = ["streaming", "ferry", "lowrank"]
+ratios = 2
+contexts = 64
+texts = "prose"
+"""
+    found = plan(tmp_path, HEAD + asked)
+    told = [(run.codec.name, dict(run.codec.options)) for run in found.runs]
+    assert told == [
+        ("streaming", {"sinks": 64}),
+        ("ferry", {"adapt": 1}),
+        ("lowrank", {"identity": "0-4"}),
+    ]
+
+
 def test_what_two_experiments_ask_for_is_run_once(tmp_path: Path) -> None:
     assert len(plan(tmp_path, HEAD + FIDELITY + FIDELITY).runs) == 12
 

@@ -123,6 +123,19 @@ def test_a_ratio_is_read_between_points_and_never_beyond() -> None:
     assert Evidence(short).ratio_at_kl("ferry", 0.01) is None  # a text that is not known
 
 
+def test_two_codecs_are_compared_where_they_differ_in_nothing_else() -> None:
+    found = [
+        result("centroid", 8.0, 0.5), result("random", 8.0, 0.2),
+        result("centroid", 8.0, 0.1, "chat"),  # nobody to compare with
+        result("random", 4.0, 0.0),
+    ]  # fmt: skip
+    evidence = Evidence(found)
+    gained = evidence.gain("fidelity", "kl_mean", "centroid", "random", 8.0)
+    assert gained == pytest.approx(0.3)
+    assert evidence.gain("fidelity", "kl_mean", "centroid", "random", 4.0) is None
+    assert evidence.gain("needles", "kl_mean", "centroid", "random", 8.0) is None
+
+
 def test_series_are_by_codec_and_setting_over_texts() -> None:
     found = [
         result("kvtc", 8, 0.02), result("kvtc", 4, 0.01), result("kvtc", 4, 0.03, "chat"),

@@ -15,6 +15,7 @@ from kvferry.errors import ConfigError
 Options = Mapping[str, object]
 # Estimated bits per value of the steps that a curve is drawn through.
 _CURVE_BITS = (1.6, 1.0, 0.7, 0.5, 0.38, 0.28, 0.2, 0.14)
+_SAME_AS_RATIO = {"streaming": "window", "random": "keep", "centroid": "similarity"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Knob:
         free: any number can be set; a larger one is coarser.
         table: settings with several options each, from large blobs to small; ``settings``
             are then places in it, and need not be finer the larger they are.
+        instead: other options that decide the same, so may not be given beside it.
     """
 
     codec: str
@@ -36,6 +38,12 @@ class Knob:
     settings: tuple[float, ...] = (0.0,)
     free: bool = False
     table: Sequence[Options] = ()
+    instead: tuple[str, ...] = ()
+
+    def rest(self, options: Options) -> Options:
+        """Those that say nothing about what is turned."""
+        turned = {self.option, *self.instead, *(name for row in self.table for name in row)}
+        return {name: value for name, value in options.items() if name not in turned}
 
     def options(self, value: float) -> Options:
         """As `make_codec` takes them, numbers with five digits."""
@@ -62,12 +70,13 @@ def knob_of(codec: str, groups: Sequence[GroupCalibration] = ()) -> Knob:
         return Knob(codec=codec, option="bits", settings=tuple(sorted(BITPACK_BITS, reverse=True)))
     if codec == "ferry":
         steps = tuple(steps_for_bits(groups, _CURVE_BITS)) if groups else ()
-        return Knob(codec=codec, option="step", settings=steps, free=True)
+        return Knob(codec=codec, option="step", settings=steps, free=True, instead=("target_kl",))
     if codec == "kvtc":
         ratios = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
         return Knob(codec=codec, option="ratio", settings=ratios, free=True)
-    if codec in ("streaming", "random", "centroid"):
-        return Knob(codec=codec, option="ratio", settings=(2.0, 4.0, 8.0, 16.0, 32.0), free=True)
+    if codec in _SAME_AS_RATIO:
+        powers, instead = (2.0, 4.0, 8.0, 16.0, 32.0), (_SAME_AS_RATIO[codec],)
+        return Knob(codec=codec, option="ratio", settings=powers, free=True, instead=instead)
     if codec == "lowrank":
         return lowrank_knob(groups)
     raise ConfigError("codec", codec, f"one of {', '.join(codec_names())}")
@@ -98,4 +107,5 @@ def lowrank_knob(
     pairs = sorted({(rank * width, width, rank) for rank in wanted for width in bits})[::-1]
     table = [{"rank": rank, "bits": width, "target": target} for _, width, rank in pairs]
     settings = tuple(float(place) for place in range(len(table)))
-    return Knob(codec="lowrank", option="rank", settings=settings, table=table)
+    instead = ("policy",)
+    return Knob(codec="lowrank", option="rank", settings=settings, table=table, instead=instead)

@@ -11,15 +11,19 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008): told apart with any kind of colour vision. Markers differ as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe and Ito (2008), told apart with any kind of colour vision, and two of Tol's (2021) that
+# are as dark or light as none of those. Markers differ as well.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+    "#882255", "#999933",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 GREY = "#555555"
 DPI = 150
 
 
 def look(index: int) -> tuple[str, str, str]:
-    """Colour, marker and line of the ``index``-th of many: no two of the first 14 are alike."""
+    """Colour, marker and line of the ``index``-th of many: no two of the first 18 are alike."""
     again = index // len(COLOURS)
     marker = MARKERS[(index + again) % len(MARKERS)]
     return COLOURS[index % len(COLOURS)], marker, "--" if again % 2 else "-"

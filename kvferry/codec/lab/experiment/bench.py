@@ -16,6 +16,7 @@ from kvferry.codec.lab.experiment.ratio import Turned, turned_to
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.forward import Done, prefill
 from kvferry.codec.lab.knobs import knob_of
+from kvferry.codec.lab.quantization import quantization
 from kvferry.codec.lab.spoken import exact_pages, words
 from kvferry.codec.mlx import adapters
 from kvferry.codec.mlx.adapters import CacheSnapshot
@@ -64,6 +65,14 @@ class Bench:
     _turned: dict[tuple[str, ...], float] = field(default_factory=dict)
     _words: dict[int, list[int]] = field(default_factory=dict)
     _kept: tuple[object, Any] | None = None
+    _quantization: Mapping[str, object] | None = None
+
+    @property
+    def quantization(self) -> Mapping[str, object]:
+        """See `kvferry.codec.lab.quantization`. Raises: ModelError."""
+        if self._quantization is None:
+            self._quantization = quantization(self.loaded)
+        return self._quantization
 
     @property
     def model(self) -> Any:
@@ -149,7 +158,7 @@ class Bench:
         if codec.ratio is None:
             return Turned(0.0, codec.options, code(codec.options))
         knob = knob_of(codec.name, known.groups)
-        fixed = {name: value for name, value in codec.options.items() if name != knob.option}
+        fixed = knob.rest(codec.options)
         key = (codec.name, codec.calibration, str(sorted(fixed.items())), f"{codec.ratio:g}")
         found = turned_to(
             knob, codec.ratio, lambda options: code({**fixed, **options}), self._turned.get(key)

@@ -1,12 +1,18 @@
 """What results say about one codec, asked as the seeds' targets ask."""
 
-import math
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvferry.codec.lab.experiment.results import Result
-from kvferry.codec.lab.experiment.series import at_context, main_context, measured, ratio_at
+from kvferry.codec.lab.experiment.series import (
+    at_context,
+    main_context,
+    measured,
+    ratio_at,
+    series_of,
+)
 
 Choose = Callable[[Result], bool]
 
@@ -31,20 +37,56 @@ class Evidence:
         return statistics.fmean(found) if found else None
 
     def ratio_at_kl(self, codec: str, kl: float) -> float | None:
-        """Geometric mean over texts of the ratio at a KL; None where a text does not reach it."""
-        points: dict[str, list[tuple[float, float]]] = {}
-        for result in self.of("fidelity", codec):
-            ratio, found = result.number("compression_ratio"), result.number("kl_mean")
-            if ratio is not None and found is not None:
-                points.setdefault(result.run.text, []).append((ratio, found))
-        ratios = [ratio_at(own, kl) for own in points.values()]
-        known = [ratio for ratio in ratios if ratio is not None]
-        if not known or len(known) < len(ratios):
-            return None
-        return math.exp(statistics.fmean(math.log(ratio) for ratio in known))
+        """Ratio at which the mean KL over texts comes to ``kl``, between settings that were
+        measured on all texts; None where no two are on both sides of it."""
+        own = series_of(self.of("fidelity", codec))
+        texts = max((len(series.results) for series in own), default=0)
+        points = [
+            (ratio, found)
+            for series in own
+            if len(series.results) == texts
+            and (ratio := series.middle("compression_ratio")) is not None
+            and (found := series.mean("kl_mean")) is not None
+        ]
+        return ratio_at(points, kl)
 
     def kl_at_ratio(self, codec: str, ratio: float) -> float | None:
         """Mean KL of runs that were turned to a ratio."""
         return self.mean(
             "fidelity", codec, "kl_mean", choose=lambda result: result.run.codec.ratio == ratio
         )
+
+    def gain(
+        self, kind: str, key: str, codec: str, other: str, ratio: float | None = None
+    ) -> float | None:
+        """Mean difference of a metric between two codecs, run by run.
+
+        Args:
+            ratio: that both were turned to; None: any, and ``other`` as it is.
+        Returns: of ``codec`` less that of ``other``, over all runs that differ in nothing
+            but the codec; None where there are none.
+        """
+        own = [r for r in measured(self.results) if r.run.kind == kind and _usual(r)]
+        base = {
+            _place(r): r.number(key)
+            for r in own
+            if r.run.codec.name == other and r.run.codec.ratio == ratio
+        }
+        found = [
+            mine - theirs
+            for r in own
+            if r.run.codec.name == codec and (ratio is None or r.run.codec.ratio == ratio)
+            if (theirs := base.get(_place(r))) is not None
+            if (mine := r.number(key)) is not None
+        ]
+        return statistics.fmean(found) if found else None
+
+
+def _usual(result: Result) -> bool:
+    codec = result.run.codec
+    return not codec.calibration and (codec.ratio is None or not codec.options)
+
+
+def _place(result: Result) -> str:
+    run = result.run.to_json()
+    return json.dumps({name: run[name] for name in run if name != "codec"}, sort_keys=True)

@@ -8,7 +8,7 @@ from kvferry.codec.files import write_atomically
 from kvferry.codec.lab.experiment.registry import KINDS
 from kvferry.codec.lab.experiment.results import Result, Status
 from kvferry.codec.lab.experiment.series import newest, table
-from kvferry.codec.lab.experiment.targets import targets_table
+from kvferry.codec.lab.experiment.targets import ELSEWHERE, targets_table
 from kvferry.codec.lab.plot_style import check_matplotlib
 from kvferry.errors import ConfigError
 
@@ -34,7 +34,7 @@ def build_report(results: Sequence[Result], path: Path, model: str | None = None
         allowed = "a folder with results, which `kvferry experiment FILE.toml` writes"
         raise ConfigError("--out", f"no results of {model}" if model else "no results", allowed)
     lines = _head(own, sorted(set(models) - {model}))
-    lines += ["## Targets", "", *targets_table(own), ""]
+    lines += ["## Targets", "", *targets_table(own), "", ELSEWHERE, ""]
     for kind in KINDS.values():
         found = [result for result in own if result.run.kind == kind.name]
         lines += [f"## {kind.title}", ""]
@@ -65,8 +65,8 @@ def _head(own: Sequence[Result], others: Sequence[str]) -> list[str]:
         "",
         f"- {len(own)} runs, {measured} of them measured, {minutes:.0f} minutes in all, "
         f"{_span(own, 'date')}.",
-        f"- Weights: {', '.join(map(str, _list(about.get('weights')))) or 'unnamed'}; "
-        f"quantization {json.dumps(about.get('quantization'))}.",
+        f"- Weights: {', '.join(map(str, _list(about.get('weights')))) or 'unnamed'}"
+        f"{_quantization(about.get('quantization'))}.",
         f"- The first {about.get('sinks')} tokens of a text and the last {about.get('window')} "
         "before its continuation are kept nearly exact by codecs that do so; the last are at 8 "
         "bits for all.",
@@ -125,6 +125,14 @@ def _span(own: Sequence[Result], key: str) -> str:
         return f"{min(numbers, default=0):.1f} to {max(numbers, default=0):.1f}"
     days = [str(value)[:10] for value in found]
     return "" if not days else days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+
+
+def _quantization(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return ""
+    stored = value.get("stored")
+    told = stored if isinstance(stored, str | None) else json.dumps(stored)
+    return f", stored as {told or 'they are'}, computed in {value.get('computed')}"
 
 
 def _list(value: object) -> list[object]:

@@ -162,11 +162,10 @@ def _measured(entry: Todo, bench: Bench, done: Callable[[int], None]) -> Result:
 
 def about(bench: Bench) -> dict[str, object]:
     """Model, machine and versions, as every result has them."""
-    config = bench.loaded.config
     return {
         "model": bench.loaded.name,
         "weights": [path.name for path in bench.loaded.weight_files],
-        "quantization": config.get("quantization"),
+        "quantization": bench.quantization,
         "sinks": SINK_TOKENS,
         "window": WINDOW_TOKENS,
         "hardware": machine(),

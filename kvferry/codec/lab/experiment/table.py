@@ -1,7 +1,7 @@
 """Tables of a TOML file, key by key, with one line for whatever is wrong with one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvferry.codec.lab.experiment.spec import CodecSpec
 from kvferry.codec.lab.knobs import knob_of
@@ -94,8 +94,8 @@ class Table:
         """Those of ``codecs`` (labels; all of the file's by default), at each of ``ratios``.
 
         ``"*"`` stands for every codec of the registry that has something to turn.
-        With ``ratios`` codecs are taken by name, all options but the one that is turned
-        as they are by default; without, as ``[[codec]]`` says.
+        With ``ratios`` their knobs are turned to those, and entries that differ in nothing
+        else are one codec; without, codecs are as ``[[codec]]`` says.
         """
         labels = self.texts("codecs", tuple(self.offered))
         if not labels:
@@ -169,17 +169,8 @@ def _key(spec: CodecSpec) -> CodecSpecKey:
 def _at(specs: Sequence[CodecSpec], ratios: Sequence[float]) -> Sequence[CodecSpec]:
     if not ratios:
         return specs
-    # One entry may list several settings: at a ratio they are the same codec.
     return [
-        CodecSpec(name=spec.name, ratio=ratio, calibration=spec.calibration, label=spec.label)
-        if spec.ratio is None
-        else CodecSpec(
-            name=spec.name,
-            options=spec.options,
-            ratio=ratio,
-            calibration=spec.calibration,
-            label=spec.label,
-        )
+        replace(spec, options=knob_of(spec.name).rest(spec.options), ratio=ratio)
         for spec in specs
         for ratio in ratios
     ]
