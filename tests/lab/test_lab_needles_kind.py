@@ -108,9 +108,12 @@ def needle(exact: bool, depth: float, needles: int = 1) -> dict[str, object]:
     }
 
 
-def result(codec: CodecSpec, found: Sequence[bool], model: str = "tiny") -> Result:
+def result(
+    codec: CodecSpec, found: Sequence[bool], model: str = "tiny", several: int = 4
+) -> Result:
     needles = [needle(exact, depth) for exact, depth in zip(found, (0.0, 0.5, 1.0), strict=False)]
-    run = Run(kind="needles", codec=codec, text="prose", context=384, settings={"seed": 0})
+    settings = {"seed": 0, "several": several}
+    run = Run(kind="needles", codec=codec, text="prose", context=384, settings=settings)
     metrics = {"compression_ratio": 4.0, "needles": needles}
     return Result(run=run, digest="0" * 32, about={"model": model}, metrics=metrics)
 
@@ -128,6 +131,16 @@ def test_the_report_judges_a_codec_by_what_the_model_finds_itself(tmp_path: Path
     picture = tmp_path / "needles.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "(needles.png)" in lines
+
+
+def test_a_needle_of_two_plans_counts_once(tmp_path: Path) -> None:
+    results = [
+        result(CodecSpec(name="raw"), [True, True, True]),
+        result(CodecSpec(name="affine"), [True, False, True]),
+        result(CodecSpec(name="affine"), [True, False], several=0),
+    ]
+    lines = "\n".join(KIND.section(results, tmp_path))
+    assert "| affine | 4.0 | 2/3 | 1/1 0/1 1/1 |" in lines
 
 
 def test_the_report_says_what_is_missing(tmp_path: Path) -> None:

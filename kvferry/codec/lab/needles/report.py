@@ -24,7 +24,7 @@ class _Setting:
     codec: str
     described: str
     ratio: float
-    needles: Sequence[Needle]
+    needles: Sequence[Needle]  # one that two files ask for counts once
 
 
 def section(results: Sequence[Result], folder: Path) -> list[str]:
@@ -108,7 +108,14 @@ def _settings(results: Sequence[Result]) -> list[_Setting]:
             own[0].run.codec.shown,
             described,
             mean([r.number("compression_ratio") or 0.0 for r in own]),
-            [{**n, "place": _place(r, n)} for r in own for n in _needles_of(r)],
+            list(
+                {
+                    place: {**needle, "place": place}
+                    for result in own
+                    for needle in _needles_of(result)
+                    for place in [_place(result, needle)]
+                }.values()
+            ),
         )
         for described, own in grouped.items()
     ]
