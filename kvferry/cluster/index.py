@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from kvferry.cluster import index_checks, index_lookup
 from kvferry.cluster import index_rows as rows
-from kvferry.cluster.coverage import covers
+from kvferry.cluster.index_changes import Changes
 from kvferry.cluster.index_memo import PageMemo
 from kvferry.cluster.index_rows import CodecTable, Held, Unit
 from kvferry.cluster.index_schema import connect, open_database
@@ -23,8 +23,7 @@ from kvferry.cluster.index_units import (
     Chain,
     Record,
     check_agreement,
-    new_unit,
-    replaced_by,
+    held_under,
     unit_of,
     victims,
 )
@@ -60,8 +59,6 @@ class Index:
         self._codecs = CodecTable(self._db)
         self._scrub = index_checks.last_scrub(self._db)
         self._memo = PageMemo()
-        # Page keys of units that the transaction under way changes.
-        self._touched: set[bytes] = set()
 
     def close(self) -> None:
         """May be called twice."""
@@ -70,22 +67,21 @@ class Index:
             self._db.close()
 
     @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def _write(self) -> Iterator[Changes]:
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
+            changes = Changes(self._db, self._codecs, self._scrub)
             try:
-                yield self._db
+                yield changes
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 # Codecs added in what was rolled back must not be known.
                 self._codecs = CodecTable(self._db)
-                self._touched.clear()
                 raise
             self._db.execute("COMMIT")
-            if self._touched:
-                self._memo.changed(self._touched)
-                self._touched.clear()
+            if changes.touched:
+                self._memo.changed(changes.touched)
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -112,79 +108,15 @@ class Index:
         Raises: IdentityMismatchError.
         """
         dropped: list[Held] = []
-        with self._write() as db:
-            for unit_id in dict.fromkeys(self._add(db, record, now_s) for record in records):
-                dropped += self._settle(db, unit_id, now_s)
+        with self._write() as changes:
+            for unit_id in dict.fromkeys(changes.add(record, now_s) for record in records):
+                dropped += changes.settle(unit_id, now_s)
         return dropped
-
-    def _add(self, db: sqlite3.Connection, record: Record, now_s: float) -> int:
-        info = record.info
-        self._touched.add(info.key.page_key)
-        unit = unit_of(db, info.key)
-        if unit is None:
-            unit_id = new_unit(db, record)
-        else:
-            check_agreement(unit, info)
-            unit_id = unit.id
-        if record.replaces:
-            db.execute("UPDATE units SET replaces = ? WHERE id = ?", (record.replaces, unit_id))
-        old = self._find(db, info.key) if unit is not None else None
-        if old is not None:
-            db.execute("DELETE FROM blobs WHERE id = ?", (old.blob_id,))
-        db.execute(
-            "INSERT INTO blobs (unit_id, layer_start, layer_end, head_start, head_end, codec_ref, "
-            "size, charged, stored_s, expires_s, namespace, checked) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                unit_id,
-                *info.layers,
-                *info.heads,
-                self._codecs.ref(db, info.key.codec_id, info.codec),
-                info.size,
-                record.charged,
-                info.stored_unix_s or int(now_s),
-                record.expires_s,
-                rows.tag_to_row(info.namespace_tag),
-                self._scrub,  # what comes in is verified
-            ),
-        )
-        return unit_id
-
-    def _settle(self, db: sqlite3.Connection, unit_id: int, now_s: float) -> list[Held]:
-        """Judge a unit anew after its blobs changed; drop what a complete tail replaces."""
-        found = rows.units_where(db, "id = ?", (unit_id,))
-        if not found:
-            return []
-        unit = found[0]
-        self._touched.add(unit.page_key)
-        held = rows.held_of(db, self._codecs, [unit])[unit_id]
-        if not held:
-            db.execute("DELETE FROM units WHERE id = ?", (unit_id,))
-            return []
-        parts = [(h.info.layers, h.info.heads) for h in held]
-        complete = unit.kind == "calibration" or covers(parts, unit.model_layers, unit.model_heads)
-        db.execute("UPDATE units SET complete = ? WHERE id = ?", (int(complete), unit_id))
-        if not complete or unit.kind not in ("tail", "state"):
-            return []
-        return self._drop(db, replaced_by(db, unit, now_s))
-
-    def _drop(self, db: sqlite3.Connection, units: Sequence[Unit]) -> list[Held]:
-        held = [h for part in rows.held_of(db, self._codecs, units).values() for h in part]
-        db.executemany("DELETE FROM units WHERE id = ?", [(unit.id,) for unit in units])
-        self._touched.update(unit.page_key for unit in units)
-        return held
-
-    def _find(self, db: sqlite3.Connection, key: BlobKey) -> Held | None:
-        unit = unit_of(db, key)
-        if unit is None:
-            return None
-        held = rows.held_of(db, self._codecs, [unit])[unit.id]
-        return next((h for h in held if h.info.key == key), None)
 
     def find(self, key: BlobKey) -> Held | None:
         """A blob, although it may have expired."""
         with self._read() as db:
-            return self._find(db, key)
+            return held_under(db, self._codecs, key)
 
     def present(self, keys: Sequence[BlobKey], now_s: float) -> list[bool]:
         """Which are held and have not expired."""
@@ -212,32 +144,27 @@ class Index:
 
     def delete(self, keys: Sequence[BlobKey], now_s: float) -> list[Held]:
         """Those that were there."""
-        with self._write() as db:
-            found = [h for key in keys if (h := self._find(db, key)) is not None]
-            self._remove(db, found, now_s)
+        with self._write() as changes:
+            found = [h for key in keys if (h := changes.find(key)) is not None]
+            changes.remove(found, now_s)
             return list({h.blob_id: h for h in found}.values())
-
-    def _remove(self, db: sqlite3.Connection, held: Sequence[Held], now_s: float) -> None:
-        db.executemany("DELETE FROM blobs WHERE id = ?", [(h.blob_id,) for h in held])
-        for unit_id in {h.unit_id for h in held}:
-            self._settle(db, unit_id, now_s)
 
     def take_expired(self, now_s: float, limit: int = 500) -> list[Held]:
         """Remove blobs whose time to live is over, except leased ones; also old leases."""
-        with self._write() as db:
-            db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
+        with self._write() as changes:
+            changes.db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
             ended = dict(
-                db.execute(
+                changes.db.execute(
                     "SELECT id, unit_id FROM blobs WHERE expires_s > 0 AND expires_s <= ? "
                     "AND id NOT IN (SELECT blob_id FROM lease_blobs) LIMIT ?",
                     (now_s, limit),
                 ).fetchall()
             )
             ids = list(set(ended.values()))
-            units = rows.units_in(db, "id", ids)
-            held = rows.held_of(db, self._codecs, units).values()
+            units = rows.units_in(changes.db, "id", ids)
+            held = rows.held_of(changes.db, self._codecs, units).values()
             over = [h for part in held for h in part if h.blob_id in ended]
-            self._remove(db, over, now_s)
+            changes.remove(over, now_s)
             return over
 
     def take_victims(
@@ -249,20 +176,20 @@ class Index:
         the only one whose blobs may go.
         Empty where so much is not to be had: nothing is removed then.
         """
-        with self._write() as db:
-            chosen = victims(db, need, chain, now_s, namespace)
-            return self._drop(db, rows.units_in(db, "id", chosen))
+        with self._write() as changes:
+            chosen = victims(changes.db, need, chain, now_s, namespace)
+            return changes.drop(rows.units_in(changes.db, "id", chosen))
 
     def set_expiry(self, blob_id: int, expires_s: int) -> None:
         """Another end of life; 0: none."""
-        with self._write() as db:
-            db.execute("UPDATE blobs SET expires_s = ? WHERE id = ?", (expires_s, blob_id))
+        with self._write() as changes:
+            changes.db.execute("UPDATE blobs SET expires_s = ? WHERE id = ?", (expires_s, blob_id))
         self._memo.clear()
 
     def touch(self, used_ns: Mapping[int, int]) -> None:
         """Note uses: unit id -> time in ns."""
-        with self._write() as db:
-            db.executemany(
+        with self._write() as changes:
+            changes.db.executemany(
                 "UPDATE units SET used_ns = MAX(used_ns, ?) WHERE id = ?",
                 [(at, unit_id) for unit_id, at in used_ns.items()],
             )
@@ -270,13 +197,15 @@ class Index:
     def pin(self, keys: Sequence[BlobKey], expires_s: int, now_s: float) -> tuple[str, int]:
         """A lease on those that are held. Raises: QueueFullError: too many leases."""
         lease = secrets.token_hex(16)
-        with self._write() as db:
-            db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
-            if db.execute("SELECT COUNT(*) FROM leases").fetchone()[0] >= MAX_LEASES:
+        with self._write() as changes:
+            changes.db.execute("DELETE FROM leases WHERE expires_s <= ?", (now_s,))
+            if changes.db.execute("SELECT COUNT(*) FROM leases").fetchone()[0] >= MAX_LEASES:
                 raise QueueFullError("leases", MAX_LEASES)
-            found = {h.blob_id for key in keys if (h := self._find(db, key)) is not None}
-            db.execute("INSERT INTO leases (id, expires_s) VALUES (?, ?)", (lease, expires_s))
-            db.executemany(
+            found = {h.blob_id for key in keys if (h := changes.find(key)) is not None}
+            changes.db.execute(
+                "INSERT INTO leases (id, expires_s) VALUES (?, ?)", (lease, expires_s)
+            )
+            changes.db.executemany(
                 "INSERT INTO lease_blobs (lease_id, blob_id) VALUES (?, ?)",
                 [(lease, blob_id) for blob_id in found],
             )
@@ -284,9 +213,9 @@ class Index:
 
     def unpin(self, lease_id: str, now_s: float) -> bool:
         """False: there was no such lease (any more)."""
-        with self._write() as db:
+        with self._write() as changes:
             query = "DELETE FROM leases WHERE id = ? RETURNING expires_s"
-            found = db.execute(query, (lease_id,)).fetchone()
+            found = changes.db.execute(query, (lease_id,)).fetchone()
             return found is not None and found[0] > now_s
 
     def totals(self) -> Totals:
@@ -318,8 +247,8 @@ class Index:
 
     def note_checked(self, held: Sequence[Held], scrub: int) -> None:
         """These were read by a scrub."""
-        with self._write() as db:
-            index_checks.note_checked(db, held, scrub)
+        with self._write() as changes:
+            index_checks.note_checked(changes.db, held, scrub)
 
     def sums(self, question: Callable[[sqlite3.Connection], T]) -> T:
         """Ask one of the questions of `index_sums`."""

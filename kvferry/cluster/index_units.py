@@ -33,6 +33,15 @@ def unit_of(db: sqlite3.Connection, key: BlobKey) -> Unit | None:
     return found[0] if found else None
 
 
+def held_under(db: sqlite3.Connection, codecs: rows.CodecTable, key: BlobKey) -> rows.Held | None:
+    """The blob of this very key, although it may have expired."""
+    unit = unit_of(db, key)
+    if unit is None:
+        return None
+    held = rows.held_of(db, codecs, [unit])[unit.id]
+    return next((h for h in held if h.info.key == key), None)
+
+
 def new_unit(db: sqlite3.Connection, record: Record) -> int:
     """Add the unit of a blob; its number."""
     info = record.info
