@@ -78,8 +78,14 @@ class Live:
             self._running.offered(tokens, snapshot, restored)
 
     def idle(self, budget_s: float) -> bool:
-        """See `LiveCalibration.idle`."""
-        return self._running is not None and self._running.idle(budget_s)
+        """See `LiveCalibration.idle`. A bug ends it, and is not raised."""
+        try:
+            return self._running is not None and self._running.idle(budget_s)
+        except Exception:
+            log.exception("idle work failed")
+            self._counters["gather_bug"] += 1
+            self.close(0.0)
+        return False
 
     def close(self, timeout_s: float) -> None:
         """Stop gathering."""

@@ -14,6 +14,7 @@ from typing import Any, Self
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.errors import FerryError
 from kvferry.node.client import NodeClient
+from kvferry.node.hooks.accounts import Accounts
 from kvferry.node.hooks.current import CurrentCoding
 from kvferry.node.hooks.group import Alone, Group
 from kvferry.node.hooks.live import Live
@@ -83,6 +84,7 @@ class PrefixCache:
             identified=lambda: self._current.start_warming(),
             triggered=self.trigger,
         )
+        self._accounts = Accounts(self._client, self.worth, self._prefill, self.counters)
         alone = self._group.size == 1
         self._current = CurrentCoding(
             self._standing, part, self._client, self.options.cache_dir, alone=alone
@@ -188,7 +190,10 @@ class PrefixCache:
         cache, agreed, loaded = self._restoring.run(tokens, beyond, media, loaded)
         pages = min(loaded.pages, agreed // DEFAULT_PAGE_TOKENS)
         self.remember(cache, agreed, pages, time.monotonic(), tokens[:agreed])
-        self._finish(tokens, agreed, pages, loaded, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self.last_restore = self._accounts.note(
+            self.model_id, len(tokens), agreed, pages, loaded, seconds
+        )
         return cache, tokens[agreed:]
 
     def _loader(self) -> Loader:
@@ -221,39 +226,6 @@ class PrefixCache:
             ids: those tokens, so that a cache that went on with others is noticed.
         """
         self._offering.remember(cache, Came(tokens, pages, since, ids))
-
-    def _finish(
-        self, tokens: list[int], restored: int, pages: int, loaded: Loaded, seconds: float
-    ) -> None:
-        outcome = "hit" if restored else loaded.reason or "not_stored"
-        self.counters["restores" if restored else f"miss_{outcome}"] += 1
-        self.last_restore = RestoreReport(
-            prompt_tokens=len(tokens),
-            restored_tokens=restored,
-            loaded_tokens=loaded.tokens,
-            restored_pages=pages,
-            reason=loaded.reason,
-            bytes=loaded.bytes,
-            seconds=seconds,
-            steps=loaded.seconds,
-        )
-        self.worth.learn(loaded)
-        if loaded.skipped:
-            self.worth.probe(self._client, loaded.skipped)
-        self._client.report(
-            restore=pb.RestoreReport(
-                model_id=self.model_id or b"",
-                tokens=restored,
-                bytes=loaded.bytes,
-                seconds=seconds,
-                outcome="restored" if restored else outcome,
-            ),
-            misses=Counter(loaded.problems or ([] if restored else [outcome])),
-            prefill_tokens_per_s=self._prefill.per_s or 0.0,
-            decode_tokens_per_s=self.worth.cost.decode or 0.0,
-            decode_values_per_s=self.worth.decode_values_per_s,
-            near_bytes_per_s=self.worth.cost.near or 0.0,
-        )
 
     # -- offer --------------------------------------------------------------------
 
@@ -318,13 +290,7 @@ class PrefixCache:
 
         Returns: whether there is more to do now.
         """
-        try:
-            return self._live.idle(budget_s)
-        except Exception:
-            log.exception("idle work failed")
-            self.counters["gather_bug"] += 1
-            self._live.close(0.0)
-        return False
+        return self._live.idle(budget_s)
 
 
 def _listed(tokens: Any) -> list[int]:
