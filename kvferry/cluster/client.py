@@ -4,13 +4,10 @@ Every call has a deadline. What the other side raised is raised here again; what
 transport does wrong becomes `StoreUnavailableError` or `StoreTimeoutError`.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-import grpc
 import grpc.aio
 
 from kvferry.cluster import convert, convert_stat, wire
@@ -27,10 +24,10 @@ from kvferry.cluster.repository import (
     RepositoryStat,
     ScrubReport,
 )
-from kvferry.cluster.status import error_from_rpc
+from kvferry.cluster.status import rpc_errors
 from kvferry.cluster.throttle import Throttle
 from kvferry.cluster.transfer import Receiver, data_of
-from kvferry.errors import ProtocolError, StoreTimeoutError, StoreUnavailableError
+from kvferry.errors import ProtocolError, StoreTimeoutError
 from kvferry.proto.container import DEFAULT_LIMITS
 from kvferry.proto.keys import BlobKey
 from kvferry.proto.v1 import store_pb2
@@ -43,22 +40,6 @@ if TYPE_CHECKING:
 NEAR_SOURCES = ("memory", "disk")
 
 _GetCall: TypeAlias = "grpc.aio.UnaryStreamCall[wire.Outgoing, wire.GetItem]"
-
-
-@contextmanager
-def rpc_errors(where: str) -> Iterator[None]:
-    """Turn what grpc raises into our errors, once."""
-    try:
-        yield
-    except grpc.RpcError as exc:
-        raise error_from_rpc(where, exc) from exc
-    except asyncio.CancelledError as exc:
-        # grpc cancels a call of its own accord where its channel is closed, and where
-        # the connection breaks between two chunks of a stream that is being sent.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise StoreUnavailableError(where, "the connection was lost or closed") from exc
 
 
 class BlobStoreClient:

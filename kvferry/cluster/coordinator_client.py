@@ -9,9 +9,9 @@ import grpc
 import grpc.aio
 
 from kvferry.cluster.channel import open_channel
-from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.leader_search import LeaderSearch, parse_addresses
+from kvferry.cluster.status import rpc_errors
 from kvferry.cluster.wire import MAX_REQUEST_BYTES
 from kvferry.errors import (
     FerryError,

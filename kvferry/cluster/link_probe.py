@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
-from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.handlers import stream
 from kvferry.cluster.server import Service
+from kvferry.cluster.status import rpc_errors
 from kvferry.errors import ProtocolError, QueueFullError
 from kvferry.proto.v1 import link_pb2
 from kvferry.proto.v1.link_pb2_grpc import LinkStub

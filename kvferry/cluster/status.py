@@ -5,8 +5,10 @@ The status code serves foreign clients. Ours read the trailing metadata
 Only classes of `kvferry.errors` can come out of it.
 """
 
+import asyncio
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -144,3 +146,19 @@ def error_from_rpc(where: str, exc: grpc.RpcError) -> FerryError:
     details = exc.details() if hasattr(exc, "details") else str(exc)
     metadata: Any = exc.trailing_metadata() if hasattr(exc, "trailing_metadata") else None
     return error_from_status(where, code, details or "", metadata)
+
+
+@contextmanager
+def rpc_errors(where: str) -> Iterator[None]:
+    """Turn what grpc raises into our errors, once."""
+    try:
+        yield
+    except grpc.RpcError as exc:
+        raise error_from_rpc(where, exc) from exc
+    except asyncio.CancelledError as exc:
+        # grpc cancels a call of its own accord where its channel is closed, and where
+        # the connection breaks between two chunks of a stream that is being sent.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise StoreUnavailableError(where, "the connection was lost or closed") from exc

@@ -9,8 +9,8 @@ import grpc.aio
 
 from kvferry.cluster import wire
 from kvferry.cluster.channel import open_channel
-from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.loop_thread import LoopThread
+from kvferry.cluster.status import rpc_errors
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.cluster.throttle import Throttle
 from kvferry.errors import StoreTimeoutError, StoreUnavailableError

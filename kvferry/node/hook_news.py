@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kvferry.cluster.backoff import Backoff
-from kvferry.cluster.client import rpc_errors
+from kvferry.cluster.status import rpc_errors
 from kvferry.errors import FerryError
 from kvferry.node.hook_connection import HookConnection
 from kvferry.proto.v1 import coordinator_pb2, node_pb2

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from kvferry.cluster.client import BlobStoreClient, rpc_errors
+from kvferry.cluster.client import BlobStoreClient
+from kvferry.cluster.status import rpc_errors
 from kvferry.proto.v1 import peer_pb2
 from kvferry.proto.v1.peer_pb2_grpc import PeerStub
 

@@ -7,8 +7,7 @@ import pytest
 from store_samples import blob, served
 
 from kvferry import errors
-from kvferry.cluster.client import rpc_errors
-from kvferry.cluster.status import error_from_status, error_metadata, status_code
+from kvferry.cluster.status import error_from_status, error_metadata, rpc_errors, status_code
 from kvferry.errors import FerryError
 
 SAMPLES: list[FerryError] = [

@@ -7,7 +7,7 @@ import pytest
 from node_samples import Machines, Service, blob, chain, free_port, wait_for
 from test_node_peers import NOBODY, cluster, event
 
-from kvferry.cluster.client import rpc_errors
+from kvferry.cluster.status import rpc_errors
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import FencedError, ProtocolError
 from kvferry.node.take_over import MAX_BLOBS, told_of

@@ -8,10 +8,9 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from kvferry.cluster.client import rpc_errors
 from kvferry.cluster.etcd import operations as ops
 from kvferry.cluster.etcd.access import EtcdAccess, open_channels
-from kvferry.cluster.status import error_from_rpc
+from kvferry.cluster.status import error_from_rpc, rpc_errors
 from kvferry.errors import FerryError, ProtocolError, StoreTimeoutError, StoreUnavailableError
 from kvferry.proto.v1 import etcd_pb2 as pb
 
