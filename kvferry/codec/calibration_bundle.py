@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
+from kvferry.codec.basis import Basis, Weights, cut_basis, row_weight
 from kvferry.codec.importance import Predictor, predictor
-from kvferry.codec.transform import Basis, Fold, Products, Weights, cut_basis, fold, row_weight
+from kvferry.codec.transform import Fold, Products, fold
 from kvferry.errors import CalibrationCorruptError
 
 MAX_WIDTH = 1 << 17

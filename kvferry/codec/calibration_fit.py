@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
+from kvferry.codec.basis import eigenbasis
 from kvferry.codec.calibration_bundle import (
     JOINER,
     BundleCalibration,
@@ -21,7 +22,6 @@ from kvferry.codec.covariance import CovarianceAccumulator, Float64Array
 from kvferry.codec.importance import ImportanceSums
 from kvferry.codec.rope import RopeSpec
 from kvferry.codec.rows import page_rows
-from kvferry.codec.transform import eigenbasis
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 

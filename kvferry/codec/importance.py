@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvferry.codec.base import FloatArray
+from kvferry.codec.basis import Basis, Weights, apply_weights
 from kvferry.codec.covariance import Float64Array
-from kvferry.codec.transform import Basis, Forward, Weights, apply_weights
+from kvferry.codec.transform import Forward
 
 DEFAULT_ADAPT = 0.5
 # Leading coefficients that the prediction looks at.

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvferry.codec.base import FloatArray, PageTensors
+from kvferry.codec.basis import eigenbasis
 from kvferry.codec.calibration import GroupAccumulator, GroupCalibration
 from kvferry.codec.calibration_bundle import StreamPart, bundle_calibration
 from kvferry.codec.kvtc_calibration import KvtcCalibration, StreamErrors
 from kvferry.codec.kvtc_quantize import measured_errors
 from kvferry.codec.rows import page_rows
-from kvferry.codec.transform import eigenbasis, project
+from kvferry.codec.transform import project
 from kvferry.errors import ConfigError, UnsupportedTensorError
 from kvferry.proto.keys import SINK_TOKENS
 

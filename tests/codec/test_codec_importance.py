@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvferry.codec.base import PageTensors
+from kvferry.codec.basis import cut_basis, eigenbasis
 from kvferry.codec.blob import encode_blob
 from kvferry.codec.calibration import GroupCalibration
 from kvferry.codec.covariance import CovarianceAccumulator
 from kvferry.codec.entropy import pack_columns
 from kvferry.codec.ferry import FerryCodec
 from kvferry.codec.importance import MAX_EXPONENT, ImportanceSums, exponents, factors
-from kvferry.codec.transform import cut_basis, eigenbasis, fold, project
+from kvferry.codec.transform import fold, project
 from kvferry.errors import CorruptBlobError
 from kvferry.proto import container
 from kvferry.proto.container import SectionData

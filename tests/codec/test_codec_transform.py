@@ -4,17 +4,9 @@ from codec_samples import heavy_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvferry.codec.basis import Basis, cut_basis, eigenbasis, row_weight
 from kvferry.codec.covariance import CovarianceAccumulator
-from kvferry.codec.transform import (
-    Basis,
-    cut_basis,
-    eigenbasis,
-    fold,
-    project,
-    rank_at,
-    reconstruct,
-    row_weight,
-)
+from kvferry.codec.transform import fold, project, rank_at, reconstruct
 from kvferry.errors import CalibrationCorruptError, UnsupportedTensorError
 
 

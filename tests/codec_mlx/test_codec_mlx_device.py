@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kvferry.codec.basis import Basis, row_weight
 from kvferry.codec.mlx.device import DeviceProducts, device_products
-from kvferry.codec.transform import Basis, Fold, fold, project, reconstruct, row_weight
+from kvferry.codec.transform import Fold, fold, project, reconstruct
 
 WIDTH, RANK, TOKENS = 192, 80, 100
 
