@@ -8,7 +8,7 @@ from dataclasses import replace
 import grpc
 
 from kvferry import __version__
-from kvferry.cluster import convert, convert_stat, wire
+from kvferry.cluster import convert, convert_lookup, convert_stat, wire
 from kvferry.cluster.guard import caller, callers_rule
 from kvferry.cluster.handlers import stream, unary, upload
 from kvferry.cluster.mend import Replica, scrub_and_mend
@@ -58,11 +58,11 @@ class BlobStoreServicer:
 
     async def lookup(self, request: store_pb2.LookupRequest) -> wire.Encoded:
         """Lookup."""
-        query = convert.query_from_proto(request)
+        query = convert_lookup.query_from_proto(request)
         result = await self._repository.lookup(query)
         if len(result.pages) < LONG_RUN:
-            return wire.Encoded(convert.result_to_bytes(query, result))
-        return wire.Encoded(await asyncio.to_thread(convert.result_to_bytes, query, result))
+            return wire.Encoded(convert_lookup.result_to_bytes(query, result))
+        return wire.Encoded(await asyncio.to_thread(convert_lookup.result_to_bytes, query, result))
 
     async def pin(self, request: store_pb2.PinRequest) -> store_pb2.PinReply:
         """Pin: leases of 1 second to a day."""

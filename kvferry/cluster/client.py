@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 
 import grpc.aio
 
-from kvferry.cluster import convert, convert_stat, wire
+from kvferry.cluster import convert, convert_lookup, convert_stat, wire
 from kvferry.cluster.channel import open_channel
 from kvferry.cluster.credentials import PLAINTEXT, Credentials
 from kvferry.cluster.early_answer import answered
@@ -232,10 +232,10 @@ class BlobStoreClient:
 
     async def lookup(self, query: LookupQuery, *, timeout_s: float | None = None) -> LookupResult:
         """Longest run of complete pages, and the tails at its end."""
-        request = convert.query_to_proto(query)
+        request = convert_lookup.query_to_proto(query)
         with rpc_errors(self.address):
             reply = await self._stub.Lookup(request, timeout=self._deadline(timeout_s))
-        return convert.result_from_proto(query, reply)
+        return convert_lookup.result_from_proto(query, reply)
 
     async def pin(
         self, keys: Sequence[BlobKey], ttl_s: int, *, timeout_s: float | None = None

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from store_samples import MIB, ROOT, blob, digest, local_store, put, query, served
 
-from kvferry.cluster import convert, wire
+from kvferry.cluster import convert, convert_lookup, wire
 from kvferry.cluster.backends import MemoryBackend
 from kvferry.cluster.blob_service import BlobStoreServicer, blob_store_service
 from kvferry.cluster.client import BlobStoreClient
@@ -360,7 +360,7 @@ async def test_bad_key_in_an_answer_is_an_error_of_ours() -> None:
         convert.info_from_proto(entry)
     reply = store_pb2.LookupReply(complete_pages=3)
     with pytest.raises(ProtocolError):
-        convert.result_from_proto(query([ROOT]), reply)
+        convert_lookup.result_from_proto(query([ROOT]), reply)
 
 
 def test_an_answer_too_long_for_a_message_is_a_shorter_run() -> None:
@@ -370,11 +370,13 @@ def test_an_answer_too_long_for_a_message_is_a_shorter_run() -> None:
     result = LookupResult(
         pages=[[info]] * len(keys), tails=[TailFound(tail_key=ROOT, tokens=1, blobs=[info])]
     )
-    reply = store_pb2.LookupReply.FromString(convert.result_to_bytes(query(keys), result))
+    reply = store_pb2.LookupReply.FromString(convert_lookup.result_to_bytes(query(keys), result))
     assert 1000 < reply.complete_pages < 4000
     assert not reply.tails
     assert reply.ByteSize() < wire.MAX_REPLY_BYTES
-    assert convert.result_from_proto(query(keys), reply).complete_pages == reply.complete_pages
+    assert (
+        convert_lookup.result_from_proto(query(keys), reply).complete_pages == reply.complete_pages
+    )
 
 
 def _info_of(key: BlobKey, data: bytes) -> BlobInfo:
