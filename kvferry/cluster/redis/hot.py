@@ -19,6 +19,7 @@ from kvferry.cluster.checked import checked_info
 from kvferry.cluster.mend import scrub_and_mend
 from kvferry.cluster.quotas import KeepsQuotas
 from kvferry.cluster.redis.fills import Fills
+from kvferry.cluster.redis.hot_put import HotPut
 from kvferry.cluster.redis.link import RedisInfo, RedisLink
 from kvferry.cluster.repository import (
     BlobInfo,
@@ -172,7 +173,7 @@ class HotStore:
         if not self._fills.reserve(spec.size):
             return session
         expires = int(self._clock()) + spec.ttl_s if spec.ttl_s else 0
-        return _HotPut(
+        return HotPut(
             session,
             lambda parts: self._fill(spec.key, parts, spec.size, expires),
             lambda: self._fills.release(spec.size),
@@ -256,45 +257,6 @@ class _HotReplica:
         if data is None:
             raise BlobNotFoundError(str(key))
         return data
-
-
-class _HotPut:
-    """A put to the store whose bytes are kept for Redis meanwhile."""
-
-    def __init__(
-        self,
-        inner: PutSession,
-        keep: Callable[[Sequence[bytes | memoryview]], None],
-        let_go: Callable[[], None],
-    ) -> None:
-        self._inner, self._keep, self._let_go = inner, keep, let_go
-        self._parts: list[bytes | memoryview] = []
-
-    async def write(self, chunk: bytes | memoryview) -> None:
-        """See `PutSession.write`."""
-        await self._inner.write(chunk)
-        self._parts.append(chunk)
-
-    async def finish(self) -> bool:
-        """See `PutSession.finish`."""
-        stored = await self._inner.finish()
-        parts, self._parts = self._parts, []
-        if stored:
-            self._keep(parts)
-        else:
-            self._let_go()
-        self._let_go = _nothing
-        return stored
-
-    async def abort(self) -> None:
-        """See `PutSession.abort`."""
-        self._let_go()
-        self._let_go = _nothing
-        await self._inner.abort()
-
-
-def _nothing() -> None:
-    return
 
 
 async def _once(data: bytes) -> AsyncIterator[bytes]:
