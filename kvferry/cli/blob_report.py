@@ -1,14 +1,18 @@
 """What can be said about the bytes of a blob, whole or damaged. Decodes no tensors."""
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from kvferry.codec.calibration_bundle import JOINER
+from kvferry.cli.blob_sizes import (
+    SHAPE_DIMS,
+    LayerSize,
+    StreamSize,
+    layer_sizes,
+    stream_sizes,
+)
 from kvferry.codec.kept_sections import TOKENS, read_tokens
 from kvferry.codec.registry import restorable
 from kvferry.errors import CodecError, FerryError
@@ -27,9 +31,6 @@ from kvferry.proto.keys import DIGEST_BYTES, BlobKey, kind_name
 from kvferry.proto.v1 import blob_pb2
 
 DTYPES = ("float16", "bfloat16", "float32")
-_SHAPE_DIMS = 4
-# Sections of one layer may say so: "k/L3/q".
-_LAYER_PART = re.compile(r"(?:.*/)?L([0-9]{1,6})(?:/.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +46,6 @@ class KeptTokens:
     tokens: int
     entries: int
     spans: Sequence[tuple[int, int]] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StreamSize:
-    """One stream: values (of all tokens, kept or not), and the bytes that its sections take."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    values: int
-    size: int
-
-    @property
-    def fp16_bytes(self) -> int:
-        """What the values take at two bytes each."""
-        return 2 * self.values
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSize:
-    """Bytes of one layer; a fair share where its layers are coded together."""
-
-    layer: int
-    size: float
-    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +123,7 @@ def report_on(
     if header.kind == blob_pb2.BLOB_KIND_CALIBRATION and all(check.ok for check in checks):
         check, content = _calibration(data, header, limits)
         checks.append(check)
-    streams = _streams(header) if fits else []
+    streams = stream_sizes(header) if fits else []
     kept = None
     if streams and all(check.ok for check in checks):
         try:
@@ -164,7 +140,7 @@ def report_on(
         params=params,
         content=content,
         streams=streams,
-        layers=_layers(header) if streams else (),
+        layers=layer_sizes(header) if streams else (),
         kept=kept,
     )
 
@@ -208,7 +184,7 @@ def _stream_checks(header: blob_pb2.BlobHeader) -> list[Finding]:
     for stream in header.streams:
         shape = tuple(stream.shape)
         problem = ""
-        if len(shape) != _SHAPE_DIMS or not all(shape):
+        if len(shape) != SHAPE_DIMS or not all(shape):
             problem = f"shape {list(shape[:8])} is not layers, heads, tokens, dim"
         elif shape[0] != layers or (shape[2] != tokens and (whole or shape[2] > tokens)):
             problem = f"shape {list(shape)} is not {layers} layers and {tokens} tokens"
@@ -265,42 +241,3 @@ def _shorter(finding: Finding) -> Finding:
     """Without what the field's name says already."""
     detail = finding.detail.removeprefix("damaged blob, ").removeprefix(f"{finding.field}: ")
     return Finding(finding.field, finding.ok, detail)
-
-
-def _streams(header: blob_pb2.BlobHeader) -> list[StreamSize]:
-    """Bytes by stream; those of streams that are coded together go by their values."""
-    shapes = {stream.name: tuple(stream.shape) for stream in header.streams}
-    values = {name: _values(shape, header) for name, shape in shapes.items()}
-    sizes = dict.fromkeys(shapes, 0.0)
-    for section in header.sections:
-        owners = [n for n in section.name.partition("/")[0].split(JOINER) if n in sizes]
-        total = sum(values[name] for name in owners)
-        for name in owners:
-            sizes[name] += section.length * (values[name] / total if total else 1 / len(owners))
-    return [
-        StreamSize(s.name, shapes[s.name], s.dtype, values[s.name], round(sizes[s.name]))
-        for s in header.streams
-    ]
-
-
-def _values(shape: tuple[int, ...], header: blob_pb2.BlobHeader) -> int:
-    if len(shape) != _SHAPE_DIMS:
-        return 0
-    if not restorable(header.codec.name):
-        shape = (*shape[:2], header.token_end - header.token_start, shape[3])
-    return math.prod(shape)
-
-
-def _layers(header: blob_pb2.BlobHeader) -> list[LayerSize]:
-    """Bytes by layer: exact where a section is one layer's, or is stored as it is."""
-    count = header.layer_end - header.layer_start
-    own = dict.fromkeys(range(header.layer_start, header.layer_end), 0)
-    shared, exact = 0.0, True
-    for section in header.sections:
-        part = _LAYER_PART.fullmatch(section.name)
-        if part and int(part[1]) in own:
-            own[int(part[1])] += section.length
-            continue
-        shared += section.length / count
-        exact &= section.length == section.raw_length and section.length % count == 0
-    return [LayerSize(layer, size + shared, exact) for layer, size in own.items()]

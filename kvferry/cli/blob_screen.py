@@ -8,7 +8,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from kvferry.cli.blob_report import BlobReport, KeptTokens, LayerSize
+from kvferry.cli.blob_report import BlobReport, KeptTokens
+from kvferry.cli.blob_sizes import LayerSize
 from kvferry.proto.v1 import blob_pb2
 
 MIB = 1 << 20
