@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from kvferry.cluster.bucket.failures import reason_of, unavailable, worth_retrying
+from kvferry.cluster.bucket.s3 import s3_store
 from kvferry.cluster.bucket.url import BucketUrl
-from kvferry.errors import BlobTooLargeError, ConfigError, StoreUnavailableError
+from kvferry.errors import BlobTooLargeError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -84,34 +85,9 @@ class Bucket:
 
         Raises: ConfigError: the extra is missing, or the bucket cannot be named so.
         """
-        try:
-            from obstore.exceptions import BaseError
-            from obstore.store import S3Store
-        except ImportError as exc:
-            raise ConfigError(
-                "backend", url.text, "used with obstore: pip install 'kvferry[s3]'"
-            ) from exc
-        config: dict[str, Any] = {"virtual_hosted_style_request": url.virtual_hosted}
-        if url.endpoint:
-            config["endpoint"] = url.endpoint
-        if url.region:
-            config["region"] = url.region
-        try:
-            store = S3Store(
-                url.bucket,
-                config=config,  # type: ignore[arg-type]
-                # Retries are ours, so that they are counted.
-                retry_config={"max_retries": 0},
-                client_options={
-                    "allow_http": url.plain,
-                    "connect_timeout": "2s",
-                    "timeout": "60s",
-                },
-            )
-        except (BaseError, ValueError) as exc:
-            line = str(exc).partition("\n")[0]
-            raise ConfigError("backend", url.text, f"a bucket that can be used ({line})") from exc
-        return cls(store, url.text, prefix=url.prefix, conditional=url.conditional_put, **options)
+        return cls(
+            s3_store(url), url.text, prefix=url.prefix, conditional=url.conditional_put, **options
+        )
 
     async def _try(self, call: Callable[[], Awaitable[T]]) -> T:
         """Until it succeeds, fails for good, or the deadline is over."""
