@@ -9,89 +9,19 @@ commands share stands in ``[security]`` (``KVFERRY_SECURITY_TLS_DIR``). Unknown 
 import ipaddress
 import os
 import re
-import sys
 import uuid
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kvferry.errors import ConfigError
+from kvferry.places import user_dir
+from kvferry.settings_sources import SECURITY, SecurityEnvironment, TomlTable
 
 MIB = 1 << 20
 GIB = 1 << 30
-
-
-def user_dir(kind: str) -> Path:
-    """The user's "config", "cache", "state" or "runtime" folder for kvferry.
-
-    XDG folders on Linux, ``~/Library`` on macOS; nothing is created.
-    """
-    if kind == "runtime" and (runtime := os.environ.get("XDG_RUNTIME_DIR")):
-        return Path(runtime) / "kvferry"
-    if variable := os.environ.get(f"XDG_{kind.upper()}_HOME"):
-        return Path(variable) / "kvferry"
-    home = Path.home()
-    if sys.platform == "darwin":
-        library = home / "Library"
-        return library / ("Caches" if kind == "cache" else "Application Support") / "kvferry"
-    places = {"config": ".config", "cache": ".cache"}
-    return home / places.get(kind, ".local/state") / "kvferry"
-
-
-def config_file() -> Path | None:
-    """The TOML file in force, or None."""
-    if named := os.environ.get("KVFERRY_CONFIG"):
-        return Path(named)
-    for place in (Path("kvferry.toml"), user_dir("config") / "kvferry.toml"):
-        if place.is_file():
-            return place
-    return None
-
-
-# Settings that all services and commands share.
-SECURITY = ("tls_dir", "token_file", "tokens_file")
-
-
-class _TomlTable(TomlConfigSettingsSource):
-    """One table of the TOML file, so that all services share a file."""
-
-    def __init__(
-        self, settings_cls: type[BaseSettings], table: str, only: tuple[str, ...] = ()
-    ) -> None:
-        """``only``: the keys that the table may have; none: any."""
-        self._table, self._only = table, only
-        path = config_file()
-        if path is not None and not path.is_file():
-            raise ConfigError("KVFERRY_CONFIG", str(path), "a file that exists")
-        super().__init__(settings_cls, toml_file=path)
-
-    def __call__(self) -> dict[str, Any]:
-        value = self.toml_data.get(self._table, {})
-        if not isinstance(value, dict):
-            return {}
-        for name in value if self._only else ():
-            if name not in self._only:
-                allowed = f"one of {', '.join(self._only)}"
-                raise ConfigError(f"[{self._table}]", name, allowed)
-        return value
-
-
-class _SecurityEnvironment(EnvSettingsSource):
-    """``KVFERRY_SECURITY_TLS_DIR`` and the like, for all services at once."""
-
-    def __init__(self, settings_cls: type[BaseSettings]) -> None:
-        super().__init__(settings_cls, env_prefix="KVFERRY_SECURITY_")
-
-    def __call__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__call__().items() if name in SECURITY}
 
 
 class ServiceSettings(BaseSettings):
@@ -131,9 +61,9 @@ class ServiceSettings(BaseSettings):
         return (
             init_settings,
             env_settings,
-            _SecurityEnvironment(settings_cls),
-            _TomlTable(settings_cls, cls.table),
-            _TomlTable(settings_cls, "security", SECURITY),
+            SecurityEnvironment(settings_cls),
+            TomlTable(settings_cls, cls.table),
+            TomlTable(settings_cls, "security", SECURITY),
         )
 
     @classmethod

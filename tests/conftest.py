@@ -57,7 +57,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def calibrated(_own_folders: None) -> Path:
     """The cache folder after a small calibration of SmolLM2, made once a session."""
     from kvferry.codec.mlx.openblas import model_environment
-    from kvferry.settings import user_dir
+    from kvferry.places import user_dir
 
     command = [sys.executable, "-m", "kvferry", "calibrate", "--model", "smollm2"]
     subprocess.run(

@@ -23,7 +23,7 @@ from kvferry.node.hooks.bench_restore import (
     measure_sweep,
 )
 from kvferry.node.hooks.pipeline.launch import Ranks
-from kvferry.settings import user_dir
+from kvferry.places import user_dir
 
 # From far too slow to as fast as it goes, bytes per second.
 SWEEP = (2e4, 1e5, 2e5, 3.5e5, 6e5, 1e6, 2e6, 8e6, 0.0)

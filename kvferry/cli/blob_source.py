@@ -9,9 +9,10 @@ from kvferry.cluster.blob_name import parse_blob_name
 from kvferry.cluster.credentials import Credentials
 from kvferry.errors import BlobNotFoundError, CodecError, ConfigError, FerryError, InvalidKeyError
 from kvferry.errors import StoreUnavailableError as Unreadable
+from kvferry.places import user_dir
 from kvferry.proto.container import DEFAULT_LIMITS, Finding
 from kvferry.proto.keys import BlobKey
-from kvferry.settings import NodeSettings, user_dir
+from kvferry.settings import NodeSettings
 
 MAX_LISTED = 1000
 _HOST_PORT = re.compile(r"[^\s/]+:[0-9]{1,5}")

@@ -75,8 +75,8 @@ def calibrate(
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.errors import ConfigError
     from kvferry.node.calibrations import calibration_folder
+    from kvferry.places import user_dir
     from kvferry.proto.identity import model_id
-    from kvferry.settings import user_dir
 
     if codec not in ("ferry", "kvtc", "lowrank"):
         raise ConfigError("codec", codec, "ferry, kvtc or lowrank; others need no calibration")
@@ -227,8 +227,8 @@ def _existing(model: str, out: Path | None) -> Path | None:
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.errors import CodecError, ConfigError
     from kvferry.node.calibrations import calibration_folder
+    from kvferry.places import user_dir
     from kvferry.proto.identity import model_id
-    from kvferry.settings import user_dir
 
     loaded = load_model(model, layers=(0, 1))
     identity = model_id(fingerprint(loaded, (0, len(loaded.model.layers))))

@@ -34,8 +34,8 @@ def calibrate_kvtc(
     from kvferry.codec.mlx.probe import describe
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.node.calibrations import calibration_folder
+    from kvferry.places import user_dir
     from kvferry.proto.identity import model_id
-    from kvferry.settings import user_dir
 
     started = time.monotonic()
     plan = KvtcPlan() if tokens is None else KvtcPlan(tokens=tokens)
@@ -96,7 +96,7 @@ def codec_folder(identity: bytes, codec: str) -> Path:
     """Where a model's calibration for another codec than ferry lies, unless the user says
     otherwise."""
     from kvferry.node.calibrations import calibration_folder
-    from kvferry.settings import user_dir
+    from kvferry.places import user_dir
 
     return calibration_folder(user_dir("cache"), identity) / codec
 

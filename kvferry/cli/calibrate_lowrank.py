@@ -39,8 +39,8 @@ def calibrate_lowrank(
     from kvferry.codec.mlx.probe import describe
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.node.calibrations import calibration_folder
+    from kvferry.places import user_dir
     from kvferry.proto.identity import model_id
-    from kvferry.settings import user_dir
 
     started = time.monotonic()
     plan = LowRankPlan() if tokens is None else LowRankPlan(tokens=tokens)

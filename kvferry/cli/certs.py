@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _folder(ca: Path | None) -> Path:
-    from kvferry.settings import user_dir
+    from kvferry.places import user_dir
 
     return ca if ca is not None else user_dir("config") / "ca"
 

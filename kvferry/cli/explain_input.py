@@ -45,8 +45,8 @@ def asked(model: str, prompt: str, *, chat: bool) -> Asked:
     from kvferry.codec.mlx.load import load_model
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.node.hooks.part import Part
+    from kvferry.places import user_dir
     from kvferry.proto.identity import model_id
-    from kvferry.settings import user_dir
 
     text = read_prompt(prompt)
     loaded = load_model(model, layers=(0, 1))

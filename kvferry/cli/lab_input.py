@@ -84,7 +84,7 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
     from kvferry.codec.lowrank_calibration import LowRankCalibration
     from kvferry.codec.mlx.device import device_products
     from kvferry.node.calibrations import calibration_folder
-    from kvferry.settings import user_dir
+    from kvferry.places import user_dir
 
     if codec not in CALIBRATED:
         return Known()

@@ -20,8 +20,8 @@ from kvferry.hf.identity import TorchModel
 from kvferry.hf.tensors import Devices, length
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.restore import Assembly, RestorePlan, plan_restore
+from kvferry.places import user_dir
 from kvferry.proto.keys import DEFAULT_PAGE_TOKENS, BlobKey, page_keys, root_key, token_ids
-from kvferry.settings import user_dir
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from kvferry.codec.registry import make_codec
 from kvferry.errors import CalibrationMissingError, ConfigError
 from kvferry.hf.calibrations import AtHand, by_layer, load_groups
 from kvferry.node.calibrations import calibration_folder
-from kvferry.settings import user_dir
+from kvferry.places import user_dir
 
 _OPTIONS = ("rank", "target", "bits", "identity", "ln_nullspace")
 

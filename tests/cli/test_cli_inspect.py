@@ -24,10 +24,10 @@ from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.blob import BlobMeta, encode_blob
 from kvferry.codec.registry import make_codec
 from kvferry.errors import ConfigError
+from kvferry.places import user_dir
 from kvferry.proto import container
 from kvferry.proto.container import Limits
 from kvferry.proto.v1 import blob_pb2
-from kvferry.settings import user_dir
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FERRY = (GOLDEN / "ferry.kvferry").read_bytes()

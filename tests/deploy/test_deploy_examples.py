@@ -8,12 +8,12 @@ import pytest
 
 from kvferry.cluster.policy import check_policy, layer_rules, load_policy
 from kvferry.settings import (
-    SECURITY,
     CoordinatorSettings,
     NodeSettings,
     ServiceSettings,
     StoreSettings,
 )
+from kvferry.settings_sources import SECURITY
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SETTINGS = (StoreSettings, CoordinatorSettings, NodeSettings)

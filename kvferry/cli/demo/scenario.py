@@ -18,7 +18,7 @@ from kvferry.cli.output import Bar, progress
 from kvferry.codec.mlx.openblas import model_environment
 from kvferry.errors import FerryError
 from kvferry.node.hooks.pipeline.launch import Ranks
-from kvferry.settings import user_dir
+from kvferry.places import user_dir
 
 FIRST_SPLIT = ((0, 20), (20, 30))
 OTHER_SPLITS = (((0, 15), (15, 30)), ((0, 10), (10, 30)))

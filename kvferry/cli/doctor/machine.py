@@ -13,15 +13,14 @@ import psutil
 
 from kvferry.cli.doctor.finding import FAIL, OK, WARN, Finding, size
 from kvferry.errors import FerryError
+from kvferry.places import config_file, user_dir
 from kvferry.settings import (
     GIB,
     CoordinatorSettings,
     NodeSettings,
     ServiceSettings,
     StoreSettings,
-    config_file,
     is_loopback,
-    user_dir,
 )
 
 # Unix sockets' paths have at most so many bytes.

@@ -15,8 +15,8 @@ def model(name: str) -> Iterator[Finding]:
     from kvferry.codec.mlx.probe import describe
     from kvferry.codec.mlx.weights import fingerprint
     from kvferry.node.calibrations import calibration_folder
+    from kvferry.places import user_dir
     from kvferry.proto.identity import model_id
-    from kvferry.settings import user_dir
 
     try:
         loaded = load_model(name, layers=(0, 1))

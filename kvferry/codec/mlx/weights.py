@@ -19,9 +19,9 @@ from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import reference_model
 from kvferry.codec.mlx.rope import rope_specs
 from kvferry.errors import ModelError
+from kvferry.places import user_dir
 from kvferry.proto.identity import ModelFingerprint, canonical_config
 from kvferry.proto.keys import canonical_json
-from kvferry.settings import user_dir
 
 MAX_HEADER = 256 << 20
 CHUNK = 8 << 20

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from kvferry.node.pace import SHARE
 from kvferry.node.patience import RESTART_S
-from kvferry.settings import GIB, NodeSettings, user_dir
+from kvferry.places import user_dir
+from kvferry.settings import GIB, NodeSettings
 
 
 def _default_socket() -> Path:
