@@ -3,51 +3,25 @@
 The one place that knows codecs by name: a target is a sentence about one of them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from kvferry.codec.lab.experiment.evidence import Choose, Evidence
+from kvferry.codec.lab.experiment.evidence import Evidence
 from kvferry.codec.lab.experiment.results import Result
-from kvferry.codec.lab.experiment.series import shown, table
+from kvferry.codec.lab.experiment.series import table
+from kvferry.codec.lab.experiment.target import (
+    Target,
+    Value,
+    at_ratio,
+    gain,
+    mean_of,
+    quotient,
+    with_option,
+)
 
-Value = Callable[[Evidence], float | None]
 ELSEWHERE = (
     "Memory and latency of `bitpack`'s live cache are targets as well: `kvferry bench bitpack`, "
     "[codec.md](codec.md)."
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """One target.
-
-    Attributes:
-        source: the seed, or the design.
-        wanted: in words.
-        value: of what was measured; None: it was not.
-        low, high: between which it is met.
-        why: said where it is not met.
-    """
-
-    codec: str
-    source: str
-    wanted: str
-    value: Value
-    low: float = float("-inf")
-    high: float = float("inf")
-    form: str = ".3g"
-    unit: str = ""
-    why: str = ""
-
-    def row(self, evidence: Evidence) -> tuple[str, ...]:
-        """Of the table."""
-        found = self.value(evidence)
-        if found is None:
-            return self.codec, self.source, self.wanted, "not measured", "-", ""
-        met = self.low <= found <= self.high
-        told = shown(found, self.form, self.unit)
-        why = "" if met else self.why or "no reason is known beforehand: see the tables below"
-        return self.codec, self.source, self.wanted, told, "yes" if met else "**no**", why
 
 
 def targets_table(results: Sequence[Result]) -> list[str]:
@@ -60,7 +34,7 @@ def targets_table(results: Sequence[Result]) -> list[str]:
 
 def _ferry() -> list[Target]:
     def against(kl: float) -> Value:
-        return lambda e: _quotient(e.ratio_at_kl("ferry", kl), e.ratio_at_kl("kvtc", kl))
+        return lambda e: quotient(e.ratio_at_kl("ferry", kl), e.ratio_at_kl("kvtc", kl))
 
     first = Target(
         codec="ferry",
@@ -85,7 +59,7 @@ def _ferry() -> list[Target]:
 def _kvtc() -> list[Target]:
     def perplexity(ratio: float) -> Value:
         def value(e: Evidence) -> float | None:
-            choose = _at_ratio(ratio)
+            choose = at_ratio(ratio)
             exact = e.mean("fidelity", "kvtc", "ppl_exact", choose=choose)
             restored = e.mean("fidelity", "kvtc", "ppl_restored", choose=choose)
             return None if exact is None or restored is None else restored - exact
@@ -95,21 +69,21 @@ def _kvtc() -> list[Target]:
     def of(wanted: str, value: Value, **more: float) -> Target:
         return Target(codec="kvtc", source="seed 000", wanted=wanted, value=value, **more)  # type: ignore[arg-type]
 
-    four = _at_ratio(4.0)
+    four = at_ratio(4.0)
     return [
         of(
             "ratio >= 3 where 4 is asked for",
-            _mean("fidelity", "kvtc", "compression_ratio", choose=four),
+            mean_of("fidelity", "kvtc", "compression_ratio", choose=four),
             low=3,
         ),
         of(
             "MSE of K < 0.1 at 4x",
-            _mean("fidelity", "kvtc", "errors", "k", "mse", choose=four),
+            mean_of("fidelity", "kvtc", "errors", "k", "mse", choose=four),
             high=0.1,
         ),
         of(
             "MSE of V < 0.1 at 4x",
-            _mean("fidelity", "kvtc", "errors", "v", "mse", choose=four),
+            mean_of("fidelity", "kvtc", "errors", "v", "mse", choose=four),
             high=0.1,
         ),
         of("perplexity +0.1 at most at 4x", perplexity(4.0), high=0.1),
@@ -122,7 +96,7 @@ def _bitpack() -> list[Target]:
 
 
 def _bitpack_of(bits: int) -> list[Target]:
-    choose = _with_option("bits", bits)
+    choose = with_option("bits", bits)
     step = 100 / (2**bits - 1)
     fine = (
         f"{2**bits} levels are {step:.1f} % of the range from minimum to maximum apart, so errors "
@@ -148,7 +122,7 @@ def _bitpack_of(bits: int) -> list[Target]:
         )
 
     def mean(*keys: str, kind: str = "fidelity", scale: float = 1.0) -> Value:
-        return _mean(kind, "bitpack", *keys, choose=choose, scale=scale)
+        return mean_of(kind, "bitpack", *keys, choose=choose, scale=scale)
 
     share = mean("encode_share_of_generation", kind="cost", scale=100)
     return [
@@ -205,7 +179,7 @@ def _lowrank() -> list[Target]:
             codec="lowrank",
             source="seed 002",
             wanted="needles found, less those with the exact cache >= 0 %",
-            value=_gain("needles", "recall", "lowrank", "raw"),
+            value=gain("needles", "recall", "lowrank", "raw"),
             low=0.0,
             form="+.1f",
             unit=" %",
@@ -217,7 +191,7 @@ def _dropping() -> list[Target]:
     """Choosing what to keep is better than chance, at equal bytes."""
 
     def against_chance(codec: str, ratio: float) -> Value:
-        return lambda e: _quotient(e.kl_at_ratio(codec, ratio), e.kl_at_ratio("random", ratio))
+        return lambda e: quotient(e.kl_at_ratio(codec, ratio), e.kl_at_ratio("random", ratio))
 
     return [
         Target(
@@ -241,7 +215,7 @@ def _remembered() -> list[Target]:
                 e.mean("merging", "centroid", "points", "8", by, loss)
                 for by in ("centroid", "random")
             )
-            return _quotient(own, chance)
+            return quotient(own, chance)
 
         return value
 
@@ -250,7 +224,7 @@ def _remembered() -> list[Target]:
             codec="centroid",
             source="seed 003",
             wanted=f"needles found at 8x, less those of `{other}` > 0 %",
-            value=_gain("needles", "recall", "centroid", other, 8.0),
+            value=gain("needles", "recall", "centroid", other, 8.0),
             low=1e-9,
             form="+.1f",
             unit=" %",
@@ -273,7 +247,7 @@ def _remembered() -> list[Target]:
             codec="streaming",
             source="seed 004",
             wanted=f"instructions kept, {100 / ratio:.0f} % of tokens held, less `random`'s > 0 %",
-            value=_gain("instructions", "accuracy", "streaming", "random", ratio),
+            value=gain("instructions", "accuracy", "streaming", "random", ratio),
             low=1e-9,
             form="+.1f",
             unit=" %",
@@ -283,39 +257,3 @@ def _remembered() -> list[Target]:
         for ratio in (1.33, 2.0)
     ]
     return [*merging, recall("random"), recall("streaming"), *instructions]
-
-
-def _gain(kind: str, key: str, codec: str, other: str, ratio: float | None = None) -> Value:
-    """In per cent."""
-
-    def value(evidence: Evidence) -> float | None:
-        found = evidence.gain(kind, key, codec, other, ratio)
-        return None if found is None else 100 * found
-
-    return value
-
-
-def _mean(
-    kind: str, codec: str, *keys: str, choose: Choose | None = None, scale: float = 1.0
-) -> Value:
-    def value(evidence: Evidence) -> float | None:
-        found = evidence.mean(kind, codec, *keys, choose=choose)
-        return None if found is None else scale * found
-
-    return value
-
-
-def _at_ratio(ratio: float) -> Choose:
-    return lambda result: result.run.codec.ratio == ratio
-
-
-def _with_option(name: str, value: object) -> Choose:
-    def choose(result: Result) -> bool:
-        options = result.metrics.get("options")
-        return isinstance(options, dict) and str(options.get(name)) == str(value)
-
-    return choose
-
-
-def _quotient(first: float | None, second: float | None) -> float | None:
-    return None if first is None or not second else first / second
