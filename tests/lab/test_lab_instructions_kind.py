@@ -195,6 +195,19 @@ def test_the_report_compares_pairs_and_counts_what_was_known(tmp_path: Path) -> 
     assert (tmp_path / "instructions.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_what_a_model_guesses_untold_cannot_be_forgotten(tmp_path: Path) -> None:
+    results = [
+        result(CodecSpec(name="raw"), [True, True, True, False]),
+        result(CodecSpec(name="raw", label="untold"), [True, False, False, False], told=False),
+        result(CodecSpec(name="random", ratio=2.0), [True, False, True, False], 0.5),
+    ]
+    lines = "\n".join(KIND.section(results, tmp_path))
+    assert "The other 2 can show" in lines
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines.splitlines()]
+    still = {row[1]: row[5] for row in cells if len(row) > 5}
+    assert (still["random 2x"], still["uncompressed"], still["never told"]) == ("1/2", "2/2", "0/2")
+
+
 def test_without_a_baseline_nothing_is_said_of_codecs(tmp_path: Path) -> None:
     missing = Result(
         run=Run(kind="instructions", codec=CodecSpec(name="raw"), settings={"told": True}),

@@ -7,7 +7,7 @@ from pathlib import Path
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.series import measured, newest, table
 from kvferry.codec.lab.instructions.plot import Line, Point, draw_accuracy
-from kvferry.codec.lab.intervals import paired_bootstrap, wilson
+from kvferry.codec.lab.intervals import paired_difference, wilson
 
 UNCOMPRESSED = "uncompressed"
 UNTOLD = "never told"
@@ -55,7 +55,9 @@ def _of_examples(results: Sequence[Result], picture: Path) -> list[str]:
     whole = next((c for c in conditions if c.line == UNCOMPRESSED), None)
     if whole is None:
         return _UNKNOWN
-    lines = [*_baseline(whole), *_table(conditions, whole)]
+    guessed = next((c.right for c in conditions if c.line == UNTOLD), {})
+    known = [name for name, right in whole.right.items() if right and not guessed.get(name)]
+    lines = [*_baseline(whole, len(known)), *_table(conditions, whole, known)]
     if len(conditions) > 1:
         below = f"{results[-1].about.get('model')}, {len(whole.right)} conversations"
         draw_accuracy(_lines(conditions), below, picture)
@@ -79,26 +81,31 @@ def _condition(result: Result) -> _Condition:
     )
 
 
-def _baseline(whole: _Condition) -> list[str]:
+def _baseline(whole: _Condition, known: int) -> list[str]:
     kinds = dict.fromkeys(whole.kinds.values())
     told = ", ".join(f"{kind} {_counted(whole.of_kind(kind))}" for kind in kinds)
     return [
         f"With its own cache the model answers {_shown(list(whole.right.values()))} of its tests "
-        f"right ({told}). Only these can show that something was forgotten. "
-        f'"{UNTOLD.capitalize()}" is the same conversation without its first turn.',
+        f'right ({told}). "{UNTOLD.capitalize()}" is the same conversation without its first '
+        f"turn: what is right there too was guessed. The other {known} can show that something "
+        "was forgotten.",
         "",
     ]
 
 
-def _table(conditions: Sequence[_Condition], whole: _Condition) -> list[str]:
+def _table(conditions: Sequence[_Condition], whole: _Condition, known: Sequence[str]) -> list[str]:
+    """
+    Args:
+        known: examples that are right without compression, and not by guessing.
+    """
     kinds = list(dict.fromkeys(whole.kinds.values()))
     rows = []
     for one in sorted(conditions, key=_order):
         both = [name for name in whole.right if name in one.right]
-        own, base = ([float(c.right[name]) for name in both] for c in (one, whole))
-        low, high = paired_bootstrap(own, base)
+        own, base = ([c.right[name] for name in both] for c in (one, whole))
+        low, high = paired_difference(own, base)
         gap = 100 * (sum(own) - sum(base)) / max(1, len(both))
-        still = [one.right[name] for name in both if whole.right[name]]
+        still = [one.right[name] for name in known if name in one.right]
         rows.append(
             [
                 one.described,
@@ -111,8 +118,9 @@ def _table(conditions: Sequence[_Condition], whole: _Condition) -> list[str]:
         )
     return [
         "Table 1. Answers that keep all rules, with 95 % Wilson intervals; the difference to the "
-        "uncompressed cache in points, with its 95 % bootstrap interval over paired "
-        'conversations; "still right" counts those that are right without compression.',
+        "uncompressed cache in points, with its 95 % score interval (Tango's) over paired "
+        'conversations; "still right" counts those that are right without compression and not '
+        "guessed.",
         "",
         *table(["condition", "held", "right", "difference", "still right", *kinds], rows),
         "",
