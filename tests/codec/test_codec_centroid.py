@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from kvferry.codec.base import DType, PageTensors, Stream, takes_whole_context
 from kvferry.codec.blob import encode_blob
 from kvferry.codec.centroid import CentroidCodec
+from kvferry.codec.entropy import pack_bits, unpack_bits
 from kvferry.codec.registry import make_codec
 from kvferry.codec.rope import apply, undo
 from kvferry.errors import CodecError, ConfigError, CorruptBlobError, UnsupportedTensorError
+from kvferry.proto import container
+from kvferry.proto.container import SectionData
 
 DIM = 16
 ROPES = (rope_spec(DIM), rope_spec(DIM, dims=8))
@@ -164,3 +167,35 @@ def test_damage_and_lies_are_told() -> None:
     for lie in section_lies(data):
         with pytest.raises(CorruptBlobError):
             decoded(lie, key, page.tokens)
+
+
+@pytest.mark.parametrize(
+    ("section", "index", "value", "says"),
+    [
+        ("kept/positions", -1, 30, "within"),  # the first token after the range
+        ("kept/positions", -1, (1 << 32) - 1, "within"),
+        ("kept/positions", 0, 29, "rise"),
+        ("kept/weights", 0, np.nan, "no number"),
+        ("kept/weights", 0, np.inf, "add up"),
+        ("kept/weights", 0, -1, "below 0"),
+        ("kept/weights", 0, 1e9, "add up"),
+        ("kept/weights", slice(None), 0, "add up"),
+    ],
+)
+def test_counts_and_positions_that_cannot_be_are_refused(
+    section: str, index: int | slice, value: float, says: str
+) -> None:
+    """Behind good checksums, in the one head of a blob."""
+    page = page_of((0, 30), DType.FLOAT16).cut_layers((0, 1)).cut_heads((0, 1))
+    codec = make_codec("centroid", {"window": 4, "ratio": 3})
+    assert isinstance(codec, CentroidCodec)
+    key, data = encode_blob(codec.with_ropes(ROPES[:1]), page, meta_for())
+    blob = container.parse(data)
+    count = blob.header.streams[0].shape[2]
+    kind = np.dtype("<u4" if section == "kept/positions" else "<f4")
+    found = unpack_bits(blob.sections[section].data, (count,), kind, section).copy()
+    found[index] = value
+    forged = SectionData(section, pack_bits(found), found.nbytes)
+    sections = [forged if s.name == section else s for s in blob.sections.values()]
+    with pytest.raises(CorruptBlobError, match=says):
+        decoded(container.pack(blob.header, sections), key, page.tokens)
