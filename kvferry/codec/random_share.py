@@ -33,7 +33,9 @@ class RandomCodec(Uncalibrated):
 
     Attributes:
         ratio: tokens for each that is kept, at least one is.
-        sinks: tokens at the start of a sequence that are kept whatever their lot.
+        sinks: tokens at the start of a sequence that are kept whatever their lot. Most
+            models lose far more with the very first token than with any other: a codec
+            that keeps it is to be compared with as many sinks here.
         seed: another choice for another number.
         positions: "contiguous" or "original": where the model sees what is left.
     """
