@@ -84,15 +84,20 @@ def test_the_examples_that_come_along() -> None:
     assert {example.kind for example in examples} == {
         "reminder",
         "conflict",
+        "contradiction",
         "instruction",
         "format",
     }
+    assert sum(example.kind in ("conflict", "contradiction") for example in examples) >= 30
     for example in examples:
         # What is asked for stands in the first turn alone, or later turns would tell it.
         later = " ".join(f"{t.user} {t.assistant}" for t in example.untold().turns)
         wanted = [r for r in example.rules if r.kind not in ("excludes", "max_words", "format")]
         assert not any(rule.kept(later) for rule in wanted if rule.kind != "language"), example.name
         assert not example.right(""), example.name
+        if example.kind == "contradiction":
+            # Who knows the later turns alone breaks a rule: what they say is excluded.
+            assert any(r.kind == "excludes" and not r.kept(later) for r in example.rules)
 
 
 @pytest.mark.parametrize(

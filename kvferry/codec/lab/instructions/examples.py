@@ -28,7 +28,9 @@ class Example:
     """One conversation.
 
     Attributes:
-        kind: "reminder", "conflict", "instruction" or "format".
+        kind: "reminder"; "conflict": a later turn says the like of something else;
+            "contradiction": one says otherwise of the same, and is not to be believed;
+            "instruction": what to answer, once asked; "format": how to answer.
         turns: the first carries what is to be remembered.
         test: what the user says last; only the answer to this is generated.
         rules: an answer is right if it keeps all of them.
