@@ -99,6 +99,20 @@ def test_codecs_that_drop_tokens_hold_the_same_share_after_every_turn(
     assert memory.share == held[-1][0] / held[-1][1]
 
 
+def test_each_conversation_draws_lots_of_its_own_unless_a_seed_is_given(bench: Bench) -> None:
+    cache = make_prompt_cache(bench.model)
+    prefill(bench.model, turn_tokens(bench.loaded, FRAME, EXAMPLE)[0], cache)
+    count = cache[0].offset
+
+    def kept(conversation: str, **options: object) -> list[int]:
+        spec = CodecSpec(name="random", ratio=2.0, options={"positions": "original", **options})
+        made = memory_for(spec, bench, conversation).after_turn(cache, count)
+        return [int(place) for place in made[0].positions]
+
+    assert kept("one") == kept("one") != kept("two")
+    assert kept("one", seed=5) == kept("two", seed=5)
+
+
 def test_the_default_set_measures_no_condition_twice_and_keeps_options() -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
     runs = load_plan(folder / "instructions.toml").runs

@@ -87,7 +87,7 @@ class Instructions:
                 bench.loaded,
                 frame,
                 example if told else example.untold(),
-                memory_for(run.codec, bench),
+                memory_for(run.codec, bench, example.name),
                 limit=limit,
                 done=done,
                 begin=begin,

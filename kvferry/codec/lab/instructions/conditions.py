@@ -3,6 +3,8 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from kvferry.codec.base import Codec, drops_tokens
 from kvferry.codec.lab.coding import Coded
 from kvferry.codec.lab.experiment.spec import CodecSpec
@@ -17,15 +19,21 @@ if TYPE_CHECKING:
     from kvferry.codec.lab.experiment.bench import Bench
 
 
-def memory_for(spec: CodecSpec, bench: "Bench") -> Memory:
-    """For one conversation. Raises: ConfigError, CalibrationMissingError."""
+def memory_for(spec: CodecSpec, bench: "Bench", conversation: str = "") -> Memory:
+    """For one conversation.
+
+    Args:
+        conversation: its name. A codec that draws lots, and was given no seed, draws others
+            for each: where all lost the same positions they would be one draw, not many.
+    Raises: ConfigError, CalibrationMissingError.
+    """
     if spec.name == "raw":
         return Whole()
     if drops_tokens(CODECS[spec.name]):
         ropes = partial(page_ropes, bench.model, bench.shape.page_layers)
         compress = partial(compress_live, ropes=ropes, latent=bench.shape.latent)
         retention = None if spec.ratio is None else 1 / spec.ratio
-        return Dropping(partial(_codec, spec), retention, compress)
+        return Dropping(partial(_codec, spec, conversation), retention, compress)
 
     def snap(cache: list[Any], tokens: int) -> CacheSnapshot:
         return adapters.snapshot(cache, tokens, latent=bench.shape.latent)
@@ -36,8 +44,12 @@ def memory_for(spec: CodecSpec, bench: "Bench") -> Memory:
     return Recoding(bench.model, snap, code)
 
 
-def _codec(spec: CodecSpec, ratio: float | None) -> Codec:
+def _codec(spec: CodecSpec, conversation: str, ratio: float | None) -> Codec:
     options = dict(spec.options)
     if ratio is not None:
         options["ratio"] = ratio
-    return make_codec(spec.name, options)
+    codec = make_codec(spec.name, options)
+    if "seed" not in codec.params or "seed" in options:
+        return codec
+    seed = int.from_bytes(blake3(conversation.encode()).digest(4), "little")
+    return make_codec(spec.name, {**options, "seed": seed})
