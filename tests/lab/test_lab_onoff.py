@@ -91,7 +91,8 @@ def test_likeness_of_texts() -> None:
 
 
 def result(codec: str, ratio: float, kl: float, text: str = "prose", **more: object) -> Result:
-    spec = CodecSpec(name=codec, ratio=ratio)
+    name, _, label = codec.partition(", ")
+    spec = CodecSpec(name=name, ratio=ratio, label=codec if label else "")
     metrics = {"compression_ratio": ratio, "kl_mean": kl, **more}
     run = Run(kind="fidelity", codec=spec, text=text, context=2048, continuation=256)
     return Result(run=run, digest=f"{codec}{ratio}{text}", about={"model": "m"}, metrics=metrics)
@@ -102,13 +103,14 @@ def test_a_target_is_met_or_not_or_not_measured() -> None:
         *(result("ferry", ratio, kl) for ratio, kl in ((10, 0.002), (40, 0.012), (60, 0.03))),
         *(result("kvtc", ratio, kl) for ratio, kl in ((4, 0.004), (8, 0.02))),
         result("streaming", 4.0, 0.5),
-        result("random", 4.0, 0.25),
+        result("random", 4.0, 2.0),
+        result("random, 4 sinks", 4.0, 0.25),
     ]
     rows = {tuple(c.strip() for c in r.split("|")[1:-1]) for r in targets_table(found)[2:]}
     told = {(row[0], row[2]): (row[3], row[4]) for row in rows}
     assert told["ferry", "ratio at KL 0.01 >= 20"][1] == "yes"
-    assert told["streaming", "KL / KL of `random` at 4x < 1"] == ("2", "**no**")
-    assert told["streaming", "KL / KL of `random` at 8x < 1"] == ("not measured", "-")
+    assert told["streaming", "KL / KL of `random, 4 sinks` at 4x < 1"] == ("2", "**no**")
+    assert told["streaming", "KL / KL of `random, 4 sinks` at 8x < 1"] == ("not measured", "-")
     assert told["kvtc", "ratio >= 3 where 4 is asked for"] == ("4", "yes")
     assert all(row[5] for row in rows if row[4] == "**no**")
 

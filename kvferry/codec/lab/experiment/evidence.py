@@ -24,11 +24,14 @@ class Evidence:
     results: Sequence[Result]
 
     def of(self, kind: str, codec: str, choose: Choose | None = None) -> list[Result]:
-        """Measured results of a codec with the user's own calibration, at the usual length."""
+        """Measured results of a codec with the user's own calibration, at the usual length.
+
+        Args: codec: as results call it, by its label where it has one.
+        """
         own = [r for r in measured(self.results) if r.run.kind == kind]
         own = [r for r in own if not r.run.codec.calibration]
         own = at_context(own, main_context(own))
-        return [r for r in own if r.run.codec.name == codec and (choose is None or choose(r))]
+        return [r for r in own if r.run.codec.shown == codec and (choose is None or choose(r))]
 
     def mean(self, kind: str, codec: str, *keys: str, choose: Choose | None = None) -> float | None:
         """Arithmetic mean of a metric over those; None where there is none."""
@@ -66,25 +69,21 @@ class Evidence:
         Returns: of ``codec`` less that of ``other``, over all runs that differ in nothing
             but the codec; None where there are none.
         """
-        own = [r for r in measured(self.results) if r.run.kind == kind and _usual(r)]
+        own = [r for r in measured(self.results) if r.run.kind == kind]
+        own = [r for r in own if not r.run.codec.calibration]
         base = {
             _place(r): r.number(key)
             for r in own
-            if r.run.codec.name == other and r.run.codec.ratio == ratio
+            if r.run.codec.shown == other and r.run.codec.ratio == ratio
         }
         found = [
             mine - theirs
             for r in own
-            if r.run.codec.name == codec and (ratio is None or r.run.codec.ratio == ratio)
+            if r.run.codec.shown == codec and (ratio is None or r.run.codec.ratio == ratio)
             if (theirs := base.get(_place(r))) is not None
             if (mine := r.number(key)) is not None
         ]
         return statistics.fmean(found) if found else None
-
-
-def _usual(result: Result) -> bool:
-    codec = result.run.codec
-    return not codec.calibration and (codec.ratio is None or not codec.options)
 
 
 def _place(result: Result) -> str:
