@@ -65,6 +65,24 @@ def test_history_is_within_half_a_step_and_the_newest_as_it_came(
             assert worst(again[:, :, 4 : 4 + packed], exact[:, :, 4 : 4 + packed]) > 0
 
 
+@pytest.mark.parametrize("bits", [6, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 5, 6, 12])
+def test_a_head_of_any_size_comes_back_as_its_channels_of_a_larger_one_do(
+    bits: int, dtype: Any, dim: int
+) -> None:
+    rng = np.random.default_rng(3)
+    wide = mx.array(rng.standard_normal((1, 2, 45, 16)).astype(np.float32)).astype(dtype)
+    found = []
+    for part in (wide, wide[..., :dim]):
+        cache = BitPackedCache(bits, block_tokens=8, sinks=3)
+        for start in range(0, 45, 15):
+            new = part[:, :, start : start + 15]
+            cache.update_and_fetch(new, new)
+        found.append(cache.keys_and_values()[0])
+    assert worst(found[0][..., :dim], found[1]) == 0
+
+
 def test_it_costs_the_bits_that_it_keeps() -> None:
     packed, plain = BitPackedCache(6, 128, sinks=0), KVCache()
     _, came = fed(packed, [1024], dtype=mx.float16)

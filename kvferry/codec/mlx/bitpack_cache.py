@@ -6,6 +6,7 @@ is full. A block has its own range for each channel of each head, as the pages o
 `kvferry.codec.bitpack_pages`; a sequence's first tokens are never packed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -20,6 +21,7 @@ from kvferry.proto.keys import SINK_TOKENS
 BLOCK_TOKENS = 128
 
 _Arrays = tuple[mx.array, ...]
+_WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +59,7 @@ class _History:
         if missing > 0 and not self.recent.shape[2]:
             first = mx.concatenate([self.first, new[:, :, :missing]], axis=2)
             return replace(self, first=first, recent=new[:, :, missing:])
-        return replace(self, recent=mx.concatenate([self.recent, new], axis=2))
+        return replace(self, recent=_joined([self.recent, new], axis=2))
 
     def packed(self, bits: int, block: int) -> "_History":
         """With whole blocks of what is recent packed."""
@@ -70,14 +72,14 @@ class _History:
         levels = _pack[bits](*(array.astype(mx.float32) for array in (whole, low, high)))
         made = (levels, low, high)
         held = (self.levels, self.low, self.high)
-        levels, low, high = (mx.concatenate(list(p), axis=2) for p in zip(held, made, strict=True))
+        levels, low, high = (_joined(p, axis=2) for p in zip(held, made, strict=True))
         return _History(self.first, levels, low, high, self.recent[:, :, count * block :])
 
     def whole(self, bits: int, block: int) -> mx.array:
         """All tokens, (batch, heads, tokens, dim)."""
         if not self.levels.shape[2]:
             return mx.concatenate([self.first, self.recent], axis=2)
-        return mx.concatenate([self.first, self._unpacked(bits, block), self.recent], axis=2)
+        return _joined([self.first, self._unpacked(bits, block), self.recent], axis=2)
 
     def cut(self, tokens: int, bits: int, block: int) -> "_History":
         """The first ``tokens``; a block that is cut through is unpacked."""
@@ -97,7 +99,7 @@ class _History:
     def _unpacked(self, bits: int, block: int) -> mx.array:
         batch, heads, count, _, dim = self.levels.shape
         ends = (self.low.astype(mx.float32), self.high.astype(mx.float32))
-        found = _unpack[bits](self.levels, *ends).astype(self.low.dtype)
+        found = _unpack(self.levels, *ends, bits).astype(self.low.dtype)
         return found.reshape(batch, heads, count * block, dim)
 
 
@@ -225,23 +227,50 @@ def _pack_8(whole: mx.array, low: mx.array, high: mx.array) -> mx.array:
     return _levels(whole, low, high, 255)
 
 
-def _unpack_8(levels: mx.array, low: mx.array, high: mx.array) -> mx.array:
-    return _values(levels, low, high, 255)
-
-
 def _pack_6(whole: mx.array, low: mx.array, high: mx.array) -> mx.array:
     a, b, c, d = mx.split(_levels(whole, low, high, 63), 4, axis=3)
     return mx.concatenate([a | (b << 6), (b >> 2) | (c << 4), (c >> 4) | (d << 2)], axis=3)
 
 
-def _unpack_6(levels: mx.array, low: mx.array, high: mx.array) -> mx.array:
-    x, y, z = mx.split(levels, 3, axis=3)
-    four = (x & 63, (x >> 6) | ((y << 2) & 60), (y >> 4) | ((z << 4) & 48), z >> 2)
-    return mx.concatenate([_values(q, low, high, 63) for q in four], axis=3)
+def _unpack(levels: mx.array, low: mx.array, high: mx.array, bits: int) -> mx.array:
+    if bits == 6:
+        levels = mx.concatenate(list(_quarters(_wide(levels, 4))), axis=3).view(mx.uint8)
+    return _affine[bits](levels, low, high)
+
+
+def _four_of_three(words: mx.array) -> _Arrays:
+    """`_pack_6` undone, whole words of levels at once."""
+    x, y, z = mx.split(words, 3, axis=3)
+    ones = 0x01010101 & (256**words.itemsize - 1)
+    return (
+        x & (63 * ones),
+        ((x >> 6) & (3 * ones)) | ((y << 2) & (60 * ones)),
+        ((y >> 4) & (15 * ones)) | ((z << 4) & (48 * ones)),
+        (z >> 2) & (63 * ones),
+    )
+
+
+def _affine_6(levels: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return _values(levels, low, high, 63)
+
+
+def _affine_8(levels: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return _values(levels, low, high, 255)
+
+
+def _joined(parts: Sequence[mx.array], axis: int) -> mx.array:
+    """``concatenate``, which MLX does number by number on a CPU: in as wide ones as fit."""
+    return mx.concatenate([_wide(p, 8) for p in parts], axis=axis).view(parts[0].dtype)
+
+
+def _wide(array: mx.array, most: int) -> mx.array:
+    """The same bytes as unsigned integers of up to ``most`` bytes; the last axis shrinks."""
+    return array.view(_WORDS[math.gcd(array.shape[-1] * array.itemsize, most)])
 
 
 _Kernel = Callable[[mx.array, mx.array, mx.array], mx.array]
 # Fused by MLX: one pass over what is packed instead of one for each operation. In float32
 # only: on a CPU every kernel is compiled once, by the system's compiler, in about a second.
 _pack: dict[int, _Kernel] = {6: mx.compile(_pack_6), 8: mx.compile(_pack_8)}
-_unpack: dict[int, _Kernel] = {6: mx.compile(_unpack_6), 8: mx.compile(_unpack_8)}
+_quarters: Callable[[mx.array], _Arrays] = mx.compile(_four_of_three)
+_affine: dict[int, _Kernel] = {6: mx.compile(_affine_6), 8: mx.compile(_affine_8)}
