@@ -77,26 +77,24 @@ def calibration_of(codec: str, folder: Path | None, identity: bytes) -> Known:
             of their name in it.
     Raises: ConfigError: there is none; IdentityMismatchError: it is another model's.
     """
-    from kvferry.cli.calibrate_kvtc import codec_folder
     from kvferry.codec.calibration import CalibrationSet
     from kvferry.codec.calibration_set import SET_FILE
     from kvferry.codec.kvtc_calibration import KvtcCalibration
     from kvferry.codec.lowrank_calibration import LowRankCalibration
     from kvferry.codec.mlx.device import device_products
-    from kvferry.node.calibrations import calibration_folder
+    from kvferry.node.calibrations import codec_folder
     from kvferry.places import user_dir
 
     if codec not in CALIBRATED:
         return Known()
     groups: Sequence[GroupCalibration]
-    if codec != "ferry":
-        if folder is not None and (folder / codec / SET_FILE).is_file():
-            folder = folder / codec
-        folder = folder or codec_folder(identity, codec)
-        if not (folder / SET_FILE).is_file():
-            allowed = f"a folder with {SET_FILE}; `kvferry calibrate --codec {codec}` writes one"
-            raise ConfigError("calibration", str(folder), allowed)
-    folder = folder or calibration_folder(user_dir("cache"), identity)
+    if folder is None:
+        folder = codec_folder(user_dir("cache"), identity, codec)
+    elif codec != "ferry" and (folder / codec / SET_FILE).is_file():
+        folder = folder / codec
+    if codec != "ferry" and not (folder / SET_FILE).is_file():
+        allowed = f"a folder with {SET_FILE}; `kvferry calibrate --codec {codec}` writes one"
+        raise ConfigError("calibration", str(folder), allowed)
     if codec == "kvtc":
         found, whole = KvtcCalibration.load(folder)
         groups = [whole]

@@ -23,7 +23,7 @@ from kvferry.codec.lowrank_options import LowRankOptions
 from kvferry.codec.registry import make_codec
 from kvferry.errors import CalibrationMissingError, ConfigError
 from kvferry.hf.calibrations import AtHand, by_layer, load_groups
-from kvferry.node.calibrations import calibration_folder
+from kvferry.node.calibrations import codec_folder
 from kvferry.places import user_dir
 
 _OPTIONS = ("rank", "target", "bits", "identity", "ln_nullspace")
@@ -90,6 +90,5 @@ def _read(path: Path) -> _Asked:
         return _Asked("lowrank", options, where)
     preset = load_preset(path)
     if where is None:
-        where = calibration_folder(user_dir("cache"), preset.model_id)
-        where = where if preset.codec == "ferry" else where / preset.codec
+        where = codec_folder(user_dir("cache"), preset.model_id, preset.codec)
     return _Asked(preset.codec, preset.options, where)

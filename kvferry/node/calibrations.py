@@ -49,6 +49,12 @@ def calibration_folder(cache_dir: Path, model_id: bytes) -> Path:
     return cache_dir / "calibrations" / model_id.hex()[:32]
 
 
+def codec_folder(cache_dir: Path, model_id: bytes, codec: str) -> Path:
+    """Where it leaves one for ``codec``: in that folder, other codecs' than ferry's below it."""
+    folder = calibration_folder(cache_dir, model_id)
+    return folder if codec == "ferry" else folder / codec
+
+
 class Calibrations:
     """A `kvferry.codec.base.CalibrationSource` that also asks the cluster.
 
@@ -132,7 +138,7 @@ class Calibrations:
         return None
 
     def _local_lowrank(self, model_id: bytes) -> LowRankCalibration | None:
-        folder = calibration_folder(self._cache_dir, model_id) / LOWRANK_NAME
+        folder = codec_folder(self._cache_dir, model_id, LOWRANK_NAME)
         if not (folder / SET_FILE).is_file():
             return None
         try:
