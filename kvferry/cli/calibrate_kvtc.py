@@ -1,113 +1,65 @@
 """``kvferry calibrate --codec kvtc``: what the published codec needs to know."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import typer
+from kvferry.cli.calibrate_run import Texts
+from kvferry.codec.calibration import CalibrationSet
+from kvferry.codec.kvtc_calibration import KvtcCalibration
+from kvferry.codec.lab.checkpoint import Checkpoint
+from kvferry.codec.lab.held import held_texts
+from kvferry.codec.lab.kvtc import APART_TOKENS, KvtcPlan, calibrate, calibration_work
+from kvferry.codec.lab.memory import kvtc_memory_need
+from kvferry.codec.lab.plan import Report
+from kvferry.codec.lab.text import CalibrationText, first_tokens, held_text
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.probe import describe
 
-from kvferry.cli.interrupt import interruptible, stop_signals
-from kvferry.cli.output import write_json
 
+class KvtcPart:
+    """See `kvferry.cli.calibrate_run.Part`: a basis per stream, and plans."""
 
-def calibrate_kvtc(
-    model: str,
-    text: list[Path],
-    out: Path | None,
-    tokens: int | None,
-    json: str | None,
-    *,
-    if_missing: bool,
-    restart: bool,
-    limit: int | None,
-) -> None:
-    """Fit bases and plans, and write them beside the default codec's calibration.
+    codec, places = "kvtc", 0
 
-    Args: limit: bytes that it may take beyond what it holds; None: what is free.
-    """
-    import time
+    def __init__(self, tokens: int | None) -> None:
+        self.plan = KvtcPlan() if tokens is None else KvtcPlan(tokens=tokens)
+        self.tokens = self.plan.tokens
 
-    from kvferry.codec.lab.checkpoint import Checkpoint, checkpoint_key
-    from kvferry.codec.lab.held import held_texts
-    from kvferry.codec.lab.kvtc import APART_TOKENS, KvtcPlan, calibrate, calibration_work
-    from kvferry.codec.lab.memory import free_memory, kvtc_memory_need, peak_memory
-    from kvferry.codec.lab.text import calibration_text, first_tokens, held_text
-    from kvferry.codec.mlx.load import load_model
-    from kvferry.codec.mlx.probe import describe
-    from kvferry.codec.mlx.weights import fingerprint
-    from kvferry.node.calibrations import calibration_folder
-    from kvferry.places import user_dir
-    from kvferry.proto.identity import model_id
+    def load(self, folder: Path) -> CalibrationSet:
+        """The set of a folder with errors and plans. Raises: ConfigError, CodecError."""
+        return KvtcCalibration.load(folder)[0]
 
-    started = time.monotonic()
-    plan = KvtcPlan() if tokens is None else KvtcPlan(tokens=tokens)
-    content = calibration_text(text)
-    with stop_signals() as stopping:
-        loaded = load_model(model)
-        identity = model_id(fingerprint(loaded))
-        folder = out or codec_folder(identity, "kvtc")
-        if if_missing and _fits(folder, identity):
-            typer.echo(f"calibration of {model} for kvtc is there already: {folder}", err=True)
-            if json is not None:
-                write_json({"model": model, "folder": str(folder), "made": False}, json)
-            return
-        what = f"the text to calibrate on ({content.source})"
-        given = first_tokens(loaded.tokenizer, content.fitted, plan.tokens, what)
-        texts = held_texts(loaded.tokenizer, APART_TOKENS, held_text())
-        apart = [found.tokens for found in texts]
+    def read(self, loaded: LoadedModel, text: CalibrationText, *, own: bool) -> Texts:
+        """Raises: ModelError."""
+        what = f"the text to calibrate on ({text.source})"
+        given = first_tokens(loaded.tokenizer, text.fitted, self.tokens, what)
+        held = held_texts(loaded.tokenizer, APART_TOKENS, held_text())
+        apart = [found.tokens for found in held]
         shape = describe(loaded.model, loaded.config)
-        need = kvtc_memory_need(loaded, shape, plan, apart)
-        typer.echo(need.line(), err=True)
-        free = free_memory() if limit is None else limit
-        need.check(free)
-        unfinished = calibration_folder(user_dir("cache"), identity).with_suffix(".unfinished")
-        kept = Checkpoint(unfinished, checkpoint_key(identity, given, texts, plan))
-        if restart:
-            kept.clear()
-        work = calibration_work(plan.tokens + sum(map(len, apart)), len(shape.streams))
-        with interruptible(f"calibrating {model} for kvtc", work, kept.folder, stopping) as report:
-            known = calibrate(loaded, identity, given, content.source, plan, report, apart, kept)
-    made = known.save(folder)
-    kept.clear()
-    seconds = time.monotonic() - started
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    if json is not None:
-        memory = {**need.to_json(), "free_bytes": free, "peak_bytes": peak_memory()}
-        write_json(
-            {
-                "model": model,
-                "model_id": identity.hex(),
-                "codec": "kvtc",
-                "calibration_id": made.id.hex(),
-                "folder": str(folder),
-                "made": True,
-                "tokens": plan.tokens,
-                "text_source": content.source,
-                "rank": {name: bundle.rank for name, bundle in known.bundles.items()},
-                "bytes": size,
-                "memory": memory,
-                "seconds": seconds,
-            },
-            json,
+        return Texts(
+            fitted=given,
+            source=text.source,
+            held=held,
+            need=kvtc_memory_need(loaded, shape, self.plan, apart),
+            work=calibration_work(self.tokens + sum(map(len, apart)), len(shape.streams)),
         )
-    if json != "-":
-        typer.echo(f"{folder}: {size / 1e6:.0f} MB, {seconds:.0f} s")
 
+    def fit(
+        self, loaded: LoadedModel, identity: bytes, texts: Texts, report: Report, kept: Checkpoint
+    ) -> KvtcCalibration:
+        """Raises: as `calibrate`."""
+        apart = [found.tokens for found in texts.held]
+        given, source = texts.fitted, texts.source
+        return calibrate(loaded, identity, given, source, self.plan, report, apart, kept)
 
-def codec_folder(identity: bytes, codec: str) -> Path:
-    """Where a model's calibration for another codec than ferry lies, unless the user says
-    otherwise."""
-    from kvferry.node.calibrations import calibration_folder
-    from kvferry.places import user_dir
+    def save(self, fitted: KvtcCalibration, folder: Path) -> CalibrationSet:
+        """Errors and plans too."""
+        return fitted.save(folder)
 
-    return calibration_folder(user_dir("cache"), identity) / codec
+    def to_json(self, fitted: KvtcCalibration, seconds: float) -> Mapping[str, object]:
+        """Columns of each basis."""
+        return {"rank": {name: bundle.rank for name, bundle in fitted.bundles.items()}}
 
-
-def _fits(folder: Path, identity: bytes) -> bool:
-    """Whether a calibration of the model is there and can be read."""
-    from kvferry.codec.kvtc_calibration import KvtcCalibration
-    from kvferry.errors import CodecError, ConfigError
-
-    try:
-        found, _ = KvtcCalibration.load(folder)
-    except (CodecError, ConfigError):
-        return False
-    return found.model_id == identity
+    def lines(self, fitted: KvtcCalibration) -> Iterator[str]:
+        """Nothing more."""
+        return iter(())

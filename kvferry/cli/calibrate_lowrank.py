@@ -1,130 +1,91 @@
 """``kvferry calibrate --codec lowrank``: a basis for every head of a model."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import typer
+from kvferry.cli.calibrate_run import Texts
+from kvferry.codec.calibration import CalibrationSet
+from kvferry.codec.lab.checkpoint import Checkpoint
+from kvferry.codec.lab.lowrank import LowRankPlan, calibrate, calibration_set, check_streams
+from kvferry.codec.lab.memory import lowrank_memory_need
+from kvferry.codec.lab.plan import Report
+from kvferry.codec.lab.text import CalibrationText, first_tokens
+from kvferry.codec.lowrank_calibration import LowRankCalibration
+from kvferry.codec.mlx.load import LoadedModel
+from kvferry.codec.mlx.probe import describe
+from kvferry.errors import ConfigError
 
-from kvferry.cli.calibrate_kvtc import codec_folder
-from kvferry.cli.interrupt import interruptible, stop_signals
-from kvferry.cli.output import write_json
 
+class LowRankPart:
+    """See `kvferry.cli.calibrate_run.Part`: a basis per head, nothing to measure on."""
 
-def calibrate_lowrank(
-    model: str,
-    text: list[Path],
-    out: Path | None,
-    tokens: int | None,
-    json: str | None,
-    *,
-    if_missing: bool,
-    restart: bool,
-    limit: int | None,
-) -> None:
-    """Fit bases, and write them beside the default codec's calibration.
+    codec, places = "lowrank", 1
 
-    Args: limit: bytes that it may take beyond what it holds; None: what is free.
-    """
-    import time
+    def __init__(self, tokens: int | None) -> None:
+        self.plan = LowRankPlan() if tokens is None else LowRankPlan(tokens=tokens)
+        self.tokens = self.plan.tokens
 
-    from kvferry.codec.lab.checkpoint import Checkpoint, checkpoint_key
-    from kvferry.codec.lab.lowrank import (
-        LowRankPlan,
-        calibrate,
-        calibration_set,
-        check_streams,
-    )
-    from kvferry.codec.lab.memory import free_memory, lowrank_memory_need, peak_memory
-    from kvferry.codec.lab.text import calibration_text, first_tokens
-    from kvferry.codec.mlx.load import load_model
-    from kvferry.codec.mlx.probe import describe
-    from kvferry.codec.mlx.weights import fingerprint
-    from kvferry.node.calibrations import calibration_folder
-    from kvferry.places import user_dir
-    from kvferry.proto.identity import model_id
+    def load(self, folder: Path) -> CalibrationSet:
+        """The set of a folder. Raises: ConfigError: of another codec; CodecError."""
+        found, groups = CalibrationSet.load(folder)
+        if not isinstance(groups[0], LowRankCalibration):
+            raise ConfigError("calibration", str(folder), "of lowrank")
+        return found
 
-    started = time.monotonic()
-    plan = LowRankPlan() if tokens is None else LowRankPlan(tokens=tokens)
-    content = calibration_text(text)
-    with stop_signals() as stopping:
-        loaded = load_model(model)
-        identity = model_id(fingerprint(loaded))
-        folder = out or codec_folder(identity, "lowrank")
-        if if_missing and _fits(folder, identity):
-            typer.echo(f"calibration of {model} for lowrank is there already: {folder}", err=True)
-            if json is not None:
-                write_json({"model": model, "folder": str(folder), "made": False}, json)
-            return
+    def read(self, loaded: LoadedModel, text: CalibrationText, *, own: bool) -> Texts:
+        """Raises: ModelError; ConfigError: streams that have no heads."""
         shape = describe(loaded.model, loaded.config)
         check_streams(shape)
-        what = f"the text to calibrate on ({content.source})"
-        given = first_tokens(loaded.tokenizer, content.fitted, plan.tokens, what)
-        need = lowrank_memory_need(loaded, shape, plan)
-        typer.echo(need.line(), err=True)
-        free = free_memory() if limit is None else limit
-        need.check(free)
-        unfinished = calibration_folder(user_dir("cache"), identity).with_suffix(".unfinished")
-        kept = Checkpoint(unfinished, checkpoint_key(identity, given, [], plan))
-        if restart:
-            kept.clear()
-        title = f"calibrating {model} for lowrank"
-        with interruptible(title, plan.tokens, kept.folder, stopping) as report:
-            known = calibrate(loaded, identity, given, content.source, plan, report, kept)
-    made = calibration_set(known)
-    made.save(folder, [known])
-    for old in folder.glob("*.kvferry"):
-        if old.stem != known.id.hex():
-            old.unlink(missing_ok=True)
-    kept.clear()
-    seconds = time.monotonic() - started
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    empty = {name: int(flags.sum()) for name, flags in known.nulls.items()}
-    lost = {
-        name: {str(rank): float(basis.lost(rank).mean()) for rank in _ranks(basis.dim)}
-        for name, basis in known.bases.items()
-    }
-    if json is not None:
-        memory = {**need.to_json(), "free_bytes": free, "peak_bytes": peak_memory()}
-        write_json(
-            {
-                "model": model,
-                "model_id": identity.hex(),
-                "codec": "lowrank",
-                "calibration_id": made.id.hex(),
-                "group_id": known.id.hex(),
-                "folder": str(folder),
-                "made": True,
-                "tokens": plan.tokens,
-                "text_source": content.source,
-                "norm": known.norm,
-                "empty_directions": empty,
-                "lost_variance": lost,
-                "bytes": size,
-                "memory": memory,
-                "seconds": seconds,
-            },
-            json,
+        what = f"the text to calibrate on ({text.source})"
+        return Texts(
+            fitted=first_tokens(loaded.tokenizer, text.fitted, self.tokens, what),
+            source=text.source,
+            held=(),
+            need=lowrank_memory_need(loaded, shape, self.plan),
+            work=self.tokens,
         )
-    if json != "-":
-        for name, shares in sorted(lost.items(), reverse=True):
+
+    def fit(
+        self, loaded: LoadedModel, identity: bytes, texts: Texts, report: Report, kept: Checkpoint
+    ) -> LowRankCalibration:
+        """Raises: as `calibrate`."""
+        return calibrate(loaded, identity, texts.fitted, texts.source, self.plan, report, kept)
+
+    def save(self, fitted: LowRankCalibration, folder: Path) -> CalibrationSet:
+        """One group, and the set."""
+        made = calibration_set(fitted)
+        made.save(folder, [fitted])
+        return made
+
+    def to_json(self, fitted: LowRankCalibration, seconds: float) -> Mapping[str, object]:
+        """What ranks leave out, and which directions are empty."""
+        return {
+            "group_id": fitted.id.hex(),
+            "norm": fitted.norm,
+            "empty_directions": _empty(fitted),
+            "lost_variance": _lost(fitted),
+        }
+
+    def lines(self, fitted: LowRankCalibration) -> Iterator[str]:
+        """The same for people."""
+        for name, shares in sorted(_lost(fitted).items(), reverse=True):
             told = ", ".join(f"{rank}: {100 * share:.2f} %" for rank, share in shares.items())
-            typer.echo(f"  variance of {name} that a rank leaves out, mean of heads: {told}")
-        typer.echo(f"  norm before attention: {known.norm}; empty directions: {empty or 'none'}")
-        typer.echo(f"{folder}: {size / 1e6:.1f} MB, {seconds:.0f} s")
+            yield f"variance of {name} that a rank leaves out, mean of heads: {told}"
+        empty = _empty(fitted) or "none"
+        yield f"norm before attention: {fitted.norm}; empty directions: {empty}"
+
+
+def _empty(fitted: LowRankCalibration) -> dict[str, int]:
+    return {name: int(flags.sum()) for name, flags in fitted.nulls.items()}
+
+
+def _lost(fitted: LowRankCalibration) -> dict[str, dict[str, float]]:
+    return {
+        name: {str(rank): float(basis.lost(rank).mean()) for rank in _ranks(basis.dim)}
+        for name, basis in fitted.bases.items()
+    }
 
 
 def _ranks(dim: int) -> list[int]:
     """Some that are common: 60, 56, 48 and 32 of 64."""
     return sorted({max(1, dim * share // 16) for share in (15, 14, 12, 8)}, reverse=True)
-
-
-def _fits(folder: Path, identity: bytes) -> bool:
-    """Whether a calibration of the model is there and can be read."""
-    from kvferry.codec.calibration import CalibrationSet
-    from kvferry.codec.lowrank_calibration import LowRankCalibration
-    from kvferry.errors import CodecError, ConfigError
-
-    try:
-        found, groups = CalibrationSet.load(folder)
-    except (CodecError, ConfigError):
-        return False
-    return found.model_id == identity and isinstance(groups[0], LowRankCalibration)
