@@ -1,6 +1,6 @@
 """MLX's own group-wise affine quantization: ``w = scale * level + bias``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -17,7 +17,6 @@ from kvferry.codec.base import (
     Stream,
     Wanted,
 )
-from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.packing import pack_levels, packed_size, unpack_levels
 from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import CorruptBlobError, UnsupportedTensorError
@@ -44,12 +43,7 @@ class AffineCodec(Uncalibrated):
     bits: int = 8
 
     @classmethod
-    def from_options(
-        cls,
-        options: Mapping[str, object],
-        calibration: GroupCalibration | None,
-        curve: Sequence[CurvePoint],
-    ) -> Self:
+    def parse(cls, options: Mapping[str, object]) -> Self:
         """``bits``: 2, 3, 4 or 8. Raises: ConfigError."""
         opts.check_names(cls.name, options, ("bits",))
         return cls(opts.whole_number("bits", options.get("bits", 8), BITS))

@@ -21,7 +21,6 @@ from kvferry.codec.base import (
 )
 from kvferry.codec.bitpack_pages import PageLayout, check_values, pack_pages, unpack_pages
 from kvferry.codec.calibrated import read_sink_count
-from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.sinks import check_sinks, pack_sinks, read_sinks, sink_count
 from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import CorruptBlobError
@@ -49,12 +48,7 @@ class BitpackCodec(Uncalibrated):
     page_size_kb: int = 32
 
     @classmethod
-    def from_options(
-        cls,
-        options: Mapping[str, object],
-        calibration: GroupCalibration | None,
-        curve: Sequence[CurvePoint],
-    ) -> Self:
+    def parse(cls, options: Mapping[str, object]) -> Self:
         """``bits``: 6 or 8; ``page_size_kb``: 16 to 64. Raises: ConfigError."""
         opts.check_names(cls.name, options, ("bits", "page_size_kb"))
         return cls(

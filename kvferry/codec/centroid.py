@@ -77,12 +77,13 @@ class CentroidCodec(Uncalibrated):
         calibration: GroupCalibration | None,
         curve: Sequence[CurvePoint],
     ) -> Self:
-        """``ratio`` or ``similarity``, and the others of `Merging`.
+        """See `parse`; of ``calibration`` only how keys are rotated. Raises: ConfigError."""
+        made = cls.parse(options)
+        return made if calibration is None else made.with_ropes(calibration.ropes.get("k", ()))
 
-        Args:
-            calibration: only to tell how keys are rotated; `with_ropes` tells it too.
-        Raises: ConfigError.
-        """
+    @classmethod
+    def parse(cls, options: Mapping[str, object]) -> Self:
+        """``ratio`` or ``similarity``, and the others of `Merging`. Raises: ConfigError."""
         opts.check_names(cls.name, options, ("ratio", "similarity", *_WHOLE))
         drop.only_one(options, ("ratio", "similarity"))
         given = {
@@ -90,12 +91,10 @@ class CentroidCodec(Uncalibrated):
             for name, span in _WHOLE.items()
             if name in options
         }
-        ropes = () if calibration is None else tuple(calibration.ropes.get("k", ()))
         if "similarity" in options:
             similarity = opts.number_within("similarity", options["similarity"], -1, 1)
-            return cls(Merging(similarity=similarity, **given), None, ropes)
-        ratio = drop.ratio_option(options.get("ratio", DEFAULT_RATIO))
-        return cls(Merging(**given), ratio, ropes)
+            return cls(Merging(similarity=similarity, **given), None)
+        return cls(Merging(**given), drop.ratio_option(options.get("ratio", DEFAULT_RATIO)))
 
     def with_ropes(self, ropes: Sequence[RopeSpec]) -> Self:
         """For pages of layers that rotate their keys so."""

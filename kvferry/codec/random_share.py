@@ -1,6 +1,6 @@
 """The control of every codec that chooses tokens: a random share of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -16,7 +16,6 @@ from kvferry.codec.base import (
     Positions,
     Wanted,
 )
-from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.proto.container import SectionData
 
@@ -50,12 +49,7 @@ class RandomCodec(Uncalibrated):
     positions: str = drop.PLACES[0]
 
     @classmethod
-    def from_options(
-        cls,
-        options: Mapping[str, object],
-        calibration: GroupCalibration | None,
-        curve: Sequence[CurvePoint],
-    ) -> Self:
+    def parse(cls, options: Mapping[str, object]) -> Self:
         """``keep`` (a share) or ``ratio``, ``sinks``, ``seed``, ``positions``.
 
         Raises: ConfigError.

@@ -1,6 +1,6 @@
 """Exact codecs: the bits as they are (`raw`), and byte-shuffled zstandard (`zstd`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -15,7 +15,6 @@ from kvferry.codec.base import (
     Stream,
     Wanted,
 )
-from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.entropy import DEFAULT_ZSTD_LEVEL, pack_bits, unpack_bits
 from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.errors import CorruptBlobError
@@ -28,17 +27,6 @@ class RawCodec(Uncalibrated):
 
     name: ClassVar[str] = "raw"
     version: ClassVar[int] = 1
-
-    @classmethod
-    def from_options(
-        cls,
-        options: Mapping[str, object],
-        calibration: GroupCalibration | None,
-        curve: Sequence[CurvePoint],
-    ) -> Self:
-        """No options. Raises: ConfigError."""
-        opts.check_names(cls.name, options, ())
-        return cls()
 
     @property
     def params(self) -> Mapping[str, object]:
@@ -87,12 +75,7 @@ class ZstdCodec(Uncalibrated):
     level: int = DEFAULT_ZSTD_LEVEL
 
     @classmethod
-    def from_options(
-        cls,
-        options: Mapping[str, object],
-        calibration: GroupCalibration | None,
-        curve: Sequence[CurvePoint],
-    ) -> Self:
+    def parse(cls, options: Mapping[str, object]) -> Self:
         """``level``: 1 to 22. Raises: ConfigError."""
         opts.check_names(cls.name, options, ("level",))
         level = options.get("level", DEFAULT_ZSTD_LEVEL)

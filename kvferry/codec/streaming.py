@@ -1,6 +1,6 @@
 """StreamingLLM's choice: the first tokens of a sequence and the most recent ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -14,7 +14,6 @@ from kvferry.codec.base import (
     PageTensors,
     Wanted,
 )
-from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.uncalibrated import Uncalibrated
 from kvferry.proto.container import SectionData
 from kvferry.proto.keys import SINK_TOKENS
@@ -47,12 +46,7 @@ class StreamingCodec(Uncalibrated):
     positions: str = drop.PLACES[0]
 
     @classmethod
-    def from_options(
-        cls,
-        options: Mapping[str, object],
-        calibration: GroupCalibration | None,
-        curve: Sequence[CurvePoint],
-    ) -> Self:
+    def parse(cls, options: Mapping[str, object]) -> Self:
         """``sinks``, ``window`` or ``ratio``, ``positions``. Raises: ConfigError."""
         opts.check_names(cls.name, options, ("sinks", "window", "ratio", "positions"))
         drop.only_one(options, ("window", "ratio"))
