@@ -1,11 +1,14 @@
-"""Write the golden vectors anew: ``python tests/golden/regenerate.py``.
+"""Write golden vectors anew, those that are named: ``python tests/golden/regenerate.py NAME...``.
 
+Without a name it writes nothing and says which there are; ``all`` is every one of them.
 Tests only read them. A change here is a change of the published format: old blobs and
 other implementations stop fitting, so bump the version that it concerns.
 """
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +181,20 @@ def ropes() -> list[dict[str, object]]:
     return [{"spec": s.to_json(), "fingerprint": s.fingerprint().hex()} for s in specs]
 
 
-def main() -> None:
+def states() -> list[dict[str, object]]:
+    """Of the first two tails, whole and in halves."""
+    return [
+        {
+            "tail": tail["key"],
+            "parts": parts,
+            "key": keys.state_key(bytes.fromhex(str(tail["key"])), parts).hex(),
+        }
+        for tail in tails()[:2]
+        for parts in (1, 2)
+    ]
+
+
+def key_vectors(folder: Path) -> None:
     vectors = {
         "format": 1,
         "note": "Digests are BLAKE3, all bytes hexadecimal; kvferry/proto/keys.py defines them.",
@@ -190,40 +206,77 @@ def main() -> None:
         "model_ids": model_ids(),
         "blob_keys": blob_keys(),
         "ropes": ropes(),
+        "states": states(),
         "namespace_tags": namespace_tags(),
     }
-    (HERE / "keys.json").write_text(json.dumps(vectors, indent=1, ensure_ascii=False) + "\n")
-    known = {codec: golden_calibration(codec) for codec in CALIBRATED}
-    for codec, calibration in known.items():
-        (HERE / f"calibration_{codec}.kvferry").write_bytes(calibration.to_blob()[1])
+    (folder / "keys.json").write_text(json.dumps(vectors, indent=1) + "\n")
+
+
+def calibration(codec: str, folder: Path) -> None:
+    data = golden_calibration(codec).to_blob()[1]
+    (folder / f"calibration_{codec}.kvferry").write_bytes(data)
+
+
+def dropped(name: str, options: dict[str, object], folder: Path) -> None:
+    _, data = encode_blob(make_codec(name, options), golden_page(), meta())
+    (folder / f"{name}.kvferry").write_bytes(data)
+
+
+def merged(name: str, codec_name: str, options: dict[str, object], folder: Path) -> None:
+    # The calibration only tells how keys are rotated.
+    codec = make_codec(codec_name, options, golden_calibration("ferry"))
+    _, data = encode_blob(codec, golden_page(), meta())
+    (folder / f"{name}.kvferry").write_bytes(data)
+
+
+def sample(name: str, codec_name: str, options: dict[str, object], folder: Path) -> None:
+    """The blob, and what it decodes to as `raw`."""
+    known = golden_calibration(codec_name) if codec_name in CALIBRATED else None
 
     class Source:
         def get(self, calibration_id: bytes) -> object:
-            return next(c for c in known.values() if c.id == calibration_id)
+            assert known is not None
+            assert known.id == calibration_id
+            return known
 
-    for name, options, _ in DROPPED:
-        _, data = encode_blob(make_codec(name, options), golden_page(), meta())
-        (HERE / f"{name}.kvferry").write_bytes(data)
+    codec = make_codec(codec_name, options, known)
+    key, data = encode_blob(codec, golden_page(), meta())
+    restored = decode_blob(
+        data,
+        key=key,
+        model_id=meta().model_id,
+        tokens=TOKENS,
+        cut=None,
+        calibrations=Source(),  # type: ignore[arg-type]
+    )
+    _, plain = encode_blob(make_codec("raw", {}), restored, meta())
+    (folder / f"{name}.kvferry").write_bytes(data)
+    (folder / f"{name}.restored.kvferry").write_bytes(plain)
 
-    for name, codec_name, options in SAMPLES + MERGED:
-        # Of `centroid` it only tells how keys are rotated.
-        calibration = known.get("ferry" if codec_name == "centroid" else codec_name)
-        codec = make_codec(codec_name, options, calibration)
-        key, data = encode_blob(codec, golden_page(), meta())
-        (HERE / f"{name}.kvferry").write_bytes(data)
-        if codec_name == "centroid":
-            continue
-        restored = decode_blob(
-            data,
-            key=key,
-            model_id=meta().model_id,
-            tokens=TOKENS,
-            cut=None,
-            calibrations=Source(),  # type: ignore[arg-type]
-        )
-        _, plain = encode_blob(make_codec("raw", {}), restored, meta())
-        (HERE / f"{name}.restored.kvferry").write_bytes(plain)
+
+def vectors() -> dict[str, Callable[[Path], None]]:
+    """Name -> what writes its files to a folder."""
+    made: dict[str, Callable[[Path], None]] = {"keys": key_vectors}
+    made |= {f"calibration_{codec}": partial(calibration, codec) for codec in CALIBRATED}
+    made |= {name: partial(sample, name, codec, options) for name, codec, options in SAMPLES}
+    made |= {name: partial(dropped, name, options) for name, options, _ in DROPPED}
+    made |= {name: partial(merged, name, codec, options) for name, codec, options in MERGED}
+    return made
+
+
+def main(names: Sequence[str], folder: Path = HERE) -> int:
+    """The exit status; 2, and nothing is written, without names or with one that is none."""
+    known = vectors()
+    unknown = [name for name in names if name not in known and name != "all"]
+    if unknown or not names:
+        for name in unknown:
+            sys.stderr.write(f"regenerate.py: there is no {name!r}\n")
+        sys.stderr.write(f"usage: regenerate.py NAME...\nnames: {' '.join(known)}, or all\n")
+        return 2
+    for name in known if "all" in names else dict.fromkeys(names):
+        known[name](folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
