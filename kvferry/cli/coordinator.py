@@ -53,7 +53,9 @@ def coordinator(
 ) -> None:
     """Run the coordinator: members, and the policy that steers the nodes."""
     import asyncio
+    import logging
 
+    from kvferry.cli.policy_warnings import policy_warnings
     from kvferry.cluster.coordinator import Coordinator
     from kvferry.cluster.coordinator_service import start_coordinator
     from kvferry.cluster.service import run_service, setup_logging
@@ -78,6 +80,9 @@ def coordinator(
 
     async def run() -> None:
         made = await Coordinator.open(settings)
+        if made.policies.source == "file":
+            for warning in policy_warnings(made.policies.policy):
+                logging.getLogger(__name__).warning("policy file: %s", warning)
         await run_service(
             "coordinator",
             lambda: start_coordinator(made, settings),

@@ -85,8 +85,8 @@ def put(
     json: JsonOption = None,
 ) -> None:
     """Put a policy in force: exact, default, high_compression, memory_emergency or a file."""
+    from kvferry.cli.policy_warnings import policy_warnings
     from kvferry.cluster.policy import load_policy, named_policy, policy_names
-    from kvferry.cluster.policy_rules import dropping_codecs
 
     file = Path(policy)
     wanted = named_policy(policy) if policy in policy_names() else None
@@ -95,11 +95,7 @@ def put(
         wanted = load_policy(file) if looks_like_file else named_policy(policy)
     made = wanted
     version = _call(coordinator, lambda client: client.set_policy(made))
-    warnings = [
-        f"{codec} drops tokens: pages stored by it are never put back into a live cache, "
-        "so prompts are prefilled every time"
-        for codec in dropping_codecs(made)
-    ]
+    warnings = policy_warnings(made)
     if json:
         write_json({"name": made.name, "version": version, "warnings": warnings}, json)
         return

@@ -177,6 +177,12 @@ def test_policy_commands_show_set_and_explain(process: Process) -> None:
     assert "never put back into a live cache" in done.stderr
 
 
+def test_a_policy_file_that_cuts_keys_is_told_at_the_start(process: Process) -> None:
+    process.policy_file.write_text('[[rules]]\ncodec = "lowrank"\noptions = { target = "kv" }\n')
+    process.start()
+    assert process.log().count("lowrank target=kv: what keys lose") == 1
+
+
 def test_policy_commands_fail_in_one_line(process: Process) -> None:
     address = ("--coordinator", process.start()["address"])
     bad = process.folder / "bad.toml"
