@@ -18,7 +18,9 @@ def calibrate(
     model: ModelOption = "smollm2",
     text: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Text to learn from; repeat. Default: Python's docs."),
+        typer.Option(
+            metavar="FILE", help="Text to learn from; of several, in turn. Default: Python's docs."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to. Default: the user's cache.")

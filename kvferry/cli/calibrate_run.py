@@ -117,7 +117,7 @@ def run(part: Part[T], asked: Asked) -> None:
             write_json({"model": asked.model, "folder": str(there), "made": False}, asked.json)
         return
     started = time.monotonic()
-    text = calibration_text(asked.text)
+    text = calibration_text(asked.text, part.tokens)
     with stop_signals() as stopping:
         loaded = load_model(asked.model)
         texts = part.read(loaded, text, own=bool(asked.text))

@@ -80,9 +80,23 @@ class CalibrationText:
     source: str
 
 
-def calibration_text(files: Sequence[Path]) -> CalibrationText:
-    """The files' text; without files `default_text`."""
+def calibration_text(files: Sequence[Path], tokens: int) -> CalibrationText:
+    """The files' text, in turn a piece of each; without files `default_text`.
+
+    Args: tokens: how many will be fitted on: all files have a share of so many.
+    Raises: ModelError: a file that cannot be read.
+    """
     if not files:
         return CalibrationText(default_text(), DEFAULT_SOURCE)
-    text = "\n\n".join(read_text(file) for file in files)
+    size = min(_DOCS_CHARS, max(1, 2 * tokens // len(files)))  # two rounds, four letters a token
+    text = in_turn([read_text(file) for file in files], size)
     return CalibrationText(text, ", ".join(file.name for file in files))
+
+
+def in_turn(texts: Sequence[str], size: int) -> str:
+    """All of all texts, ``size`` characters of each in turn while it lasts."""
+    if len(texts) == 1:
+        return texts[0]
+    rounds = -(-max(map(len, texts), default=0) // size)
+    pieces = [t[n * size : (n + 1) * size] for n in range(rounds) for t in texts]
+    return "\n\n".join(piece for piece in pieces if piece)

@@ -31,7 +31,7 @@ class CalibrationSpec:
     Attributes:
         name: as ``calibration = "..."`` of a codec has it.
         codecs: for which ``kvferry calibrate`` is run.
-        texts: names of texts; tokens: how many are fitted on.
+        texts: names of texts; tokens: how many are fitted on, a share from each.
     """
 
     name: str
