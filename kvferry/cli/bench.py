@@ -92,7 +92,6 @@ def codec(
     kinds = [kind.value for kind in DType]
     if dtype is not None and dtype not in kinds:
         raise ConfigError("--dtype", dtype, f"one of {', '.join(kinds)}")
-    given.check_json(json_file)
     source = text or Path(argparse.__file__)
     content = read_text(source)
     loaded, identity = given.open_model(model)
@@ -162,7 +161,6 @@ def restore(
     from kvferry.codec.mlx.load import load_model
     from kvferry.node.hooks.bench_restore import LENGTHS
 
-    given.check_json(json_file)
     if out is not None:
         check_matplotlib()
         given.check_output("--out", out, (".png",))

@@ -32,13 +32,11 @@ def bitpack(
     ensure_openblas()
     import argparse
 
-    from kvferry.cli import lab_input as given
     from kvferry.cli.output import progress, write_json
     from kvferry.codec.lab import bitpack_table as table
     from kvferry.codec.lab.text import first_tokens, read_text
     from kvferry.codec.mlx.load import load_model
 
-    given.check_json(json_file)
     source = text or Path(argparse.__file__)
     content = read_text(source)
     loaded = load_model(model)

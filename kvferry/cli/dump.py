@@ -53,13 +53,12 @@ def dump(
     from kvferry.codec.mlx.openblas import ensure_openblas
 
     ensure_openblas()
-    from kvferry.cli.lab_input import check_json, check_output, open_model
+    from kvferry.cli.lab_input import check_output, open_model
     from kvferry.codec.lab import dump as lab
     from kvferry.codec.lab.text import first_tokens, read_text
 
     # Mistakes are refused before the model is loaded.
     check_output("--out", out, lab.SUFFIXES)
-    check_json(json)
     if (text is None) == (prompt is None):
         raise ConfigError("--text", str(text), "given, or --prompt, and not both")
     content = read_text(text) if text is not None else prompt or ""

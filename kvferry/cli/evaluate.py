@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,10 +37,10 @@ def evaluate(
         typer.Option(
             metavar="K=V",
             help="Option of the codec (ferry: target_kl or step; kvtc: ratio, entropy; "
-            "affine: bits; bitpack: bits, page_size_kb; centroid: ratio or similarity, "
-            "window, persistence, min_merge, init_preserve, flush; lowrank: policy, rank, "
-            "target, bits, identity, ln_nullspace, or preset; streaming: ratio or window, sinks; "
-            "random: ratio or keep, sinks, seed; both: positions=contiguous|original).",
+            "zstd: level; affine: bits; bitpack: bits, page_size_kb; centroid: ratio or "
+            "similarity, window, persistence, min_merge, init_preserve, flush; lowrank: policy, "
+            "rank, target, bits, identity, ln_nullspace, or preset; streaming: ratio or window, "
+            "sinks; random: ratio or keep, sinks, seed; both: positions, contiguous or original).",
         ),
     ] = None,
     preset: Annotated[
@@ -106,13 +106,22 @@ def evaluate(
     if json is not None:
         write_json(result, json)
     if json != "-":
-        typer.echo(
-            f"{codec} {' '.join(f'{k}={v}' for k, v in options.items())}: "
-            f"{result['compression_ratio']:.1f}x ({result['bits_per_value']:.2f} bits/value), "
-            f"KL {result['kl_mean']:.5f}, perplexity {result['ppl_delta_pct']:+.2f} %, "
-            f"same top-1 {100 * float(str(result['top1_agreement'])):.1f} %, "
-            f"encode {result['encode_seconds']:.2f} s, decode {result['decode_seconds']:.2f} s"
-        )
+        typer.echo(described(codec, options, result))
+
+
+def described(codec: str, options: Mapping[str, object], result: Mapping[str, Any]) -> str:
+    """One line for people. Args: result: as ``--json`` has it."""
+    greedy = ""
+    if "token_match" in result:
+        match, count = 100 * result["token_match"], result["greedy_tokens"]
+        greedy = f"same {match:.1f} % of {count} greedy tokens, "
+    return (
+        f"{' '.join([codec, *(f'{k}={v}' for k, v in options.items())])}: "
+        f"{result['compression_ratio']:.1f}x ({result['bits_per_value']:.2f} bits/value), "
+        f"KL {result['kl_mean']:.5f}, perplexity {result['ppl_delta_pct']:+.2f} %, "
+        f"same top-1 {100 * result['top1_agreement']:.1f} %, {greedy}"
+        f"encode {result['encode_seconds']:.2f} s, decode {result['decode_seconds']:.2f} s"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvferry.cli.interrupt import INTERRUPTED, stop_signals
+from kvferry.cli.lab_input import check_output
 from kvferry.cli.output import JsonOption, progress, write_json
 from kvferry.errors import ConfigError
 
@@ -31,7 +32,7 @@ def register(app: typer.Typer) -> None:
 def experiment(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FILE.toml...", help="What to measure; see benchmarks/runbook.md."),
+        typer.Argument(metavar="FILE.toml", help="What to measure; see benchmarks/runbook.md."),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where results lie, one JSON a run.")
@@ -56,6 +57,8 @@ def experiment(
     """
     if not files and report is None:
         raise ConfigError("FILE.toml", "nothing", "given, or --report to build a report alone")
+    if report is not None:
+        check_output("--report", report)
     outcomes: list[Outcome] = []
     if files:
         from kvferry.codec.mlx.openblas import ensure_openblas
@@ -77,13 +80,17 @@ def experiment(
     if json is not None:
         write_json(_told(outcomes, out), json)
     if json != "-":
-        for outcome in outcomes:
-            typer.echo(f"{outcome.described()}: {out}")
+        for file, outcome in zip(files or (), outcomes, strict=False):
+            typer.echo(f"{file.name}: {outcome.described()}: {out}")
     if report is not None:
         from kvferry.codec.lab.experiment.report import build_report
         from kvferry.codec.lab.experiment.results import load_results
 
-        build_report(load_results(out), report, model)
+        results = load_results(out)
+        if not results:
+            allowed = "a folder with results, which `kvferry experiment FILE.toml` writes"
+            raise ConfigError("--out", str(out), allowed)
+        build_report(results, report, model)
         if json != "-":
             typer.echo(f"{report}: built")
     failed = [result for outcome in outcomes for result in outcome.failed]

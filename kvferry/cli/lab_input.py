@@ -26,12 +26,6 @@ def check_output(option: str, path: Path, suffixes: Sequence[str] = ()) -> None:
         raise ConfigError(option, str(path), "a file that can be written")
 
 
-def check_json(target: str | None) -> None:
-    """`check_output` for ``--json``. Raises: ConfigError."""
-    if target not in (None, "-"):
-        check_output("--json", Path(str(target)))
-
-
 def check_codec(name: str) -> None:
     """Raises: ConfigError: no such codec."""
     from kvferry.codec.registry import codec_names

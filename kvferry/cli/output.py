@@ -10,19 +10,38 @@ from typing import Annotated, Protocol
 
 import typer
 
+from kvferry.cli.lab_input import check_output
+from kvferry.errors import ConfigError
+
+
+def _check_json(target: str | None) -> str | None:
+    """Before any work is done, in every command. Raises: ConfigError."""
+    if target not in (None, "-"):
+        check_output("--json", Path(str(target)))
+    return target
+
+
 JsonOption = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write one JSON object to FILE (-: stdout)."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write one JSON object to FILE (-: stdout).",
+        callback=_check_json,
+    ),
 ]
 
 
 def write_json(value: Mapping[str, object], target: str) -> None:
-    """One JSON object to a file, or to standard output for ``-``."""
+    """One JSON object to a file, or to standard output for ``-``. Raises: ConfigError."""
     text = json.dumps(value, indent=2, allow_nan=False, default=str)
     if target == "-":
         sys.stdout.write(text + "\n")
-    else:
+        return
+    try:
         Path(target).write_text(text + "\n")
+    except OSError as exc:
+        raise ConfigError("--json", target, f"a file to write ({exc.strerror})") from exc
 
 
 class Bar(Protocol):

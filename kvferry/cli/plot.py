@@ -54,7 +54,6 @@ def rate(
     # Mistakes are refused before the model is loaded.
     check_matplotlib()
     given.check_output("--out", out, (".png",))
-    given.check_json(json)
     names = list(dict.fromkeys(codec or [n for n in LOSSY if n in codec_names()]))
     for name in names:
         given.check_codec(name)
@@ -148,7 +147,6 @@ def layers(
 
     check_matplotlib()
     given.check_output("--out", out, (".png",))
-    given.check_json(json)
     sizes = Setup(codec="", context=context, continuation=continuation)
     content = read_text(text)
     loaded, identity = given.open_model(model)

@@ -20,11 +20,9 @@ def presets(model: ModelOption, json: JsonOption = None) -> None:
     config.json is enough, and of a hub id no more is fetched. Element types are those
     that the model has on this machine: on a CPU everything is float32.
     """
-    from kvferry.cli.lab_input import check_json
     from kvferry.codec.mlx.load import load_lazily
     from kvferry.codec.mlx.preset_report import FAMILIES, report_on
 
-    check_json(json)
     if model.lower() in FAMILIES:
         allowed = f"a folder or hub id: {model} is a family, whose models differ"
         raise ConfigError("--model", model, allowed)

@@ -50,7 +50,6 @@ def stability(
     from kvferry.codec.lab.text import read_text
 
     choice = chosen(codec, opt or [], preset)
-    given.check_json(json)
     Setup(codec=choice.codec, context=context, continuation=continuation)
     names = given.text_names(text)
     contents = dict(zip(names, map(read_text, text), strict=True))

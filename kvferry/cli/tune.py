@@ -46,7 +46,7 @@ def tune(
         float | None,
         typer.Option(metavar="SHARE", help="The same as a share: 0.05 is 5 per cent."),
     ] = None,
-    codec: Annotated[str, typer.Option(help="Codec to tune.")] = "ferry",
+    codec: Annotated[str, typer.Option(help="As of `kvferry eval`.")] = "ferry",
     target: Annotated[
         str | None, typer.Option(help="lowrank: v (default), k or kv, to be measured with care.")
     ] = None,
@@ -86,7 +86,6 @@ def tune(
     asked.knob(())
     sizes = Setup(codec=codec, context=context, continuation=continuation)
     given.check_output("--out", out)
-    given.check_json(json)
     contents = _contents(text or [])
     loaded, identity = given.open_model(model)
     known = given.calibration_of(codec, calibration, identity)
