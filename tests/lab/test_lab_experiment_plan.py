@@ -67,9 +67,12 @@ options = { step = 0.1, adapt = 1 }
 [[codec]]
 name = "lowrank"
 options = { policy = "high_compression", identity = "0-4" }
+[[codec]]
+name = "kvtc"
+options = { entropy = "zstd" }
 [[experiment]]
 kind = "fidelity"
-codecs = ["streaming", "ferry", "lowrank"]
+codecs = ["streaming", "ferry", "lowrank", "kvtc"]
 ratios = 2
 contexts = 64
 texts = "prose"
@@ -80,6 +83,7 @@ texts = "prose"
         ("streaming", {"sinks": 64}),
         ("ferry", {"adapt": 1}),
         ("lowrank", {"identity": "0-4"}),
+        ("kvtc", {"entropy": "zstd"}),
     ]
 
 
@@ -116,6 +120,8 @@ def test_a_digest_changes_with_all_that_figures_depend_on(tmp_path: Path) -> Non
         (HEAD + FIDELITY + 'texts = ["no/such/file"]\n', "no/such/file"),
         ('[[codec]]\nname = "nonsense"\n' + FIDELITY, "one of raw"),
         ('[[codec]]\nname = "raw"\noptions = { a = [1] }\n' + FIDELITY, "options.a"),
+        ('[[codec]]\nname = "affine"\noptions = { bitz = 4 }\n' + FIDELITY, "affine option bitz"),
+        ('[[codec]]\nname = "lowrank"\noptions = { rank = 0 }\n' + FIDELITY, "codec 1: rank"),
         ("codec = 3\n" + FIDELITY, "[[codec]]"),
         (HEAD + FIDELITY + CALIBRATION.format("../up", "prose"), "name"),
         (HEAD + FIDELITY + CALIBRATION.format("some", "chat"), "chat"),

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from kvferry.codec.lab.experiment.registry import KINDS
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.experiment.table import Table
 from kvferry.codec.lab.experiment.texts import check_text
-from kvferry.codec.registry import codec_names
-from kvferry.errors import ConfigError
+from kvferry.codec.registry import codec_names, make_codec
+from kvferry.errors import CalibrationMissingError, ConfigError
 
 MAX_FILE_BYTES = 1 << 20
 MAX_RUNS = 20_000
@@ -131,10 +132,22 @@ def _codecs(table: Table) -> list[CodecSpec]:
     options = table.options("options")
     ratios = table.numbers("ratios", (), low=1.0, high=1e4)
     table.finish()
+    if options and not ratios:  # a ratio brings an option of its own
+        _check_options(table.where, name, options)
     return [
         CodecSpec(name=name, options=options, ratio=ratio, calibration=calibration, label=label)
         for ratio in (ratios or (None,))
     ]
+
+
+def _check_options(where: str, name: str, options: Mapping[str, object]) -> None:
+    """As far as can be without a calibration: a typing error costs no run. Raises: ConfigError."""
+    try:
+        with suppress(CalibrationMissingError):
+            make_codec(name, options)
+    except ConfigError as exc:
+        if exc.value is not None:  # one that is missing may be what an experiment's ratios turn
+            raise ConfigError(f"{where}: {exc.name}", exc.value, exc.allowed) from exc
 
 
 def _calibration(table: Table, folder: Path) -> CalibrationSpec:
