@@ -1,5 +1,6 @@
 """``kvferry tune``: the smallest blobs that stay within a bound."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,11 @@ def _bound(max_kl: float | None, percent: float | None, share: float | None) -> 
         raise ConfigError("--max-kl", max_kl, allowed)
     if max_kl is not None:
         return Bound("kl_mean", max_kl)
-    return Bound("ppl_delta_pct", 100 * share if share is not None else percent or 0.0)
+    if share is None:
+        return Bound("ppl_delta_pct", percent or 0.0)
+    if not 0 < share < math.inf:
+        raise ConfigError("--target-ppl-delta", share, "a number above 0")
+    return Bound("ppl_delta_pct", 100 * share)
 
 
 def _contents(files: list[Path]) -> dict[str, str]:

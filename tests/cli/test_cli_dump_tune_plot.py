@@ -152,6 +152,7 @@ TEXT = ("--text", str(PROSE))
         (["tune", *MODEL, *TEXT, "--out", "p.json"], 2, "--max-ppl-delta"),
         (["tune", *MODEL, *TEXT, "--max-kl", "0", "--out", "p.json"], 2, "above 0"),
         (["tune", *MODEL, *TEXT, "--max-kl", "nan", "--out", "p.json"], 2, "above 0"),
+        (["tune", *MODEL, *TEXT, "--target-ppl-delta", "-1", "--out", "p.json"], 2, "--target-ppl"),
         (["tune", *MODEL, *TEXT, "--max-kl", "1", "--out", "no/p.json"], 2, "folder"),
         (["tune", *MODEL, *TEXT, "--max-kl", "1", "--codec", "x", "--out", "p.json"], 2, "ferry"),
         (["plot", "rate", *MODEL, *TEXT, "--out", "a.jpg"], 2, ".png"),
