@@ -15,7 +15,9 @@ def bitpack(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text to read. Default: Python's argparse.")
     ] = None,
-    prompt: Annotated[int, typer.Option(min=16, max=32768, help="Tokens read first.")] = 512,
+    prompt: Annotated[  # of fewer than the sinks and a block nothing is packed
+        int, typer.Option(min=132, max=32768, help="Tokens read first.")
+    ] = 512,
     continuation: Annotated[
         int, typer.Option(min=1, max=32768, help="Tokens to measure perplexity on.")
     ] = 128,

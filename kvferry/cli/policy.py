@@ -21,7 +21,7 @@ UNDECIDED = (
 
 AddressOption = Annotated[
     str | None,
-    typer.Option("--coordinator", metavar="HOST:PORT[,...]", help="As in [node] if left out."),
+    typer.Option("--coordinator", metavar="HOST:PORT[,...]", help=r"As in \[node] if left out."),
 ]
 
 

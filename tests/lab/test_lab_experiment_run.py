@@ -267,6 +267,13 @@ def test_a_file_that_is_none_of_ours_is_one_line(tmp_path: Path, text: str) -> N
     assert "\n" not in str(raised.value)
 
 
+def test_a_load_that_is_no_number_is_none_of_ours(folder: Path, tmp_path: Path) -> None:
+    path = min(folder.glob("*.json"))
+    (tmp_path / "x.json").write_text(json.dumps({**json.loads(path.read_text()), "load": "much"}))
+    with pytest.raises(ConfigError, match=r"x\.json"):
+        load_results(tmp_path)
+
+
 def test_greedy_words_are_the_likeliest_one_by_one(tiny: LoadedModel, tokens: list[int]) -> None:
     cache = make_prompt_cache(tiny.model)
     prefill(tiny.model, tokens[:50], cache)

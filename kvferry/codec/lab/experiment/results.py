@@ -115,6 +115,9 @@ def _result(value: Mapping[str, object]) -> Result:
     codec, settings = run["codec"], run["settings"]
     if not isinstance(codec, Mapping) or not isinstance(settings, Mapping):
         raise TypeError("no object")
+    load = value.get("load")
+    if not isinstance(load, int | float | None) or isinstance(load, bool):
+        raise TypeError("no number")
     ratio = codec["ratio"]
     spec = CodecSpec(
         name=str(codec["name"]),
