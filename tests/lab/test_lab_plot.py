@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from kvferry.codec.base import PageTensors, Stream
 from kvferry.codec.calibration import GroupCalibration
+from kvferry.codec.lab import plot_style as style
 from kvferry.codec.lab.curve import weighted_error
 from kvferry.codec.lab.evaluate import Prepared, Setup, prepare
 from kvferry.codec.lab.knobs import knob_of
@@ -86,6 +87,15 @@ def test_rate_is_drawn(points: list[RatePoint], tmp_path: Path) -> None:
     draw_rate(one, "a single point", "", path)
     assert is_figure(path)
     assert [file.name for file in tmp_path.iterdir()] == ["rate.png"]
+
+
+def test_a_codec_looks_the_same_in_every_picture_and_like_no_other() -> None:
+    names = [name for name in codec_names() if name not in ("raw", "zstd")]
+    every = style.looks([*names, "random, 4 sinks", "random 4x", "mine"])
+    assert len(set(every.values())) == len(every)
+    assert len({every[name][0] for name in names}) == len(names)
+    assert style.looks(["streaming 4x", "ferry"])["ferry"] == every["ferry"]
+    assert every["random, 4 sinks"][0] == every["random"][0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 9])

@@ -110,9 +110,9 @@ def draw_rate(points: Sequence[RatePoint], headline: str, below: str, path: Path
     axes.set_xscale("log")
     axes.set_yscale("log")
     names = list(dict.fromkeys(point.codec for point in points))
-    for index, name in enumerate(names):
+    for name, look in style.looks(names).items():
         own = [point for point in points if point.codec == name]
-        _draw_codec(axes, own, style.look(index), bands=len(names) <= _MOST_BANDS)
+        _draw_codec(axes, own, look, bands=len(names) <= _MOST_BANDS)
     texts = len({point.text for point in points})
     kls = [max(point.kl, FLOOR_KL) for point in points]
     ratios = [point.ratio for point in points]
@@ -124,11 +124,11 @@ def draw_rate(points: Sequence[RatePoint], headline: str, below: str, path: Path
     axes.set_ylabel("mean KL (nats per token)")
     band = ", band: their spread" if len(names) <= _MOST_BANDS else ""
     spread = f"line: median of {texts} texts{band}" if texts > 1 else "one text"
-    look: dict[str, object] = {"frameon": False, "title_fontsize": 8, "alignment": "left"}
+    legend: dict[str, object] = {"frameon": False, "title_fontsize": 8, "alignment": "left"}
     if len(names) <= _MOST_BANDS:
-        axes.legend(title=spread, loc="lower right", **look)
+        axes.legend(title=spread, loc="lower right", **legend)
     else:  # beside the lines: of so many some would run through it
-        figure.legend(title=spread, loc="outside right upper", **look)
+        figure.legend(title=spread, loc="outside right upper", **legend)
     style.tidy(axes)
     return style.save_png(figure, path)
 

@@ -1,9 +1,13 @@
 """What the figures have in common: size, colours, and a PNG without a display."""
 
+import math
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvferry.codec.registry import codec_names
 from kvferry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,14 +23,29 @@ COLOURS = (
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
 GREY = "#555555"
+_FEW_DECADES, _MANY_DECADES = 1.6, 2.5
+_LINES = ("-", "--", ":", "-.")
+_PLAIN = ("raw", "zstd")  # without loss: in no picture
 DPI = 150
 
 
-def look(index: int) -> tuple[str, str, str]:
-    """Colour, marker and line of the ``index``-th of many: no two of the first 18 are alike."""
-    again = index // len(COLOURS)
-    marker = MARKERS[(index + again) % len(MARKERS)]
-    return COLOURS[index % len(COLOURS)], marker, "--" if again % 2 else "-"
+def looks(labels: Iterable[str]) -> dict[str, tuple[str, str, str]]:
+    """Colour, marker and line for each label: a codec's colour is the same in all pictures.
+
+    Args: labels: begin with the codec's name; several of one codec differ in marker and line.
+    """
+    codecs = [name for name in codec_names() if name not in _PLAIN]
+    places: dict[str, int] = {}
+    counts: dict[int, int] = {}
+    found = {}
+    for label in dict.fromkeys(labels):
+        name = re.split(r"[ ,]", label, maxsplit=1)[0]
+        known = codecs.index(name) if name in codecs else places.setdefault(name, len(places))
+        place = known if name in codecs else len(codecs) + known
+        again = counts[place] = counts.get(place, -1) + 1
+        marker = MARKERS[(place + 3 * again) % len(MARKERS)]
+        found[label] = COLOURS[place % len(COLOURS)], marker, _LINES[again % len(_LINES)]
+    return found
 
 
 def check_matplotlib() -> None:
@@ -68,11 +87,16 @@ def plain_log_axis(axis: "Axis", low: float, high: float, *, dense: bool) -> Non
     """Ticks of a logarithmic axis as plain numbers.
 
     Args:
-        dense: four ticks a decade, with room for the values between; else two.
+        dense: as many ticks as have room; else two a decade.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    mantissas = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0) if dense else (1.0, 3.0)
+    decades = math.log10(high / low) if 0 < low < high else 0.0
+    mantissas: tuple[float, ...] = (1.0, 3.0)
+    if dense and decades < _FEW_DECADES:
+        mantissas = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+    elif dense and decades < _MANY_DECADES:
+        mantissas = (1.0, 2.0, 5.0)
     ticks = [m * 10.0**e for e in range(-12, 9) for m in mantissas]
     axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))

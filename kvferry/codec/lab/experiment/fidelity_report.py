@@ -57,10 +57,8 @@ def rate_points(own: Sequence[Series]) -> list[RatePoint]:
     return points
 
 
-def looks(own: Sequence[Series]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and line of each codec, the same in all pictures."""
-    labels = dict.fromkeys(series.label for series in own)
-    return {label: style.look(index) for index, label in enumerate(labels)}
+def _labels(own: Sequence[Series]) -> list[str]:
+    return [series.label for series in own]
 
 
 def _rate(own: Sequence[Series], about: str, folder: Path) -> list[str]:
@@ -113,7 +111,7 @@ def _mse(own: Sequence[Series], about: str, folder: Path) -> list[str]:
     panels = figure.subplots(1, 2, sharex=True)
     style.title(figure, panels[0], "Squared error against compression", about)
     for axes, stream in zip(panels, ("k", "v"), strict=True):
-        for label, (colour, marker, dash) in looks(own).items():
+        for label, (colour, marker, dash) in style.looks(_labels(own)).items():
             rows = sorted(
                 (ratio, max(mse, 1e-9))
                 for s in found
@@ -156,9 +154,10 @@ def _layers(own: Sequence[Series], about: str, folder: Path) -> list[str]:
     figure = style.new_figure(9.6, 4.6)
     panels = figure.subplots(1, 2, sharey=True)
     style.title(figure, panels[0], "Error of each layer", f"{about}; nearest to {_NEAR_RATIO:g}x")
+    styles = style.looks(_labels(own))
     for axes, stream in zip(panels, ("k", "v"), strict=True):
         for series in list(chosen.values())[:_MAX_LINES]:
-            colour, marker, dash = looks(own)[series.label]
+            colour, marker, dash = styles[series.label]
             size = shown(series.middle("compression_ratio"), ".1f", "x")
             axes.plot(
                 [max(v, 1e-6) for v in _by_layer(series, stream)],

@@ -47,6 +47,12 @@ def onoff_section(results: Sequence[Result], folder: Path) -> list[str]:
     lines += _attention(own, folder)
     for plane in ("pca", "umap"):
         lines += _planes(own, plane, folder)
+    lines += [
+        "Keys with RoPE undone. Crosses are what came back, the larger the more tokens one stands "
+        "for; dots are the keys as they were, coloured, where tokens are dropped or merged, by "
+        "the cross that is nearest.",
+        "",
+    ]
     return lines + _excerpts(results)
 
 
@@ -55,12 +61,13 @@ def _attention(own: Sequence[Series], folder: Path) -> list[str]:
     axes = figure.add_subplot()
     style.title(figure, axes, "Attention with and without compression", "outputs of each layer")
     drawn = False
-    for index, series in enumerate(own):
+    styles = style.looks(series.shown for series in own)
+    for series in own:
         found = [r.metrics.get("attention_difference") for r in series.results]
         lists = [[float(v) for v in f] for f in found if isinstance(f, list) and f]
         if not lists:
             continue
-        colour, marker, dash = style.look(index)
+        colour, marker, dash = styles[series.shown]
         mean = [max(sum(c) / len(c), 1e-6) for c in zip(*lists, strict=False)]
         axes.plot(
             mean, color=colour, marker=marker, linestyle=dash, markersize=3, label=series.shown
@@ -72,7 +79,7 @@ def _attention(own: Sequence[Series], folder: Path) -> list[str]:
     style.plain_log_axis(axes.yaxis, *axes.get_ylim(), dense=True)
     axes.set_xlabel("layer")
     axes.set_ylabel("norm of difference / norm")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     style.tidy(axes)
     style.save_png(figure, folder / ATTENTION)
     return [f"![attention by layer]({ATTENTION})", ""]

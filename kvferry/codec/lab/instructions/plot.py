@@ -44,8 +44,10 @@ def draw_accuracy(lines: Sequence[Line], below: str, path: Path) -> int:
         if line.flat:
             _draw_flat(axes, line)
     codecs = [line for line in lines if not line.flat]
+    styles = style.looks(line.name for line in codecs)
     for index, line in enumerate(codecs):
-        _draw(axes, line, index, len(codecs))
+        # Equal shares are the rule: bars at one place would hide each other.
+        _draw(axes, line, styles[line.name], 0.7 * (index - (len(codecs) - 1) / 2))
     axes.set_ylim(-3, 103)
     axes.set_xlim(0, 103)
     axes.set_xlabel("held after the last turn (% of all tokens at two bytes a value)")
@@ -64,10 +66,8 @@ def _draw_flat(axes: "Axes", line: Line) -> None:
     )
 
 
-def _draw(axes: "Axes", line: Line, index: int, lines: int) -> None:
-    colour, marker, dashes = style.look(index)
-    # Equal shares are the rule: bars at one place would hide each other.
-    aside = 0.7 * (index - (lines - 1) / 2)
+def _draw(axes: "Axes", line: Line, look: tuple[str, str, str], aside: float) -> None:
+    colour, marker, dashes = look
     axes.errorbar(
         [100 * point.share + aside for point in line.points],
         [100 * point.accuracy for point in line.points],

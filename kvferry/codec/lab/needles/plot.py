@@ -43,10 +43,13 @@ def draw_recall(curves: Sequence[Curve], exact: Recall | None, told: str, path: 
         figure,
         upper,
         "Passkeys found again in a compressed cache",
-        f"{told}; here: up to {asked} of those, bars are 95 % intervals",
+        f"{told}\nhere: up to {asked} of those, bars are 95 % intervals",
     )
+    styles = style.looks(curve.codec for curve in curves)
     for index, curve in enumerate(curves):
-        _draw(upper, lower, curve, index, len(curves))
+        # Curves that meet at 100 % would hide each other's bars.
+        aside = 1.02 ** (index - (len(curves) - 1) / 2)
+        _draw(upper, lower, curve, styles[curve.codec], aside)
     ratios = [point.ratio for curve in curves for point in curve.points]
     low, high = min(ratios) / 1.15, max(ratios) * 1.15
     upper.set_xscale("log")
@@ -69,16 +72,16 @@ def draw_recall(curves: Sequence[Curve], exact: Recall | None, told: str, path: 
             fontsize=8,
             color=style.GREY,
         )
-    upper.legend(frameon=False, loc="best", fontsize=9)
+    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
     for axes in (upper, lower):
         style.tidy(axes)
     return style.save_png(figure, path)
 
 
-def _draw(upper: "Axes", lower: "Axes", curve: Curve, index: int, curves: int) -> None:
-    colour, marker, line = style.look(index)
-    # Curves that meet at 100 % would hide each other's bars.
-    aside = 1.02 ** (index - (curves - 1) / 2)
+def _draw(
+    upper: "Axes", lower: "Axes", curve: Curve, look: tuple[str, str, str], aside: float
+) -> None:
+    colour, marker, line = look
     ratios = [point.ratio * aside for point in curve.points]
     found = [point.recall for point in curve.points]
     shares = [100 * r.share for r in found]
