@@ -117,8 +117,8 @@ def test_the_default_set_measures_no_condition_twice_and_keeps_options() -> None
     folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
     runs = load_plan(folder / "instructions.toml").runs
     assert len({run.digest({}) for run in runs}) == len(runs) == 7
-    sinks = [run.codec.options for run in runs if "sinks" in run.codec.label]
-    assert sinks == [{"sinks": 64}]
+    sinks = {run.codec.label: run.codec.options for run in runs if "sinks" in run.codec.label}
+    assert sinks == {"random, 4 sinks": {"sinks": 4}, "streaming, 64 sinks": {"sinks": 64}}
 
 
 def test_without_ratio_a_codec_keeps_what_its_options_say(bench: Bench) -> None:
