@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations, PageTensors, drops_tokens
+from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations, PageTensors
 from kvferry.codec.blob import (
     BlobMeta,
     StoredBlob,
@@ -16,9 +16,10 @@ from kvferry.codec.blob import (
 )
 from kvferry.codec.calibration import layer_groups
 from kvferry.codec.raw import ZstdCodec
-from kvferry.errors import CodecError, ConfigError, ModelError
+from kvferry.errors import CodecError, ModelError
 from kvferry.hf.identity import TorchModel
-from kvferry.hf.tensors import Devices, fill, length, read
+from kvferry.hf.lacking import check_keeps, shortens
+from kvferry.hf.tensors import Devices, fill, length, read, rows_of
 from kvferry.proto.keys import (
     DEFAULT_PAGE_TOKENS,
     BlobKey,
@@ -52,8 +53,7 @@ def layer_codecs(codec: Codecs, model: TorchModel) -> Mapping[Range, Codec]:
     A single codec is used for kvferry's own layer groups; one with a calibration covers
     its calibration's layers and needs a mapping unless those are all.
 
-    Raises: ModelError: layers without a codec, or with two; ConfigError: a codec that drops
-        tokens, which nothing is restored from.
+    Raises: ModelError: layers without a codec, or with two.
     """
     if isinstance(codec, Mapping):
         found = dict(sorted(codec.items()))
@@ -61,8 +61,6 @@ def layer_codecs(codec: Codecs, model: TorchModel) -> Mapping[Range, Codec]:
         known = getattr(codec, "calibration", None)
         spans = layer_groups(model.layers, model.heads, model.head_dim)
         found = dict.fromkeys(spans if known is None else [tuple(known.layers)], codec)
-    for used in found.values():
-        check_keeps(used)
     at = 0
     for start, end in found:
         if start != at or end <= start:
@@ -71,12 +69,6 @@ def layer_codecs(codec: Codecs, model: TorchModel) -> Mapping[Range, Codec]:
     if at != model.layers:
         raise ModelError(f"codecs of layers {sorted(found)} do not cover 0 to {model.layers} once")
     return found
-
-
-def check_keeps(codec: Codec) -> None:
-    """Raises: ConfigError: a codec that drops tokens: a live cache must have them all."""
-    if drops_tokens(codec):
-        raise ConfigError("codec", codec.name, "one that keeps every token")
 
 
 def plan(
@@ -90,6 +82,7 @@ def plan(
     page_tokens: int = DEFAULT_PAGE_TOKENS,
 ) -> list[Pending]:
     """The blobs of a cache's first tokens; arguments and errors as `offload`."""
+    rows_of(cache)  # which refuses one that lacks tokens
     ids = token_ids(tokens)[: length(cache)]
     _check(cache, model)
     root = root_key(salt, model.model_id, page_tokens)
@@ -113,12 +106,17 @@ def plan(
             name = blob_key(used, meta, layers, (0, model.heads))
             made.append(Pending(name, meta, used, layers, at))
 
-    for index in range(count):
-        span = (index * page_tokens, (index + 1) * page_tokens)
-        add("page", codecs, chain[index + 1], chain[index], span)
     start = count * page_tokens
+    if shortens(codecs) and count:
+        # It chooses among all tokens; and as a tail of that root it is nobody's page.
+        add("tail", codecs, tail_key(root, ids[:start]), root, (0, start))
+    else:
+        for index in range(count):
+            span = (index * page_tokens, (index + 1) * page_tokens)
+            add("page", codecs, chain[index + 1], chain[index], span)
+    if tail is not None:
+        check_keeps(tail, "a tail")
     if tail is not None and start < len(ids):
-        check_keeps(tail)
         key = tail_key(chain[count], ids[start:])
         add("tail", {(0, model.layers): tail}, key, chain[count], (start, len(ids)))
     return made
@@ -146,14 +144,17 @@ def offload(
     Args:
         cache: a `DynamicCache` on any device, of one sequence without padding.
         tokens: ids that it holds, from position 0; what goes beyond either is left out.
-        codec: of pages; or one for each range of layers.
+        codec: of pages; or one for each range of layers. One that drops tokens
+            (``streaming``, ``random``; the same for all layers, ``positions`` contiguous) is
+            given all pages as one blob.
         model: from `identify`.
         salt: of the namespace, 16 to 64 bytes (`root_key`); who has another finds nothing.
         tail: codec of what is not a whole page 128 tokens behind the end, exact by default
             (8-bit ``affine`` is enough for most uses); None: left out.
         page_tokens: a setting of the whole namespace, not of a caller.
     Returns: blobs in token order; store each under its key.
-    Raises: ModelError: this cache or model cannot be stored; CodecError: nor these numbers.
+    Raises: ModelError: this cache or model cannot be stored; CodecError: nor these numbers;
+        ConfigError: a codec from whose blobs no `DynamicCache` can be made.
     """
     wanted = plan(cache, tokens, codec, model, salt=salt, tail=tail, page_tokens=page_tokens)
     return [encode(cache, pending) for pending in wanted]
@@ -167,6 +168,11 @@ def restore(
     device: Devices = "cpu",
 ) -> DynamicCache:
     """`offload`'s blobs as a cache again, bit by bit where their codecs are exact.
+
+    Where they lack tokens, what is left is put side by side, and the model goes on at
+    position ``length(cache)``: run ``model(ids)`` with ids that are new, or put so many ids
+    before those for ``model.generate``, which skips as many as the cache has rows. It cannot
+    be stored again.
 
     Args:
         blobs: of all layers, of tokens 0 to some end without gaps.
@@ -200,14 +206,14 @@ def filled(pages: Sequence[PageTensors], model: TorchModel, device: Devices) -> 
     if held != set(range(model.layers)):
         missing = sorted(set(range(model.layers)) ^ held)
         raise ModelError(f"blobs of layers {missing[:8]} are missing or too many")
-    cache = fill(pages, device)
+    cache = fill(pages, device, model.ropes)
     _check(cache, model)
     return cache
 
 
 def _check(cache: Any, model: TorchModel) -> None:
     """Raises: ModelError: not all layers, other heads or another dtype than the model's."""
-    whole = read(cache, tokens=(0, 1))
+    whole = read(cache, tokens=(0, 1), lacking=True)
     if whole.layers != (0, model.layers) or whole.heads != (0, model.heads):
         raise ModelError(
             f"the cache has layers {whole.layers} and {whole.heads[1]} heads, the model "

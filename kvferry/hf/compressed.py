@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicLayer
 from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations
 from kvferry.codec.lowrank import LowRankCodec
 from kvferry.errors import ConfigError
-from kvferry.hf.blobs import check_keeps
 from kvferry.hf.compressed_layer import CompressedLayer
 from kvferry.hf.history import EncodedHistory, History
+from kvferry.hf.lacking import check_keeps
 from kvferry.hf.lowrank_history import LowRankHistory
 from kvferry.hf.preset import preset_coding
 
@@ -61,7 +61,7 @@ class CompressedCache(Cache):
                 return DynamicLayer()
             if used is None:
                 raise ConfigError("codec", f"none for layer {layer}", "one for every layer")
-            check_keeps(used)
+            check_keeps(used, "a cache that goes on encoding")
             return CompressedLayer(partial(_history, layer, used, source), chunk, window)
 
         super().__init__(layer_class_to_replicate=following)

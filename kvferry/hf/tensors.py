@@ -14,7 +14,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.rope import RopeSpec
 from kvferry.errors import ModelError
+from kvferry.hf.lacking import LackingLayer, check_follow, lacks, placed
 
 _DTYPES = {
     torch.float16: DType.FLOAT16,
@@ -40,19 +42,20 @@ def torch_dtype(kind: DType) -> torch.dtype:
     return _TORCH[kind]
 
 
-def rows_of(cache: Any) -> list[Rows | None]:
+def rows_of(cache: Any, *, lacking: bool = False) -> list[Rows | None]:
     """Keys and values of each layer, (1, heads, tokens, dim); None for a layer without any.
 
     Args:
         cache: a `DynamicCache` whose layers all attend to everything; or what iterating
             one gives, (keys, values) or (keys, values, None) for each layer, as it was
             before transformers had caches and is between processes.
+        lacking: take also one that `fill` made of pages that lack tokens.
     Raises: ModelError: sliding, static, quantized, recurrent and encoder-decoder caches by
-        their names; more than one sequence; layers that differ in tokens.
+        their names; more than one sequence; layers that differ in tokens, or lack some.
     """
     layers = getattr(cache, "layers", None)
     if layers is not None:
-        rows = [_of_layer(index, layer) for index, layer in enumerate(layers)]
+        rows = [_of_layer(index, layer, lacking) for index, layer in enumerate(layers)]
     elif isinstance(cache, list | tuple):
         rows = [_of_tuple(index, entry) for index, entry in enumerate(cache)]
     else:
@@ -64,8 +67,12 @@ def rows_of(cache: Any) -> list[Rows | None]:
 
 
 def length(cache: Any) -> int:
-    """Tokens that the cache holds. Raises: ModelError, as `rows_of`."""
-    return next((int(pair[0].shape[-2]) for pair in rows_of(cache) if pair is not None), 0)
+    """Rows that the cache holds: its tokens, or those that a codec left of them.
+
+    Raises: ModelError, as `rows_of`.
+    """
+    rows = rows_of(cache, lacking=True)
+    return next((int(pair[0].shape[-2]) for pair in rows if pair is not None), 0)
 
 
 def read(
@@ -74,6 +81,7 @@ def read(
     tokens: tuple[int, int] | None = None,
     *,
     head_start: int = 0,
+    lacking: bool = False,
 ) -> PageTensors:
     """Host copies of some layers and tokens, from any device.
 
@@ -81,10 +89,11 @@ def read(
         cache: see `rows_of`. One sequence without padding: its first row is position 0.
         layers, tokens: absolute, half-open; all that the cache holds if None.
         head_start: absolute index of the first KV head (tensor parallelism).
+        lacking: read also a cache that lacks tokens; its rows then pass for tokens.
     Returns: streams "k" and "v", (layers, heads, tokens, dim), the bits as they are.
     Raises: ModelError: as `rows_of`, and for ranges that the cache does not hold.
     """
-    rows = rows_of(cache)
+    rows = rows_of(cache, lacking=lacking)
     first, last = layers or _filled(rows)
     if not 0 <= first < last <= len(rows) or None in rows[first:last]:
         raise ModelError(f"layers {(first, last)} are not all within the cache's {len(rows)}")
@@ -105,20 +114,30 @@ def read(
     return PageTensors((first, last), (head_start, head_start + heads), (start, end), streams)
 
 
-def fill(pages: Sequence[PageTensors], device: Devices = "cpu") -> DynamicCache:
+def fill(
+    pages: Sequence[PageTensors], device: Devices = "cpu", ropes: Sequence[RopeSpec] = ()
+) -> DynamicCache:
     """A fresh cache that holds pages; every layer at its absolute index.
+
+    Of pages that lack tokens it holds what is left, side by side, and goes on at position
+    `length`; `offload` and `PrefixCache.offer` refuse it, since its rows are no prompt's.
 
     Args:
         pages: in any order; of each layer that has any, tokens 0 to the same end without
             gaps. Layers without any stay empty, as transformers leaves those that have
             not run.
         device: of all layers, or of each.
-    Raises: ModelError: pages that do not fit together.
+        ropes: how each layer of the model rotates its keys; for pages that lack tokens.
+    Raises: ModelError: pages that do not fit together, or whose entries cannot be side by
+        side; UnsupportedTensorError: nor moved.
     """
+    cache = DynamicCache()
+    if lacks(pages):
+        pages = placed(pages, ropes)
+        cache.layer_class_to_replicate = LackingLayer
     layers = sorted({layer for page in pages for layer in range(*page.layers)})
     ends = {page.tokens[1] for page in pages}
     staged = {layer: _joined(pages, layer, max(ends)) for layer in layers}
-    cache = DynamicCache()
     for layer, (keys, values) in staged.items():
         where = device[layer] if isinstance(device, Mapping) else device
         cache.update(keys.to(where), values.to(where), layer)
@@ -143,8 +162,14 @@ def tensor_of(host: _Host, kind: DType) -> torch.Tensor:
     return torch.from_numpy(host.copy())
 
 
-def _of_layer(index: int, layer: Any) -> Rows | None:
-    if type(layer) is not DynamicLayer:
+def _of_layer(index: int, layer: Any, lacking: bool) -> Rows | None:
+    if type(layer) is LackingLayer:
+        if not lacking:
+            raise ModelError(
+                "the cache lacks tokens that a codec dropped and cannot be stored: store the one "
+                "that it was made of"
+            )
+    elif type(layer) is not DynamicLayer:
         raise ModelError(
             f"layer {index} of the cache is a {type(layer).__name__}: only a DynamicLayer, which "
             "holds every token as it is, can be stored"
@@ -187,21 +212,10 @@ def _joined(pages: Iterable[PageTensors], layer: int, end: int) -> Rows:
         (page for page in pages if page.layers[0] <= layer < page.layers[1]),
         key=lambda page: page.tokens,
     )
-    if any(page.kept is not None for page in mine):
-        raise ModelError("pages that lack tokens do not fit a DynamicCache")
-    edges = [0, *(page.tokens[1] for page in mine)]
-    if [page.tokens[0] for page in mine] != edges[:-1] or edges[-1] != end:
-        raise ModelError(f"pages of layer {layer} do not hold tokens 0 to {end} without gaps")
+    check_follow(mine, layer, end)
     joined = []
     for name in ("k", "v"):
-        if any(set(page.streams) != {"k", "v"} for page in mine):
-            raise ModelError(
-                f"pages of streams {sorted(mine[0].streams)} do not fit a DynamicCache"
-            )
         held = [page.streams[name] for page in mine]
-        kinds = {(s.dtype, s.data.shape[1], s.data.shape[3]) for s in held}
-        if len(kinds) > 1:
-            raise ModelError("pages differ in heads, dimensions or element type")
         parts = [s.data[layer - page.layers[0]] for s, page in zip(held, mine, strict=True)]
         joined.append(tensor_of(np.concatenate(parts, axis=1)[None], held[0].dtype))
     return joined[0], joined[1]
