@@ -24,12 +24,15 @@ lint: setup
 PRELOAD = $(shell $(BIN)/python -c 'from kvferry.codec.mlx.openblas import model_environment as e; \
 	print(*(f"{k}={v}" for k, v in e().items()))')
 
+# What takes longest is told at the end: this has to stay below 25 minutes on two cores.
+SLOWEST = --durations=20 --durations-min=8
+
 unit: setup
-	env $(PRELOAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	env $(PRELOAD) $(BIN)/python -m pytest $(SLOWEST) $(PYTEST_ARGS)
 
 # What takes long, or goes wrong seldom.
 test-long: setup
-	env $(PRELOAD) $(BIN)/python -m pytest -m "long or faults" $(PYTEST_ARGS)
+	env $(PRELOAD) $(BIN)/python -m pytest -m "long or faults" $(SLOWEST) $(PYTEST_ARGS)
 
 # Needs root, and Debian's packages of Ceph, which it installs.
 test-ceph: setup

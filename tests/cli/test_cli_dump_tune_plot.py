@@ -66,6 +66,7 @@ def test_dump_a_text_without_rope(tmp_path: Path) -> None:
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_tune_writes_a_preset_that_eval_takes(calibrated: Path, tmp_path: Path) -> None:
     out = tmp_path / "preset.json"
     texts = ("--text", PROSE, "--text", CODE)
@@ -105,6 +106,7 @@ def test_tune_needs_no_calibration_for_affine(tmp_path: Path) -> None:
 @pytest.mark.model
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_plots_are_pngs(calibrated: Path, tmp_path: Path) -> None:
     rate, layers = tmp_path / "rate.png", tmp_path / "layers.png"
     given = ("plot", "rate", "--model", "smollm2", "--text", PROSE, "--out", rate, *SHORT)
