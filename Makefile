@@ -46,7 +46,7 @@ test-hf: $(HF_STAMP)
 bench: setup
 	$(BIN)/python -m benchmarks
 
-# What benchmarks/runbook.md calls the default set: 40 minutes on two quiet cores.
+# What benchmarks/runbook.md calls the default set: 36 minutes on two quiet cores.
 EXPERIMENTS = codecs lengths calibrations onoff merging cost needles instructions
 
 experiments: setup

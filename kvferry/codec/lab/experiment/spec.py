@@ -33,8 +33,13 @@ class CodecSpec:
         return self.label or self.name
 
     def described(self) -> str:
-        """For people: name with options or ratio."""
-        parts = [self.shown, *(f"{name}={value}" for name, value in self.options.items())]
+        """For people: name with options or ratio; what the label says is not said twice."""
+        options = [
+            f"{name}={value}"
+            for name, value in self.options.items()
+            if f"{value} {name}" not in self.label
+        ]
+        parts = [self.shown, *options]
         if self.ratio is not None:
             parts.append(f"{self.ratio:g}x")
         return " ".join(parts)
