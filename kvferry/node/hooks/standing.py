@@ -7,6 +7,7 @@ known there are neither hits nor stores.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from typing import Any
 from kvferry.cluster.policy import default_policy
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.weights import fingerprint
-from kvferry.errors import FerryError, IdentityPendingError, ModelError, NamespaceUnknownError
+from kvferry.errors import (
+    FerryError,
+    IdentityPendingError,
+    ModelError,
+    NamespaceUnknownError,
+    StoreTimeoutError,
+)
 from kvferry.node.client import NodeClient
 from kvferry.node.hooks.group import Group
 from kvferry.node.hooks.identity import agreed_model_id
@@ -22,6 +29,8 @@ from kvferry.proto.identity import ModelFingerprint
 from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+_SALT_POLL_S = 0.05
 
 
 class Standing:
@@ -76,10 +85,15 @@ class Standing:
         self._client.watch(self._on_event)
 
     def wait(self, timeout_s: float) -> None:
-        """Until this rank's digests are there and the daemon was greeted; a collective."""
+        """Until this rank's digests and the namespace are there; a collective.
+
+        A daemon that started a moment ago has no salt before its coordinator has answered;
+        one that is not there is not waited for.
+        """
+        end = time.monotonic() + timeout_s
         self._digest.join(timeout_s)
-        if not self.salt:
-            self.greet()
+        while not self.salt and self.greet() and not self.salt and time.monotonic() < end:
+            time.sleep(_SALT_POLL_S)
         try:
             self.identify()
         except ModelError as exc:
@@ -110,16 +124,17 @@ class Standing:
             raise NamespaceUnknownError("the node daemon has no namespace salt yet")
         return self.model_id
 
-    def greet(self) -> None:
-        """Ask the daemon for namespace and policy; its absence is no error."""
+    def greet(self) -> bool:
+        """Ask the daemon for namespace and policy. False: none is there, which is no error."""
         try:
             hello = self._client.hello()
         except FerryError as exc:
             log.info("node daemon: %s", exc)
-            return
+            return isinstance(exc, StoreTimeoutError)
         self.salt, self.node_id = hello.namespace_salt, hello.node_id
         if hello.policy.version:
             self.policy = hello.policy
+        return True
 
     def _digest_weights(
         self, loaded: LoadedModel, layers: tuple[int, int], cache_dir: Path
