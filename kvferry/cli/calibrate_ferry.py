@@ -10,7 +10,7 @@ from kvferry.codec.lab.checkpoint import Checkpoint
 from kvferry.codec.lab.held import held_texts
 from kvferry.codec.lab.memory import memory_need
 from kvferry.codec.lab.plan import Plan, Report
-from kvferry.codec.lab.text import CalibrationText, first_tokens, held_text
+from kvferry.codec.lab.text import CalibrationText, held_text
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
 
@@ -38,9 +38,8 @@ class FerryPart:
     def read(self, loaded: LoadedModel, text: CalibrationText, *, own: bool) -> Texts:
         """Of the user's own text what follows is measured on too. Raises: ModelError."""
         plan = self.plan
-        what = f"the text to calibrate on ({text.source})"
         count = plan.fitted_tokens + (plan.held_tokens if own else 0)
-        tokens = first_tokens(loaded.tokenizer, text.fitted, count, what)
+        tokens = text.first_tokens(loaded.tokenizer, count)
         rest = tokens[plan.fitted_tokens :]
         held = held_texts(loaded.tokenizer, plan.held_tokens, held_text(), rest)
         return Texts(

@@ -11,7 +11,7 @@ from kvferry.codec.lab.held import held_texts
 from kvferry.codec.lab.kvtc import APART_TOKENS, KvtcPlan, calibrate, calibration_work
 from kvferry.codec.lab.memory import kvtc_memory_need
 from kvferry.codec.lab.plan import Report
-from kvferry.codec.lab.text import CalibrationText, first_tokens, held_text
+from kvferry.codec.lab.text import CalibrationText, held_text
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
 
@@ -31,8 +31,7 @@ class KvtcPart:
 
     def read(self, loaded: LoadedModel, text: CalibrationText, *, own: bool) -> Texts:
         """Raises: ModelError."""
-        what = f"the text to calibrate on ({text.source})"
-        given = first_tokens(loaded.tokenizer, text.fitted, self.tokens, what)
+        given = text.first_tokens(loaded.tokenizer, self.tokens)
         held = held_texts(loaded.tokenizer, APART_TOKENS, held_text())
         apart = [found.tokens for found in held]
         shape = describe(loaded.model, loaded.config)

@@ -9,7 +9,7 @@ from kvferry.codec.lab.checkpoint import Checkpoint
 from kvferry.codec.lab.lowrank import LowRankPlan, calibrate, calibration_set, check_streams
 from kvferry.codec.lab.memory import lowrank_memory_need
 from kvferry.codec.lab.plan import Report
-from kvferry.codec.lab.text import CalibrationText, first_tokens
+from kvferry.codec.lab.text import CalibrationText
 from kvferry.codec.lowrank_calibration import LowRankCalibration
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
@@ -36,9 +36,8 @@ class LowRankPart:
         """Raises: ModelError; ConfigError: streams that have no heads."""
         shape = describe(loaded.model, loaded.config)
         check_streams(shape)
-        what = f"the text to calibrate on ({text.source})"
         return Texts(
-            fitted=first_tokens(loaded.tokenizer, text.fitted, self.tokens, what),
+            fitted=text.first_tokens(loaded.tokenizer, self.tokens),
             source=text.source,
             held=(),
             need=lowrank_memory_need(loaded, shape, self.plan),

@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hf_samples import SALT, greedy, prefilled, prompt, same_bits, tiny, tokenizer
-from store_process import running
 from transformers import DynamicCache
 
 from kvferry.cluster.sync_client import SyncBlobStoreClient
@@ -87,16 +85,6 @@ def test_what_was_computed_in_another_precision_is_not_stored(model: TorchModel)
     few.update(torch.zeros(1, 2, 20, 16), torch.zeros(1, 2, 20, 16), 0)
     with pytest.raises(ModelError, match="3 layers"):
         offload(few, tokens, RawCodec(), model, salt=SALT)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncBlobStoreClient]:
-    folder = tmp_path_factory.mktemp("hf")
-    with (
-        running(folder / "store") as started,
-        SyncBlobStoreClient(started.address) as client,
-    ):
-        yield client
 
 
 def test_a_prompt_comes_back_in_another_process(

@@ -1,7 +1,6 @@
 """Caches of what a codec left of a prompt: what models say, and what is refused."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hf_samples import SALT, greedy, prefilled, prompt, same_bits, tiny, tokenizer
 from mlx_lm.models.cache import make_prompt_cache
-from store_process import running
 
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.codec.base import Codec, NoCalibrations
@@ -194,16 +192,6 @@ def test_positions_and_counts_that_have_no_place_are_refused(model: TorchModel) 
         offload(whole, tokens, RawCodec(), model, salt=SALT, tail=RANDOM)
     with pytest.raises(ConfigError, match=r"keeps every token.*restore\(offload"):
         CompressedCache(STREAMING).update(torch.zeros(1, 2, 4, 16), torch.zeros(1, 2, 4, 16), 0)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncBlobStoreClient]:
-    folder: Path = tmp_path_factory.mktemp("lacking")
-    with (
-        running(folder / "store") as started,
-        SyncBlobStoreClient(started.address) as client,
-    ):
-        yield client
 
 
 def test_no_prompt_is_restored_from_less_than_all_of_it(

@@ -26,8 +26,8 @@ def test_one_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_short_text_ends_and_the_others_go_on() -> None:
-    assert in_turn(["abc", "123456789"], 2) == "ab\n\n12\n\nc\n\n34\n\n56\n\n78\n\n9"
-    assert in_turn([], 5) == in_turn(["", ""], 5) == ""
+    assert in_turn([("abc", 2), ("123456789", 2)]) == "ab\n\n12\n\nc\n\n34\n\n56\n\n78\n\n9"
+    assert in_turn([]) == in_turn([("", 5), ("", 5)]) == ""
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -30,11 +30,8 @@ def default_text() -> str:
     after = names.index(_LAST_TOPIC) + 4 if _LAST_TOPIC in names else 0
     docs = "\n\n".join(topics[name] for name in names[after:] + names[:after])
     code = _sources(_CODE_MODULES)
-    parts = []
-    for index in range(-(-len(docs) // _DOCS_CHARS)):
-        parts.append(docs[index * _DOCS_CHARS : (index + 1) * _DOCS_CHARS])
-        parts.append(code[index * _CODE_CHARS : (index + 1) * _CODE_CHARS])
-    return "\n\n".join(part for part in parts if part)
+    rounds = -(-len(docs) // _DOCS_CHARS)
+    return in_turn([(docs, _DOCS_CHARS), (code[: rounds * _CODE_CHARS], _CODE_CHARS)])
 
 
 def held_text() -> str:
@@ -79,6 +76,11 @@ class CalibrationText:
     fitted: str
     source: str
 
+    def first_tokens(self, tokenizer: Tokenizer, count: int) -> list[int]:
+        """As `first_tokens`. Raises: ModelError where it has fewer."""
+        what = f"the text to calibrate on ({self.source})"
+        return first_tokens(tokenizer, self.fitted, count, what)
+
 
 def calibration_text(files: Sequence[Path], tokens: int) -> CalibrationText:
     """The files' text, in turn a piece of each; without files `default_text`.
@@ -88,15 +90,14 @@ def calibration_text(files: Sequence[Path], tokens: int) -> CalibrationText:
     """
     if not files:
         return CalibrationText(default_text(), DEFAULT_SOURCE)
+    texts = [read_text(file) for file in files]
     size = min(_DOCS_CHARS, max(1, 2 * tokens // len(files)))  # two rounds, four letters a token
-    text = in_turn([read_text(file) for file in files], size)
+    text = texts[0] if len(texts) == 1 else in_turn([(text, size) for text in texts])
     return CalibrationText(text, ", ".join(file.name for file in files))
 
 
-def in_turn(texts: Sequence[str], size: int) -> str:
-    """All of all texts, ``size`` characters of each in turn while it lasts."""
-    if len(texts) == 1:
-        return texts[0]
-    rounds = -(-max(map(len, texts), default=0) // size)
-    pieces = [t[n * size : (n + 1) * size] for n in range(rounds) for t in texts]
+def in_turn(texts: Sequence[tuple[str, int]]) -> str:
+    """All of all texts, of each so many characters in turn while it lasts."""
+    rounds = max((-(-len(text) // size) for text, size in texts), default=0)
+    pieces = [text[n * size : (n + 1) * size] for n in range(rounds) for text, size in texts]
     return "\n\n".join(piece for piece in pieces if piece)

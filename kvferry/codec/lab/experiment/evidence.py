@@ -28,8 +28,7 @@ class Evidence:
 
         Args: codec: as results call it, by its label where it has one.
         """
-        own = [r for r in measured(self.results) if r.run.kind == kind]
-        own = [r for r in own if not r.run.codec.calibration]
+        own = self._usual(kind)
         own = at_context(own, main_context(own))
         return [r for r in own if r.run.codec.shown == codec and (choose is None or choose(r))]
 
@@ -69,8 +68,7 @@ class Evidence:
         Returns: of ``codec`` less that of ``other``, over all runs that differ in nothing
             but the codec; None where there are none.
         """
-        own = [r for r in measured(self.results) if r.run.kind == kind]
-        own = [r for r in own if not r.run.codec.calibration]
+        own = self._usual(kind)
         base = {
             _place(r): r.number(key)
             for r in own
@@ -84,6 +82,11 @@ class Evidence:
             if (mine := r.number(key)) is not None
         ]
         return statistics.fmean(found) if found else None
+
+    def _usual(self, kind: str) -> list[Result]:
+        """Of all codecs and lengths, with the user's own calibrations."""
+        own = [r for r in measured(self.results) if r.run.kind == kind]
+        return [r for r in own if not r.run.codec.calibration]
 
 
 def _place(result: Result) -> str:

@@ -57,8 +57,8 @@ def rate_points(own: Sequence[Series]) -> list[RatePoint]:
     return points
 
 
-def _labels(own: Sequence[Series]) -> list[str]:
-    return [series.label for series in own]
+def _styles(own: Sequence[Series]) -> dict[str, tuple[str, str, str]]:
+    return style.looks(series.label for series in own)
 
 
 def _rate(own: Sequence[Series], about: str, folder: Path) -> list[str]:
@@ -110,8 +110,9 @@ def _mse(own: Sequence[Series], about: str, folder: Path) -> list[str]:
     figure = style.new_figure(9.6, 4.6)
     panels = figure.subplots(1, 2, sharex=True)
     style.title(figure, panels[0], "Squared error against compression", about)
+    styles = _styles(own)
     for axes, stream in zip(panels, ("k", "v"), strict=True):
-        for label, (colour, marker, dash) in style.looks(_labels(own)).items():
+        for label, (colour, marker, dash) in styles.items():
             rows = sorted(
                 (ratio, max(mse, 1e-9))
                 for s in found
@@ -154,7 +155,7 @@ def _layers(own: Sequence[Series], about: str, folder: Path) -> list[str]:
     figure = style.new_figure(9.6, 4.6)
     panels = figure.subplots(1, 2, sharey=True)
     style.title(figure, panels[0], "Error of each layer", f"{about}; nearest to {_NEAR_RATIO:g}x")
-    styles = style.looks(_labels(own))
+    styles = _styles(own)
     for axes, stream in zip(panels, ("k", "v"), strict=True):
         for series in list(chosen.values())[:_MAX_LINES]:
             colour, marker, dash = styles[series.label]
