@@ -1,16 +1,18 @@
 """Small files, written so that a reader never sees half of one."""
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Unique temporary name, fsync, rename, fsync of the folder. Raises: OSError."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:16]}.", suffix=".part", dir=path.parent)
-    temporary = Path(name)
+    """Unique temporary name, fsync, rename, fsync of the folder. Raises: OSError.
+
+    Read by whom the umask lets: reports and calibrations are made for others too.
+    """
+    temporary = path.with_name(f".{path.name[:16]}.{secrets.token_hex(8)}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
