@@ -53,9 +53,8 @@ def coordinator(
 ) -> None:
     """Run the coordinator: members, and the policy that steers the nodes."""
     import asyncio
-    import logging
 
-    from kvferry.cli.policy_warnings import policy_warnings
+    from kvferry.cli.policy_warnings import warn_of_file
     from kvferry.cluster.coordinator import Coordinator
     from kvferry.cluster.coordinator_service import start_coordinator
     from kvferry.cluster.service import run_service, setup_logging
@@ -80,16 +79,17 @@ def coordinator(
 
     async def run() -> None:
         made = await Coordinator.open(settings)
-        if made.policies.source == "file":
-            for warning in policy_warnings(made.policies.policy):
-                logging.getLogger(__name__).warning("policy file: %s", warning)
-        await run_service(
-            "coordinator",
-            lambda: start_coordinator(made, settings),
-            registry=made.metrics.registry,
-            metrics_listen=settings.metrics_listen,
-            allow_remote_plaintext=settings.allow_remote_plaintext,
-            ready_file=ready_file,
-        )
+        warning = asyncio.create_task(warn_of_file(made.policies))
+        try:
+            await run_service(
+                "coordinator",
+                lambda: start_coordinator(made, settings),
+                registry=made.metrics.registry,
+                metrics_listen=settings.metrics_listen,
+                allow_remote_plaintext=settings.allow_remote_plaintext,
+                ready_file=ready_file,
+            )
+        finally:
+            warning.cancel()
 
     asyncio.run(run())

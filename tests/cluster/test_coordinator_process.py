@@ -177,10 +177,21 @@ def test_policy_commands_show_set_and_explain(process: Process) -> None:
     assert "never put back into a live cache" in done.stderr
 
 
-def test_a_policy_file_that_cuts_keys_is_told_at_the_start(process: Process) -> None:
+def test_what_a_policy_file_costs_is_told_at_the_start_and_when_it_changes(
+    process: Process,
+) -> None:
+    def told(what: str) -> None:
+        end = time.monotonic() + 20
+        while what not in process.log():
+            assert time.monotonic() < end, process.log()
+            time.sleep(0.05)
+
     process.policy_file.write_text('[[rules]]\ncodec = "lowrank"\noptions = { target = "kv" }\n')
     process.start()
-    assert process.log().count("lowrank target=kv: what keys lose") == 1
+    told("policy file: lowrank target=kv: what keys lose")
+    process.policy_file.write_text('[[rules]]\ncodec = "streaming"\n')
+    told("policy file: streaming drops tokens")
+    assert process.log().count("policy file: ") == 2
 
 
 def test_policy_commands_fail_in_one_line(process: Process) -> None:
