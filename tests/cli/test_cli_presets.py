@@ -139,6 +139,7 @@ def test_the_model_that_is_always_there(presets: Command) -> None:
     assert "\x1b" not in out
 
 
+@pytest.mark.long
 def test_a_screen_for_every_kind_of_model(presets: Command, tmp_path: Path) -> None:
     for name in CONFIGS:
         code, out, err = presets.run("--model", config_folder(config_of(name), tmp_path))

@@ -222,6 +222,7 @@ async def test_a_salt_that_a_node_brings_holds_where_there_is_none(
     assert await store.salt("default", bytes(32)) == brought
 
 
+@pytest.mark.long
 async def test_racing_decisions_never_give_one_version_two_contents(
     members: EtcdCluster, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

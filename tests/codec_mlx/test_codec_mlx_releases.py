@@ -26,7 +26,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_kind_of_cache_of_an_older_release_goes_on_alike(other: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(other), str(HERE.parent)])}
     asked = "import mlx_lm; print(mlx_lm.__version__)"

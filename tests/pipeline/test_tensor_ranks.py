@@ -110,6 +110,7 @@ def test_latents_are_on_all_ranks_and_stored_once(cluster: Cluster, tmp_path: Pa
         assert generate(ranks) == (cold, [699])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5"])
 def test_states_are_divided_and_come_back_to_any_number_of_ranks(
     cluster: Cluster, tmp_path: Path, name: str
