@@ -57,7 +57,7 @@ def experiment(
     """
     if not files and report is None:
         raise ConfigError("FILE.toml", "nothing", "given, or --report to build a report alone")
-    if report is not None:
+    if report is not None and not files:
         check_output("--report", report)
     outcomes: list[Outcome] = []
     if files:
@@ -70,6 +70,8 @@ def experiment(
 
         plans = [load_plan(file, model) for file in files]
         _writable(out)
+        if report is not None:  # which may lie in it
+            check_output("--report", report)
         opened = cache(open_model)  # files of one model share it
         for plan in plans:
             make_calibrations(plan, out)

@@ -1,5 +1,6 @@
 """Calibrations that an experiment's file wants made, by ``kvferry calibrate`` itself."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from blake3 import blake3
 
 from kvferry.errors import ModelError
 
@@ -19,7 +21,7 @@ def make_calibrations(plan: "Plan", out: Path) -> None:
     """All that are not there yet. Raises: ModelError: one could not be made."""
     for spec in plan.calibrations:
         for codec in spec.codecs:
-            folder = _folder(spec, codec, out)
+            folder = _folder(plan, spec, codec, out)
             if not folder.is_dir():
                 typer.echo(f"calibrating {codec} on {', '.join(spec.texts)}", err=True)
                 _make(plan, spec, codec, folder)
@@ -31,23 +33,30 @@ def calibration_folder(plan: "Plan", codec: "CodecSpec", out: Path) -> Path | No
         return None
     for spec in plan.calibrations:
         if spec.name == codec.calibration:
-            return _folder(spec, codec.name, out)
+            return _folder(plan, spec, codec.name, out)
     return plan.path.parent / codec.calibration
 
 
-def _folder(spec: "CalibrationSpec", codec: str, out: Path) -> Path:
-    return out / "calibrations" / spec.folder / codec
+def _folder(plan: "Plan", spec: "CalibrationSpec", codec: str, out: Path) -> Path:
+    """Another one if anything is changed that the calibration is made of."""
+    told = [plan.model, *_texts(plan, spec)]
+    name = f"{spec.folder}-{blake3(json.dumps(told).encode()).hexdigest()[:8]}"
+    return out / "calibrations" / name / codec
+
+
+def _texts(plan: "Plan", spec: "CalibrationSpec") -> list[str]:
+    from kvferry.codec.lab.experiment.texts import second_half
+
+    return [second_half(name, plan.path.parent) for name in spec.texts]
 
 
 def _make(plan: "Plan", spec: "CalibrationSpec", codec: str, folder: Path) -> None:
-    from kvferry.codec.lab.experiment.texts import second_half
-
     texts = folder.parent / "texts"
     texts.mkdir(parents=True, exist_ok=True)
     given = []
-    for index, name in enumerate(spec.texts):
+    for index, text in enumerate(_texts(plan, spec)):
         path = texts / f"{index}.txt"
-        path.write_text(second_half(name, plan.path.parent), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         given += ["--text", str(path)]
     command = [sys.executable, "-m", "kvferry", "calibrate", "--model", plan.model]
     command += ["--codec", codec, "--tokens", str(spec.tokens), "--out", str(folder), *given]

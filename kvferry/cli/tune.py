@@ -60,7 +60,10 @@ def tune(
     calibration: CalibrationOption = None,
     context: ContextOption = 2048,
     continuation: ContinuationOption = 512,
-    evaluations: Annotated[int, typer.Option(min=1, max=64, help="Settings to try at most.")] = 8,
+    evaluations: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Settings to try at most; all of few."),
+    ] = 8,
     json: JsonOption = None,
 ) -> None:
     """Find the coarsest setting whose loss stays within a bound on ALL texts.

@@ -82,7 +82,8 @@ def test_from_a_file_to_a_report(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_file_has_its_calibrations_made(tmp_path: Path) -> None:
-    model, out, report = tmp_path / "model", tmp_path / "out", tmp_path / "report.md"
+    model, out = tmp_path / "model", tmp_path / "out"
+    report = out / "report.md"  # in a folder that is made for the results
     model.mkdir()
     save_model(*sharp_llama(97, head_dim=32), model)
     letters = random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=30_000)
@@ -99,6 +100,15 @@ def test_a_file_has_its_calibrations_made(tmp_path: Path) -> None:
     again = kvferry(file, "--out", out)
     assert "1 there already" in again.stdout
     assert "calibrating" not in again.stderr
+    (tmp_path / "some.txt").write_text("".join(letters[::-1]))
+    other = kvferry(file, "--out", out)
+    assert other.returncode == 0, other.stderr
+    assert "calibrating" in other.stderr
+    (tmp_path / "second").mkdir()
+    save_model(*sharp_llama(97, head_dim=32), tmp_path / "second")
+    second = kvferry(file, "--out", out, "--model", tmp_path / "second")
+    assert second.returncode == 0, second.stderr
+    assert len(list(out.glob("calibrations/one-*"))) == 3
 
 
 def test_a_bad_file_is_one_line(tmp_path: Path) -> None:

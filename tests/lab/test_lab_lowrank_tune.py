@@ -1,5 +1,6 @@
 """Presets of low rank: the smallest that holds, in the seed's fields, taken back by eval."""
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -242,6 +243,8 @@ def test_a_preset_is_tuned_saved_and_read(
     assert best is result.best
     assert all(trial.error > 5 >= best.error for trial in failed)
     assert knob.table[len(knob.table) - len(result.trials)] == best.options
+    with pytest.raises(ConfigError, match=r"lowrank \(.*target=v.*\) gives .* on (one|two)"):
+        dataclasses.replace(tuner, bound=Bound("kl_mean", 1e-12)).run()
     preset = Preset(
         model="tiny",
         model_id=model_id,

@@ -141,7 +141,7 @@ class Tuner:
 
     def _out_of_reach(self, finest: Found, trial: Trial) -> ConfigError:
         name = "--max-kl" if self.bound.metric == "kl_mean" else "--max-ppl-delta"
-        shown = " ".join(f"{k}={v:.6g}" for k, v in trial.options.items())
+        shown = " ".join(f"{name}={_short(value)}" for name, value in trial.options.items())
         text = max(trial.results, key=lambda name: _error_of(trial, name, self.bound))
         allowed = (
             f"larger: the finest setting tried of {self.knob.codec} ({shown or 'the only one'}) "
@@ -152,3 +152,7 @@ class Tuner:
 
 def _error_of(trial: Trial, name: str, bound: Bound) -> float:
     return bound.error(trial.results[name]) if name in trial.results else float("-inf")
+
+
+def _short(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

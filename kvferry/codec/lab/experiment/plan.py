@@ -27,7 +27,7 @@ _OWN = ("model", "name")
 class CalibrationSpec:
     """A calibration that the file wants made, of the second halves of texts.
 
-    Runs read the first halves, so nothing is measured on what was fitted on.
+    Runs read the first halves, so nothing is measured on what bases were fitted on.
 
     Attributes:
         name: as ``calibration = "..."`` of a codec has it.
