@@ -139,6 +139,13 @@ CODEC_OPTIONS: Mapping[str, Mapping[str, Check]] = {
         ),
     },
 }
+# Of which at most one may be given; of ferry's, one.
+_EXCLUSIVE: Mapping[str, tuple[str, str]] = {
+    "ferry": ("target_kl", "step"),
+    "streaming": ("ratio", "window"),
+    "random": ("ratio", "keep"),
+    "centroid": ("ratio", "similarity"),
+}
 # Codecs whose pages lack tokens: they are stored, looked at and measured, but never put
 # back into a live cache by a hook.
 DROPPING = ("streaming", "random", "centroid")
@@ -249,8 +256,7 @@ def _check_options(codec: str, options: Mapping[str, str], where: str) -> None:
         holds, allowed = known[name]
         if not holds(text):
             raise ConfigError(f"{where}.{name}", text, allowed)
-    if codec == "ferry" and len(options) != 1:
-        raise ConfigError(where, dict(options), "either target_kl or step")
-    for name in ("window", "keep"):
-        if {"ratio", name} <= set(options):
-            raise ConfigError(where, dict(options), f"either ratio or {name}")
+    pair = _EXCLUSIVE.get(codec, ())
+    given = sum(name in options for name in pair)
+    if given > 1 or (codec == "ferry" and not given):
+        raise ConfigError(where, dict(options), f"either {' or '.join(pair)}")

@@ -14,6 +14,7 @@ from kvferry.codec.stream import (
     DType,
     FloatArray,
     Stream,
+    clip_to,
     store_float32,
 )
 from kvferry.errors import CalibrationMissingError, UnsupportedTensorError
@@ -37,6 +38,7 @@ __all__ = [
     "RunCodec",
     "Stream",
     "Wanted",
+    "clip_to",
     "drops_tokens",
     "store_float32",
     "takes_whole_context",

@@ -37,8 +37,11 @@ class PackedTensor:
         """All heads, or those of ``rows`` (half-open; batch and heads are counted as one).
 
         Only the pages that hold them are read. Returns: (1, rows, tokens, dim).
+        Raises: ConfigError: rows that there are not.
         """
         rows = (0, self.layout.rows) if rows is None else rows
+        if not 0 <= rows[0] < rows[1] <= self.layout.rows:
+            raise ConfigError("rows", rows, f"a range within 0 to {self.layout.rows}, half-open")
         first, last = self.layout.pages_of(rows)
         values = unpack_pages(self.pages[first:last], self.layout, rows, "packed")
         return Stream.from_float32("packed", values[None], self.dtype)

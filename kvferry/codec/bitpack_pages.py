@@ -37,7 +37,8 @@ class PageLayout:
         rows: heads of all layers (or of all sequences of a batch).
         bits: 6 or 8.
         page_bytes: what a page may take. One of a single token that needs more takes
-            more, and so do the pages of a stream that would have over `MAX_PAGES`.
+            more, and so do the pages of a stream that would have over `MAX_PAGES`, and
+            those with ranges in float32 (for float16 too wide or too narrow): 4 bytes each.
     """
 
     rows: int

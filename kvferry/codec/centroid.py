@@ -18,6 +18,7 @@ from kvferry.codec.base import (
     PageTensors,
     Stream,
     Wanted,
+    clip_to,
 )
 from kvferry.codec.calibration import CurvePoint, GroupCalibration
 from kvferry.codec.centroid_cluster import merge, similarity_for
@@ -51,8 +52,8 @@ class CentroidCodec(Uncalibrated):
 
     An entry has the mean key, rotated to the mean position of its tokens, the mean value,
     and their number, which attention adds to its score as a logarithm. Tokens that nothing
-    was merged with keep every bit. Sections ``<stream>/kept``, ``kept/positions`` and
-    ``kept/weights``.
+    was merged with are exact (float32 as float16 where it fits, as sinks are). Sections
+    ``<stream>/kept``, ``kept/positions`` and ``kept/weights``.
 
     Attributes:
         how: see `Merging`.
@@ -158,7 +159,7 @@ class CentroidCodec(Uncalibrated):
         streams = {}
         for name, values in merged.items():
             old = page.streams[name]
-            streams[name] = Stream.from_float32(name, values, old.dtype)
+            streams[name] = Stream.from_float32(name, clip_to(values, old.dtype), old.dtype)
             _rows(streams[name].data)[rows, columns] = _rows(old.data)[rows, tokens]
         kept = Kept(positions, grouped.weights().reshape(shape))
         return PageTensors(page.layers, page.heads, page.tokens, streams, kept)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvferry.codec import rope
-from kvferry.codec.base import PageTensors, Stream, store_float32
+from kvferry.codec.base import PageTensors, Stream, clip_to, store_float32
 from kvferry.codec.kept import Positions
 from kvferry.codec.rope import RopeSpec
 from kvferry.errors import UnsupportedTensorError
@@ -46,5 +46,6 @@ def _moved(stream: Stream, old: Positions, ropes: Sequence[RopeSpec]) -> Stream:
     for layer, spec in enumerate(ropes):
         at = old[start:] if old.ndim == 1 else old[layer]
         plain = rope.undo(part.float32()[layer], spec, at)
-        store_float32(data[layer, :, start:], rope.apply(plain, spec, new[start:]), stream.dtype)
+        moved = clip_to(rope.apply(plain, spec, new[start:]), stream.dtype)
+        store_float32(data[layer, :, start:], moved, stream.dtype)
     return Stream(stream.name, data, stream.dtype)

@@ -48,6 +48,13 @@ class RandomCodec(Uncalibrated):
     seed: int = 0
     positions: str = drop.PLACES[0]
 
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        drop.ratio_option(self.ratio)
+        drop.sinks_option({"sinks": self.sinks}, 0)
+        drop.place_option({"positions": self.positions})
+        opts.whole_within("seed", self.seed, 0, MAX_SEED)
+
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> Self:
         """``keep`` (a share) or ``ratio``, ``sinks``, ``seed``, ``positions``.

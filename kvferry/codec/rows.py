@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvferry.codec.base import DType, FloatArray, PageTensors, store_float32
+from kvferry.codec.base import DType, FloatArray, PageTensors, clip_to, store_float32
 from kvferry.codec.rope import RopeSpec, positions_of, rotate_into
 from kvferry.codec.transform import from_rows
-
-_FLOAT16_MAX = np.float32(np.finfo(np.float16).max)
 
 
 def page_rows(
@@ -125,9 +123,7 @@ def store_values(
 
 
 def _store(out: npt.NDArray[np.generic], values: FloatArray, dtype: DType) -> None:
-    if dtype is DType.FLOAT16:
-        np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX, out=values)
-    store_float32(out, values, dtype)
+    store_float32(out, clip_to(values, dtype, out=values), dtype)
 
 
 def _runs(ropes: Sequence[RopeSpec]) -> Iterator[tuple[RopeSpec, slice]]:

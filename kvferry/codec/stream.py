@@ -13,6 +13,7 @@ FloatArray = npt.NDArray[np.float32]
 # Streams that belong to a position and not to a run of tokens: recurrent state, rings.
 STATE_PREFIX = "state."
 RING_KEYS, RING_VALUES = f"{STATE_PREFIX}k", f"{STATE_PREFIX}v"
+_FLOAT16_MAX = np.float32(np.finfo(np.float16).max)
 
 
 class DType(enum.StrEnum):
@@ -65,6 +66,17 @@ class Stream:
         out = np.empty(values.shape, dtype=dtype.storage)
         store_float32(out, values, dtype)
         return cls(name, out, dtype)
+
+
+def clip_to(values: FloatArray, dtype: DType, out: FloatArray | None = None) -> FloatArray:
+    """Finite ``values`` within what ``dtype`` reaches; float16 ends at 65504.
+
+    What is rotated or decoded may be longer than what came in, and an infinite key makes
+    all attention NaN.
+    """
+    if dtype is not DType.FLOAT16:
+        return values
+    return np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX, out=out)
 
 
 def store_float32(out: npt.NDArray[np.generic], values: FloatArray, dtype: DType) -> None:

@@ -45,6 +45,14 @@ class StreamingCodec(Uncalibrated):
     ratio: float = DEFAULT_RATIO
     positions: str = drop.PLACES[0]
 
+    def __post_init__(self) -> None:
+        """Raises: ConfigError."""
+        drop.ratio_option(self.ratio)
+        drop.sinks_option({"sinks": self.sinks}, 0)
+        drop.place_option({"positions": self.positions})
+        if self.window is not None:
+            opts.whole_within("window", self.window, 1, MAX_WINDOW)
+
     @classmethod
     def parse(cls, options: Mapping[str, object]) -> Self:
         """``sinks``, ``window`` or ``ratio``, ``positions``. Raises: ConfigError."""

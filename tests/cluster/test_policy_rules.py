@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.cluster import policy as policies
-from kvferry.cluster.policy_rules import CODEC_OPTIONS, DROPPING, TAIL_CODECS
+from kvferry.cluster.policy_rules import CODEC_OPTIONS, DROPPING, TAIL_CODECS, check_rule
 from kvferry.codec.base import drops_tokens
 from kvferry.codec.registry import CODECS, codec_names
 from kvferry.errors import CalibrationMissingError, ConfigError
@@ -177,6 +177,41 @@ def test_the_policy_knows_the_registrys_codecs_and_their_options() -> None:
                     assert holds(text), (codec, name, text)
                 else:
                     assert holds(text), (codec, name, text)
+
+
+@pytest.mark.parametrize("codec", sorted(set(CODEC_OPTIONS) - {"ferry", "lowrank"}))
+def test_the_policy_takes_the_pairs_of_options_that_the_codec_takes(codec: str) -> None:
+    sample = {"positions": "original", "similarity": "0.9", "keep": "0.5", "page_size_kb": "32"}
+    sample |= {"bits": "8", "level": "3", "ratio": "4"}
+    for pair in itertools.combinations(CODEC_OPTIONS[codec], 2):
+        options = {name: sample.get(name, "8") for name in pair}
+        rule = pb.LayerRule(codec=codec, options=options)
+        try:
+            CODECS[codec].from_options(options, None, ())
+        except ConfigError:
+            with pytest.raises(ConfigError, match="either"):
+                check_rule(rule, "rules[0]")
+        else:
+            check_rule(rule, "rules[0]")
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"step": "1", "adapt": "1"}, True),
+        ({"target_kl": "0.01", "adapt": "0.5"}, True),
+        ({"step": "1", "target_kl": "0.01"}, False),
+        ({"adapt": "1"}, False),
+        ({}, False),
+    ],
+)
+def test_ferry_is_given_a_step_or_a_target(options: dict[str, str], taken: bool) -> None:
+    rule = pb.LayerRule(codec="ferry", options=options)
+    if taken:
+        check_rule(rule, "rules[0]")
+        return
+    with pytest.raises(ConfigError, match="either target_kl or step"):
+        check_rule(rule, "rules[0]")
 
 
 @pytest.mark.parametrize(

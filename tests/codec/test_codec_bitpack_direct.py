@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kvferry.codec.bitpack_direct import BitPackedKVCache
-from kvferry.errors import CorruptBlobError, UnsupportedTensorError
+from kvferry.errors import ConfigError, CorruptBlobError, UnsupportedTensorError
 
 
 def sample(dtype: type = np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -53,3 +53,10 @@ def test_a_page_that_was_cut_off_is_told() -> None:
     with pytest.raises(CorruptBlobError, match="page 0"):
         torn.unpack()
     assert torn.unpack((30, 32)).data.shape == (1, 2, 128, 96)
+
+
+@pytest.mark.parametrize("rows", [(0, 0), (2, 1), (-1, 1), (30, 33)])
+def test_rows_that_there_are_not_are_refused(rows: tuple[int, int]) -> None:
+    packed, _ = BitPackedKVCache().compress_kv(*sample())
+    with pytest.raises(ConfigError, match="rows"):
+        packed.unpack(rows)

@@ -1,5 +1,7 @@
 """Codecs that keep some tokens exactly: which ones, and what comes back of them."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from codec_samples import bits, meta_for, random_page, restored
@@ -8,8 +10,9 @@ from hypothesis import strategies as st
 
 from kvferry.codec.base import DType, PageTensors, Stream, takes_whole_context
 from kvferry.codec.blob import encode_blob
-from kvferry.codec.random_share import lots
+from kvferry.codec.random_share import RandomCodec, lots
 from kvferry.codec.registry import CODECS, make_codec
+from kvferry.codec.streaming import StreamingCodec
 from kvferry.errors import ConfigError, UnsupportedTensorError
 
 LOTS = [13309476754707697221, 2875738036014693257, 16129155333475108587]
@@ -136,3 +139,19 @@ def test_options_come_as_text() -> None:
     }
     assert takes_whole_context(CODECS["streaming"])
     assert not takes_whole_context(CODECS["raw"])
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        (StreamingCodec, {"ratio": 0}),
+        (StreamingCodec, {"window": -5}),
+        (StreamingCodec, {"sinks": -1}),
+        (StreamingCodec, {"positions": "both"}),
+        (RandomCodec, {"ratio": float("nan")}),
+        (RandomCodec, {"seed": -1}),
+    ],
+)
+def test_one_made_directly_is_checked_too(codec: Any, options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        codec(**options)

@@ -13,7 +13,7 @@ from model_zoo import VOCABULARY, model_of
 from kvferry.codec.bitpack_direct import BitPackedKVCache as HostCache
 from kvferry.codec.mlx.bitpack_arrays import BitPackedKVCache
 from kvferry.codec.mlx.bitpack_cache import BitPackedCache, make_bitpack_cache
-from kvferry.errors import ConfigError, UnsupportedTensorError
+from kvferry.errors import ConfigError, ModelError, UnsupportedTensorError
 
 DTYPES = [mx.float16, mx.bfloat16, mx.float32]
 
@@ -150,6 +150,13 @@ def test_what_does_not_hold_rows_stays_the_models_own() -> None:
     own = [type(layer).__name__ for layer in make_prompt_cache(model)]
     assert "RotatingKVCache" in own
     assert kinds == [{"KVCache": "BitPackedCache"}.get(name, name) for name in own]
+
+
+def test_a_model_of_several_pipeline_stages_is_refused() -> None:
+    model = model_of("deepseek_v3")
+    model.model.pipeline_size = 2
+    with pytest.raises(ModelError, match="pipeline"):
+        make_bitpack_cache(model)
 
 
 def test_wrong_settings_are_refused() -> None:

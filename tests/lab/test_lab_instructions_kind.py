@@ -233,3 +233,9 @@ def test_without_a_baseline_nothing_is_said_of_codecs(tmp_path: Path) -> None:
     lines = "\n".join(KIND.section([missing], tmp_path))
     assert "Not measured without compression" in lines
     assert not list(tmp_path.iterdir())
+
+
+def test_a_codec_that_merges_once_is_refused_before_anything_is_measured() -> None:
+    offered = {"centroid": [CodecSpec(name="centroid")]}
+    with pytest.raises(ConfigError, match="centroid"):
+        KIND.runs(Table("here", {"codecs": "centroid"}, {}, offered))

@@ -32,8 +32,8 @@ def base_of(policy: pb.Policy) -> pb.Policy:
 
 
 def leaves_open(rule: pb.LayerRule) -> bool:
-    """Whether a rule of the operator's says how much may be lost, not how."""
-    return rule.codec == "ferry" and "target_kl" in rule.options
+    """Whether a rule of the operator's says how much may be lost, and nothing of how."""
+    return rule.codec == "ferry" and set(rule.options) == {"target_kl"}
 
 
 def free_layers(base: pb.Policy, model_id: bytes, layers: int) -> list[Range]:

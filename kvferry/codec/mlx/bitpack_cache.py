@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask, make_prompt_cache
 
 from kvferry.codec.bitpack import BITS
-from kvferry.errors import ConfigError
+from kvferry.errors import ConfigError, ModelError
 from kvferry.proto.keys import SINK_TOKENS
 
 BLOCK_TOKENS = 128
@@ -204,8 +204,12 @@ def make_bitpack_cache(
 ) -> list[Any]:
     """The model's cache for ``generate_step``, each of its plain ``KVCache`` packed.
 
-    Others (rotating, recurrent) are as the model has them. Raises: ConfigError.
+    Others (rotating, recurrent) are as the model has them.
+    Raises: ConfigError; ModelError: a model of several pipeline stages, which set arrays of
+        their caches.
     """
+    if getattr(getattr(model, "model", model), "pipeline_size", 1) > 1:
+        raise ModelError("a model split over a pipeline cannot use packed caches: run it whole")
     return [
         BitPackedCache(num_bits, block_tokens) if type(layer).__name__ == "KVCache" else layer
         for layer in make_prompt_cache(model)

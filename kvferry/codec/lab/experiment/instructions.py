@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from blake3 import blake3
 
+from kvferry.codec.centroid import CentroidCodec
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.experiment.table import Table
@@ -53,7 +54,12 @@ class Instructions:
         conditions = [(CodecSpec(name="raw"), True)]
         if table.flag("untold", True):
             conditions.append((CodecSpec(name="raw", label="untold"), False))
-        conditions += [(codec, True) for codec in table.codecs() if codec.name != "raw"]
+        for codec in table.codecs():
+            if codec.name == CentroidCodec.name:
+                allowed = "codecs that go on from what they left: entries are not merged again"
+                raise ConfigError(f"{table.where}: codecs", codec.name, allowed)
+            if codec.name != "raw":
+                conditions.append((codec, True))
         return [
             Run(kind=self.name, codec=codec, settings={**shared, "told": told})
             for codec, told in conditions

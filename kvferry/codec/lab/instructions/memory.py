@@ -47,7 +47,7 @@ class Whole:
 
 @dataclass(slots=True)
 class Dropping:
-    """A codec that drops or merges tokens, on the live cache.
+    """A codec that drops tokens, on the live cache; one that merges them does so but once.
 
     Attributes:
         codec: gives the codec that makes one entry of so many; what it is given is what
