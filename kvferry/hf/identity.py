@@ -27,6 +27,7 @@ from blake3 import blake3
 from kvferry.codec.base import DType
 from kvferry.codec.rope import RopeSpec
 from kvferry.errors import ModelError
+from kvferry.hf.layer_ropes import layer_ropes
 from kvferry.hf.rope import model_ropes
 from kvferry.hf.tensors import dtype_of
 from kvferry.proto.identity import ModelFingerprint, canonical_config, model_id
@@ -46,7 +47,8 @@ class TorchModel:
         layers, heads: of the whole model; heads are KV heads.
         head_dim: of keys.
         dtype: of the weights, and so of its caches; caches of another are not stored.
-        ropes: how each layer rotates its keys; empty where that is not known.
+        ropes: how each layer rotates its keys, ``dims`` 0 where it does not; empty where
+            that is not known.
     """
 
     model_id: bytes
@@ -59,6 +61,8 @@ class TorchModel:
 
 def identify(model: Any, tokenizer: Any) -> TorchModel:
     """Digest a live model; reads all of its weights once, at about 1 GB/s from a CPU.
+
+    It also runs six tokens through it, to see which layers rotate their keys.
 
     Args:
         model: a decoder of transformers.
@@ -74,7 +78,9 @@ def identify(model: Any, tokenizer: Any) -> TorchModel:
     groups = _digests(model.state_dict(), layers)
     ropes = model_ropes(model, layers)
     made = model_id(fingerprint(model, tokenizer, groups, ropes, layers))
-    return TorchModel(made, layers, int(heads), int(dim), dtype_of(model.dtype), ropes)
+    # Not part of the identity: a trial may fail on one machine and not on another.
+    tried = layer_ropes(model, ropes)
+    return TorchModel(made, layers, int(heads), int(dim), dtype_of(model.dtype), tried)
 
 
 def fingerprint(

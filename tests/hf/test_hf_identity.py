@@ -1,12 +1,16 @@
 """`kvferry.hf.identity`: what makes another model of a model, and how it rotates."""
 
+import logging
 from dataclasses import replace
+from typing import Any
 
 import mlx_lm.models.llama as llama
 import pytest
 import torch
 from hf_samples import tiny, tokenizer
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     LlamaForCausalLM,
@@ -91,6 +95,46 @@ def test_rotations_that_pages_cannot_undo_are_left_unknown() -> None:
     )
     found = identify(pairs, None).ropes
     assert found[0].traditional
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_layer_of_a_llama_rotates_in_any_precision(dtype: torch.dtype) -> None:
+    assert [spec.dims for spec in identify(tiny().to(dtype), None).ropes] == [16] * 3
+
+
+def test_a_model_is_left_in_training_as_it_was() -> None:
+    model = tiny(attention_dropout=0.5).train()
+    model.lm_head.eval()
+    assert len(identify(model, None).ropes) == 3
+    assert model.training
+    assert model.model.layers[1].self_attn.training
+    assert not model.lm_head.training
+
+
+def backwards(_module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    cos, sin = given["position_embeddings"]
+    return args, given | {"position_embeddings": (cos, -sin)}
+
+
+def test_a_layer_that_rotates_by_itself_leaves_all_unknown_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny()
+    wanted = identify(model, None).model_id
+    model.model.layers[1].self_attn.register_forward_pre_hook(backwards, with_kwargs=True)
+    with caplog.at_level(logging.INFO, "kvferry.hf"):
+        found = identify(model, None)
+    assert found.ropes == ()
+    assert "layer 1 " in caplog.text
+    assert found.model_id == wanted  # which exact caches are found by
+
+
+def test_a_model_none_of_whose_layers_rotates_may_not_heed_positions() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = Cohere2Config(
+        **sizes, num_attention_heads=2, vocab_size=30, layer_types=["full_attention"] * 2
+    )
+    assert identify(Cohere2ForCausalLM(config), None).ropes == ()
 
 
 def test_models_that_are_not_in_memory_are_refused() -> None:

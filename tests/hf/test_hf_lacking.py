@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_samples import SALT, greedy, prefilled, prompt, same_bits, tiny, tokenizer
 from mlx_lm.models.cache import make_prompt_cache
+from transformers import AutoModelForCausalLM, Cohere2Config, Exaone4Config, SmolLM3Config
 
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.codec.base import Codec, NoCalibrations
@@ -164,6 +165,40 @@ def test_rows_that_do_not_move_keep_every_bit(model: TorchModel) -> None:
         assert same_bits(mine.keys[:, :, :4], keys[:, :, :4])
         assert not torch.equal(mine.keys[:, :, 4:], keys[:, :, 216:256])
         assert same_bits(mine.values[:, :, 4:], values[:, :, 216:256])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (SmolLM3Config, {"no_rope_layers": [1, 0, 1]}),
+        (Cohere2Config, {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+        (Exaone4Config, {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    ],
+)
+def test_keys_of_layers_that_do_not_rotate_stay_as_they_are(
+    kind: type[Any], settings: dict[str, Any]
+) -> None:
+    """With a prompt of one token over and over, whose keys only their places tell apart."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": len(next(iter(settings.values()))), "num_key_value_heads": 2}
+    config = kind(
+        **sizes,
+        vocab_size=30,
+        pad_token_id=0,
+        initializer_range=0.3,
+        sliding_window=512,
+        **settings,
+    )
+    live = AutoModelForCausalLM.from_config(config).eval()
+    known = identify(live, None)
+    assert [spec.dims for spec in known.ropes][:3] == [16, 0, 16]
+    tokens = [7] * 400
+    whole = prefilled(live, tokens)
+    short = restore(offload(whole, tokens, STREAMING, known, salt=SALT), known)
+    for mine, theirs in zip(short.layers, whole.layers, strict=True):
+        wanted = theirs.keys[:, :, : length(short)]
+        torch.testing.assert_close(mine.keys, wanted, rtol=0, atol=5e-3)
 
 
 def test_positions_and_counts_that_have_no_place_are_refused(model: TorchModel) -> None:
