@@ -1,6 +1,7 @@
 """A cache for ``model.generate(past_key_values=...)`` that keeps its history encoded."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from kvferry.codec.base import CalibrationSource, Codec, NoCalibrations
 from kvferry.codec.lowrank import LowRankCodec
 from kvferry.errors import ConfigError
+from kvferry.hf.calibrations import AtHand
 from kvferry.hf.compressed_layer import CompressedLayer
 from kvferry.hf.history import EncodedHistory, History
 from kvferry.hf.lacking import check_keeps
@@ -31,13 +33,15 @@ class CompressedCache(Cache):
     so that on another device rows cross over at each step.
 
     Args:
-        codec: one that codes any layer by itself (``affine``, ``bitpack``); or one for
-            each layer: codecs with a calibration need that of the single layer.
-        identity: absolute layers to keep exact.
+        codec: one that codes any layer by itself (``affine``, ``bitpack``), or ``lowrank``
+            calibrated for all layers, of which each takes its part; or one for each layer:
+            other codecs with a calibration need that of the single layer.
+        identity: absolute layers to keep exact; those of a ``lowrank`` are as well.
         chunk: tokens encoded together; the larger, the less time each step takes.
         window: newest tokens that are never encoded.
-        calibrations: what decoding looks calibrations up in.
-    Raises: ConfigError.
+        calibrations: what decoding looks calibrations up in that a codec does not have.
+    Raises: ConfigError; a layer, once it is first run, also for a codec of other layers, and
+        UnsupportedTensorError for one of other heads.
     """
 
     def __init__(
@@ -62,6 +66,9 @@ class CompressedCache(Cache):
             if used is None:
                 raise ConfigError("codec", f"none for layer {layer}", "one for every layer")
             check_keeps(used, "a cache that goes on encoding")
+            used = _of_layer(used, layer)
+            if isinstance(used, LowRankCodec) and layer in used.identity:
+                return DynamicLayer()
             return CompressedLayer(partial(_history, layer, used, source), chunk, window)
 
         super().__init__(layer_class_to_replicate=following)
@@ -118,7 +125,24 @@ class CompressedCache(Cache):
         return total
 
 
+def _of_layer(codec: Codec, layer: int) -> Codec:
+    """With the calibration of that layer alone. Raises: ConfigError: it is of others."""
+    known = getattr(codec, "calibration", None)
+    if known is None or known.layers == (layer, layer + 1):
+        return codec
+    found = f"{codec.name} calibrated for layers {known.layers[0]} to {known.layers[1] - 1}"
+    if layer not in range(*known.layers):
+        raise ConfigError("codec", found, f"calibrated for layer {layer}, which it is to encode")
+    if not isinstance(codec, LowRankCodec):
+        raise ConfigError("codec", found, "one for each layer, with the calibration cut to it")
+    part = known.cut((layer, layer + 1), known.heads)
+    return replace(codec, calibration=part, identity=tuple({layer} & set(codec.identity)))
+
+
 def _history(layer: int, codec: Codec, calibrations: CalibrationSource) -> History:
-    if isinstance(codec, LowRankCodec) and set(codec.rank) == {"v"}:
-        return LowRankHistory(codec)
+    if isinstance(codec, LowRankCodec):
+        if set(codec.rank) == {"v"}:
+            return LowRankHistory(codec)
+        if codec.calibration is not None:
+            calibrations = AtHand([codec.calibration])
     return EncodedHistory(layer, codec, calibrations)

@@ -50,7 +50,17 @@ class LowRankHistory:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """See `kvferry.hf.history.History`; chunks are of one size."""
+        """See `kvferry.hf.history.History`; chunks are of one size.
+
+        Raises: UnsupportedTensorError: heads that were not calibrated, or such numbers.
+        """
+        heads, dim = self._vectors.shape[:2]
+        if (values.shape[1], values.shape[3]) != (heads, dim):
+            raise UnsupportedTensorError(
+                "v",
+                f"{values.shape[1]} heads of {values.shape[3]} where {heads} of {dim} are "
+                "calibrated: calibrate for this model",
+            )
         self._mean, self._vectors = (t.to(values.device) for t in (self._mean, self._vectors))
         coefficients = (values.float() - self._mean) @ self._vectors
         if self._keys is None:

@@ -142,6 +142,40 @@ def test_on_the_device_it_is_what_the_codec_makes_of_it(
         both[0].update(*(torch.full((2, 2, 70, 16), float("nan"), dtype=dtype),) * 2)
 
 
+@pytest.mark.parametrize("target", ["v", "kv"])
+def test_a_codec_of_the_whole_model_is_cut_to_each_layer(
+    target: str, known: LowRankCalibration
+) -> None:
+    live, tokens = tiny(), prompt(200)
+    options = {"rank": 9, "target": target, "identity": "2"}
+    whole = make_codec("lowrank", options, known)
+    caches = [CompressedCache(whole, chunk=32, window=16), coded(known, **options)]
+    mine, theirs = (prefill(live, tokens, cache) for cache in caches)
+    for a, b in zip(mine.layers, theirs.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    exact = prefilled(live, tokens).layers
+    assert torch.equal(mine.layers[2].values, exact[2].values)
+    assert not torch.equal(mine.layers[1].values, exact[1].values)
+
+
+@pytest.mark.parametrize("target", ["v", "kv"])
+def test_codecs_of_other_layers_or_heads_are_refused(
+    target: str, known: LowRankCalibration
+) -> None:
+    tokens, options = prompt(100), {"rank": 9, "target": target}
+    cuts = [make_codec("lowrank", options, cut) for cut in by_layer([known]).values()]
+    swapped = CompressedCache({0: cuts[1], 1: cuts[0], 2: cuts[2]}, chunk=32, window=16)
+    with pytest.raises(ConfigError, match=r"layers 1 to 1.*calibrated for layer 0"):
+        prefill(tiny(), tokens, swapped)
+    with pytest.raises(ConfigError, match=r"layers 0 to 0.*calibrated for layer 1"):
+        prefill(tiny(), tokens, CompressedCache(cuts[0], chunk=32, window=16))
+    for other in ({"head_dim": 32}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}):
+        cache = CompressedCache(dict(enumerate(cuts)), chunk=32, window=16)
+        with pytest.raises(UnsupportedTensorError, match="calibrat"):
+            prefill(tiny(**other), tokens, cache)
+
+
 def test_generation_over_all_directions_is_the_exact_one(known: LowRankCalibration) -> None:
     live, tokens = tiny(), prompt(200)
     cache = coded(known, rank=16)
