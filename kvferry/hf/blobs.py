@@ -178,7 +178,8 @@ def restore(
         blobs: of all layers, of tokens 0 to some end without gaps.
         calibrations: where blobs' calibrations are found, if they have any.
         device: see `kvferry.hf.fill`.
-    Raises: CodecError: damaged blobs, or another model's; ModelError: they do not fit.
+    Raises: CodecError: damaged blobs, or another model's; ModelError: they do not fit;
+        ConfigError: layers without a device.
     """
     return filled(list(decoded(blobs, model, calibrations)), model, device)
 

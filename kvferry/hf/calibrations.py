@@ -55,10 +55,12 @@ def load_groups(path: Path) -> list[GroupCalibration]:
         _, groups = CalibrationSet.load(path)
         return sorted(groups, key=lambda group: group.layers)
     try:
-        return [group_from_blob(read_capped(path, DEFAULT_LIMITS.max_blob))]
-    except OSError as exc:
-        allowed = f"a calibration; `kvferry calibrate` makes one ({exc.strerror or exc})"
+        data = read_capped(path, DEFAULT_LIMITS.max_blob)
+    except (OSError, ValueError) as exc:  # ValueError: no path has a NUL
+        why = getattr(exc, "strerror", None) or exc
+        allowed = f"a calibration; `kvferry calibrate` makes one ({why})"
         raise ConfigError("calibration", str(path), allowed) from exc
+    return [group_from_blob(data)]
 
 
 def by_layer(groups: Sequence[GroupCalibration]) -> dict[int, GroupCalibration]:

@@ -18,7 +18,7 @@ from kvferry.errors import FerryError
 from kvferry.hf.blobs import EXACT, Codecs, decoded, encode, filled, layer_codecs, plan
 from kvferry.hf.identity import TorchModel
 from kvferry.hf.lacking import check_keeps
-from kvferry.hf.tensors import Devices, length
+from kvferry.hf.tensors import Devices, check_devices, length
 from kvferry.node.calibrations import Calibrations
 from kvferry.node.restore import Assembly, RestorePlan, plan_restore
 from kvferry.places import user_dir
@@ -63,7 +63,8 @@ class PrefixCache:
         calibrations: of codecs that need one, to be found in the store by readers.
         device: where restored caches are put; see `kvferry.hf.fill`.
         cache_dir: where fetched calibrations are kept; the user's cache folder if None.
-    Raises: ModelError: codecs that do not cover the model; ConfigError: one that drops tokens.
+    Raises: ModelError: codecs that do not cover the model; ConfigError: one that drops tokens,
+        or layers without a device.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class PrefixCache:
         self._codecs, self._tail = layer_codecs(codec, model), tail
         for used in (*self._codecs.values(), *(() if tail is None else (tail,))):
             check_keeps(used, "a prompt in a store")
+        check_devices(device, range(model.layers))
         self._tail_ttl_s, self._page_tokens, self._device = tail_ttl_s, page_tokens, device
         self._root = root_key(salt, model.model_id, page_tokens)
         self._own = calibrations

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from kvferry.codec.base import DType, PageTensors, Stream
 from kvferry.codec.rope import RopeSpec
-from kvferry.errors import ModelError
+from kvferry.errors import ConfigError, ModelError
 from kvferry.hf.lacking import LackingLayer, check_follow, lacks, placed
 
 _DTYPES = {
@@ -129,8 +129,9 @@ def fill(
         device: of all layers, or of each.
         ropes: how each layer of the model rotates its keys; for pages that lack tokens.
     Raises: ModelError: pages that do not fit together, or whose entries cannot be side by
-        side; UnsupportedTensorError: nor moved.
+        side; UnsupportedTensorError: nor moved; ConfigError: layers without a device.
     """
+    check_devices(device, {layer for page in pages for layer in range(*page.layers)})
     cache = DynamicCache()
     if lacks(pages):
         pages = placed(pages, ropes)
@@ -142,6 +143,13 @@ def fill(
         where = device[layer] if isinstance(device, Mapping) else device
         cache.update(keys.to(where), values.to(where), layer)
     return cache
+
+
+def check_devices(device: Devices, layers: Iterable[int]) -> None:
+    """Raises: ConfigError: a mapping that has none for one of the layers."""
+    missing = sorted(set(layers) - set(device)) if isinstance(device, Mapping) else []
+    if missing:
+        raise ConfigError("device", f"none for layer {missing[0]}", "one for every layer")
 
 
 def host_array(tensor: torch.Tensor) -> _Host:

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.codec.affine import AffineCodec
 from kvferry.codec.raw import RawCodec, ZstdCodec
-from kvferry.errors import CorruptBlobError, IdentityMismatchError, ModelError
-from kvferry.hf import PrefixCache, TorchModel, identify, offload, restore
+from kvferry.errors import ConfigError, CorruptBlobError, IdentityMismatchError, ModelError
+from kvferry.hf import PrefixCache, TorchModel, identify, length, offload, restore
 
 pytestmark = pytest.mark.hf
 
@@ -52,6 +52,17 @@ def test_layers_may_have_codecs_of_their_own(model: TorchModel) -> None:
         offload(cache, tokens, {(0, 1): RawCodec()}, model, salt=SALT)
     with pytest.raises(ModelError, match="missing"):
         restore([b for b in blobs if b.key.layers != (0, 1) and b.key.kind == "page"], model)
+
+
+def test_a_layer_without_a_device_is_named(store: SyncBlobStoreClient, model: TorchModel) -> None:
+    tokens = prompt(20)
+    blobs = offload(prefilled(tiny(), tokens), tokens, RawCodec(), model, salt=SALT)
+    with pytest.raises(ConfigError, match="device = 'none for layer 1'"):
+        restore(blobs, model, device={0: "cpu", 2: "cpu"})
+    with pytest.raises(ConfigError, match="device = 'none for layer 1'"):
+        PrefixCache(model, store, salt=SALT, device={0: "cpu"})
+    every = dict.fromkeys(range(3), "cpu")
+    assert length(restore(blobs, model, device=every)) == 20
 
 
 def test_another_model_another_namespace_or_damage_is_never_taken(model: TorchModel) -> None:

@@ -231,6 +231,7 @@ def test_a_preset_of_kvferry_tune_makes_the_cache(
         ('{"rank": 8}', "calibration"),
         ('{"rank": 8, "calibration_file": 3}', "calibration_file"),
         ('{"rank": 8, "calibration_file": "nowhere"}', "kvferry calibrate"),
+        (r'{"rank": 8, "calibration_file": "\u0000"}', "kvferry calibrate"),
         ('{"rank": 17, "calibration_file": "calibration"}', "1 to 16"),
         ('{"rank": 8, "bits": 4, "calibration_file": "calibration"}', "bits"),
     ],
