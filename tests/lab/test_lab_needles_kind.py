@@ -1,16 +1,18 @@
 """Needles as a kind of experiment: runs, what they share, results and the report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kvferry.codec.lab.experiment.bench import Bench
+from kvferry.codec.lab.experiment.evidence import Evidence
 from kvferry.codec.lab.experiment.needles import Needles
 from kvferry.codec.lab.experiment.results import Result, Status
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.experiment.table import Table
+from kvferry.codec.lab.needles.plot import Part
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
 from kvferry.errors import ConfigError
@@ -92,9 +94,11 @@ def test_a_haystack_is_read_once_for_all_codecs(
     )
 
 
-def needle(exact: bool, depth: float, needles: int = 1) -> dict[str, object]:
+def needle(
+    exact: bool, depth: float, needles: int = 1, length: int = 512, log_prob: float = -0.6
+) -> dict[str, object]:
     return {
-        "length": 512,
+        "length": length,
         "depth": depth,
         "needles": needles,
         "name": "willow",
@@ -102,7 +106,7 @@ def needle(exact: bool, depth: float, needles: int = 1) -> dict[str, object]:
         "ratio": 4.0,
         "kept": 1.0,
         "exact": exact,
-        "log_prob": -0.6,
+        "log_prob": log_prob,
         "tokens": 6,
         "said": " 1",
     }
@@ -127,7 +131,7 @@ def test_the_report_judges_a_codec_by_what_the_model_finds_itself(tmp_path: Path
     lines = "\n".join(KIND.section(results, tmp_path))
     assert "| 512 | 1/1 | 1/1 | 0/1 | 67 %" in lines
     # One needle of the two that the model finds; the third it does not, whatever the codec.
-    assert "| affine | 4.0 | 2/3 | 1/1 0/1 1/1 |  | 50 % (9-91) | -0.10 | 100 % |" in lines
+    assert "| affine | 4.0 | 2/3 | 1/1 0/1 1/1 |  | 50 % (9-91) | +0.000 | 100 % |" in lines
     picture = tmp_path / "needles.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "(needles.png)" in lines
@@ -159,3 +163,87 @@ def test_the_report_says_what_is_missing(tmp_path: Path) -> None:
     ]
     lines = "\n".join(KIND.section(both, tmp_path))
     assert "fails mostly by itself" in lines
+
+
+def long_and_short(
+    codec: CodecSpec, found: Mapping[int, Sequence[bool]], nats: float
+) -> list[Result]:
+    """A result for each length; in long texts a key is a nat per token less likely."""
+    made = []
+    for length, own in found.items():
+        hard = float(length > 512)
+        needles = [
+            needle(exact, depth, length=length, log_prob=6 * (nats - hard))
+            for exact, depth in zip(own, (0.0, 0.25, 0.5, 0.75, 1.0), strict=False)
+        ]
+        run = Run(
+            kind="needles",
+            codec=codec,
+            text="prose",
+            context=length - 128,
+            settings={"seed": 0, "several": 0, "depths": len(own)},
+        )
+        about = {"model": "tiny"}
+        made.append(Result(run=run, digest="", about=about, metrics={"needles": needles}))
+    return made
+
+
+ALL = [True] * 5
+FINE, COARSE, ELSEWHERE = (CodecSpec(name="affine", options={"bits": n}) for n in (8, 4, 2))
+UNEVEN = [
+    *long_and_short(CodecSpec(name="raw"), {512: ALL, 1024: ALL, 4096: [False] * 5}, -0.1),
+    *long_and_short(FINE, {512: ALL, 4096: [False] * 5}, -0.11),
+    *long_and_short(CodecSpec(name="kvtc"), {512: ALL, 4096: [False] * 5}, -0.15),
+    *long_and_short(COARSE, {512: [True, False]}, -0.3),
+    *long_and_short(ELSEWHERE, {1024: [False]}, -2.0),
+]
+
+
+def test_settings_are_compared_on_the_same_needles_only(tmp_path: Path) -> None:
+    lines = KIND.section(UNEVEN, tmp_path)
+    wide = lines.index(
+        "On the same 10 needles at 512 and 4,096 tokens, 5 of which the model finds with its own "
+        "cache:"
+    )
+    narrow = lines.index(
+        "On the same 2 needles at 512 tokens, 2 of which the model finds with its own cache:"
+    )
+    # The coarse one was spared the long text; no figure of it stands beside those of both.
+    rows = [line.split(" | ")[0].strip("| ") for line in lines[wide + 4 : narrow] if line]
+    assert rows == ["affine bits=8", "kvtc"]
+    rows = [line for line in lines[narrow + 4 : narrow + 7] if line]
+    assert [row.split(" | ")[-2] for row in rows] == ["-0.010", "-0.200", "-0.050"]
+    assert [row.split(" | ")[-3][:5] for row in rows] == ["100 %", "50 % ", "100 %"]
+    assert "Measured on other needles only: affine bits=2 (4.0x, 0/1 at 1,024 tokens)." in lines
+
+
+def test_the_picture_has_a_part_for_each_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Part] = []
+    monkeypatch.setattr(
+        "kvferry.codec.lab.needles.report.draw_recall", lambda parts, *_: drawn.extend(parts)
+    )
+    KIND.section(UNEVEN, tmp_path)
+    assert [part.told for part in drawn] == [
+        "5 of 10 needles at 512 and 4,096 tokens",
+        "2 of 2 needles at 512 tokens",
+    ]
+    for part in drawn:
+        asked = {point.recall.asked for curve in part.curves for point in curve.points}
+        assert asked == {part.exact.asked}
+    assert [(c.codec, len(c.points)) for c in drawn[1].curves] == [("affine", 2), ("kvtc", 1)]
+
+
+def test_targets_weigh_needles_not_runs() -> None:
+    def at(found: Mapping[int, Sequence[bool]], name: str) -> list[Result]:
+        return long_and_short(CodecSpec(name=name, ratio=8.0), found, -0.1)
+
+    evidence = Evidence(
+        [
+            *at({512: [True], 1024: [True] * 5}, "centroid"),
+            *at({512: [False], 1024: [True] * 5}, "streaming"),
+        ]
+    )
+    assert evidence.found_gain("centroid", "streaming", 8.0) == pytest.approx(1 / 6)
+    assert evidence.found_gain("centroid", "random", 8.0) is None

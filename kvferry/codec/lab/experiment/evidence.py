@@ -13,6 +13,7 @@ from kvferry.codec.lab.experiment.series import (
     ratio_at,
     series_of,
 )
+from kvferry.codec.lab.needles.places import by_setting, placed
 
 Choose = Callable[[Result], bool]
 
@@ -80,6 +81,28 @@ class Evidence:
             if r.run.codec.shown == codec and (ratio is None or r.run.codec.ratio == ratio)
             if (theirs := base.get(_place(r))) is not None
             if (mine := r.number(key)) is not None
+        ]
+        return statistics.fmean(found) if found else None
+
+    def found_gain(self, codec: str, other: str, ratio: float | None = None) -> float | None:
+        """Difference in shares of needles found, needle by needle: a run may ask for 3 or 9.
+
+        Args:
+            ratio: as `gain` has it.
+        Returns: over all needles that both were asked for; None where there are none.
+        """
+        own = self._usual("needles")
+        base = placed([r for r in own if r.run.codec.shown == other and r.run.codec.ratio == ratio])
+        mine = [
+            r
+            for r in own
+            if r.run.codec.shown == codec and (ratio is None or r.run.codec.ratio == ratio)
+        ]
+        found = [
+            bool(needle["exact"]) - bool(base[place]["exact"])
+            for setting in by_setting(mine).values()
+            for place, needle in placed(setting).items()
+            if place in base
         ]
         return statistics.fmean(found) if found else None
 

@@ -53,6 +53,16 @@ def gain(kind: str, key: str, codec: str, other: str, ratio: float | None = None
     return value
 
 
+def found_gain(codec: str, other: str, ratio: float | None = None) -> Value:
+    """`Evidence.found_gain`, in per cent."""
+
+    def value(evidence: Evidence) -> float | None:
+        found = evidence.found_gain(codec, other, ratio)
+        return None if found is None else 100 * found
+
+    return value
+
+
 def mean_of(
     kind: str, codec: str, *keys: str, choose: Choose | None = None, scale: float = 1.0
 ) -> Value:

@@ -1,6 +1,6 @@
 """Recall against compression, as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from kvferry.codec.lab import plot_style as style
 from kvferry.codec.lab.needles.summary import Recall
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 
@@ -28,54 +29,83 @@ class Curve:
     points: Sequence[CurvePoint]
 
 
-def draw_recall(curves: Sequence[Curve], exact: Recall | None, told: str, path: Path) -> int:
-    """Above: needles still found; below: how likely the key still is.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Curves of the very same needles.
+
+    Attributes:
+        told: which needles.
+        exact: of them with the model's own cache.
+    """
+
+    told: str
+    curves: Sequence[Curve]
+    exact: Recall
+
+
+def draw_recall(parts: Sequence[Part], told: str, path: Path) -> int:
+    """Above: needles still found; below: how likely the key still is; a column for each part.
 
     Args:
-        exact: of the same needles with the model's own cache.
+        parts: one at least, each with a point at least.
         told: what the reader must know of the model.
     Returns: bytes written. Raises: ConfigError.
     """
-    figure = style.new_figure(8.0, 7.2)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    asked = max(point.recall.asked for curve in curves for point in curve.points)
-    style.title(
-        figure,
-        upper,
-        "Passkeys found again in a compressed cache",
-        f"{told}\nhere: up to {asked} of those, bars are 95 % intervals",
+    figure = style.new_figure(3.0 + 5.0 * len(parts), 7.2)
+    grid = figure.subplots(
+        2, len(parts), sharex="col", sharey="row", height_ratios=(3, 2), squeeze=False
     )
-    styles = style.looks(curve.codec for curve in curves)
-    for index, curve in enumerate(curves):
+    figure.suptitle(
+        "Passkeys found again in a compressed cache",
+        x=0.02, ha="left", fontsize=13, fontweight="bold",
+    )  # fmt: skip
+    styles = style.looks(curve.codec for part in parts for curve in part.curves)
+    for index, part in enumerate(parts):
+        before = f"{told}\n" if not index else ""
+        about = f"{before}{part.told}, bars are 95 % intervals"
+        grid[0, index].set_title(about, loc="left", fontsize=9, color=style.GREY)
+        _draw_part(grid[0, index], grid[1, index], part, styles)
+    grid[0, 0].set_ylim(-3, 103)
+    grid[0, 0].set_ylabel("still found (%)")
+    grid[1, 0].set_ylabel("key (nats per token)")
+    named: dict[str, Artist] = {}
+    for axes in grid.flat:
+        style.tidy(axes)
+        named |= {label: h for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = sorted(named)
+    figure.legend(
+        [named[name] for name in names], names,
+        frameon=False, loc="outside right upper", fontsize=9,
+    )  # fmt: skip
+    return style.save_png(figure, path)
+
+
+def _draw_part(
+    upper: "Axes", lower: "Axes", part: Part, styles: Mapping[str, tuple[str, str, str]]
+) -> None:
+    for index, curve in enumerate(part.curves):
         # Curves that meet at 100 % would hide each other's bars.
-        aside = 1.02 ** (index - (len(curves) - 1) / 2)
+        aside = 1.02 ** (index - (len(part.curves) - 1) / 2)
         _draw(upper, lower, curve, styles[curve.codec], aside)
-    ratios = [point.ratio for curve in curves for point in curve.points]
+    ratios = [point.ratio for curve in part.curves for point in curve.points]
     low, high = min(ratios) / 1.15, max(ratios) * 1.15
     upper.set_xscale("log")
     upper.set_xlim(low, high)
-    upper.set_ylim(-3, 103)
-    upper.set_ylabel("still found (%)")
-    lower.set_ylabel("key (nats per token)")
-    lower.set_xlabel("compression ratio (fp16 bytes / bytes shipped, headers included)")
+    lower.set_xlabel("compression ratio (fp16 bytes / bytes shipped)")
     style.plain_log_axis(lower.xaxis, low, high, dense=True)
-    if exact is not None:
-        lower.axhline(exact.log_prob, color=style.GREY, linestyle="--", linewidth=1)
-        lower.annotate(
-            "its own cache",
-            (0.995, exact.log_prob),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, -3),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=style.GREY,
-        )
-    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
-    for axes in (upper, lower):
-        style.tidy(axes)
-    return style.save_png(figure, path)
+    base = part.exact.log_prob
+    lower.axhline(base, color=style.GREY, linestyle="--", linewidth=1)
+    lower.margins(y=0.12)  # room for what the line is
+    lower.annotate(
+        "its own cache",
+        (0.995, base),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=style.GREY,
+    )
 
 
 def _draw(

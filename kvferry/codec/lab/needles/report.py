@@ -1,85 +1,54 @@
 """What needles say of a model and of codecs, as Markdown and a picture."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.series import measured, newest, table
-from kvferry.codec.lab.needles.plot import Curve, CurvePoint, draw_recall
-from kvferry.codec.lab.needles.summary import Recall, mean, number, recall, shown
+from kvferry.codec.lab.needles.compared import Compared, Setting, compared, length
+from kvferry.codec.lab.needles.places import Needle, Place, by_setting, placed
+from kvferry.codec.lab.needles.plot import Curve, CurvePoint, Part, draw_recall
+from kvferry.codec.lab.needles.summary import mean, nats, number, recall, shown
 
-Needle = Mapping[str, object]
-Place = tuple[object, ...]
 EXACT = "raw"
 PICTURE = "needles.png"
 # Below this the model fails without any codec, and says nothing about one.
 FAIR = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """A codec as it was asked for, over all lengths and seeds."""
-
-    codec: str
-    described: str
-    ratio: float
-    needles: Sequence[Needle]  # one that two files ask for counts once
-
-
 def section(results: Sequence[Result], folder: Path) -> list[str]:
     """Uncompressed recall, then each codec's, and their curves."""
     own = measured(newest(results))
-    exact = {
-        _place(result, needle): needle
-        for result in own
-        if result.run.codec.name == EXACT
-        for needle in _needles_of(result)
-    }
+    exact = placed([result for result in own if result.run.codec.name == EXACT])
     lines = _uncompressed(list(exact.values()))
     settings = _settings([result for result in own if result.run.codec.name != EXACT])
-    fair = {place: needle for place, needle in exact.items() if bool(needle["exact"])}
     if not settings:
         return [*lines, "No codec was measured."]
-    lines += _codecs(settings, fair)
-    if not fair:
+    found = compared(settings)
+    lines += _codecs(settings, found, exact)
+    parts = [part for one in found if (part := _part(one, exact)) is not None]
+    if not parts:
         return lines
-    model = str(own[-1].about.get("model"))
-    told = f"{model}; with its own cache it finds {len(fair)} of {len(exact)} needles"
-    lengths = _common_lengths(settings)
-    base = recall(needle for needle in fair.values() if _length(needle) in lengths)
-    draw_recall(_curves(settings, fair, lengths), base, told, folder / PICTURE)
+    told = f"{own[-1].about.get('model')}; of the needles that it finds with its own cache"
+    draw_recall(parts, told, folder / PICTURE)
     return [*lines, f"![Recall against compression]({PICTURE})"]
-
-
-def _needles_of(result: Result) -> list[Needle]:
-    """Those of a result that can be read; with their seed."""
-    listed = result.metrics.get("needles")
-    if not isinstance(listed, Sequence):
-        return []
-    seed = result.run.settings.get("seed")
-    return [{**needle, "seed": seed} for needle in listed if isinstance(needle, Mapping)]
-
-
-def _place(result: Result, needle: Needle) -> Place:
-    return result.run.text, *(needle[k] for k in ("length", "seed", "depth", "needles", "key"))
 
 
 def _uncompressed(exact: Sequence[Needle]) -> list[str]:
     if not exact:
         return ["Not measured without compression: nothing can be said of codecs.", ""]
     depths = sorted({number(n, "depth") for n in exact if n["needles"] == 1})
-    lengths = sorted({_length(n) for n in exact})
+    lengths = sorted({length(n) for n in exact})
     rows, weak = [], []
-    for length in lengths:
-        own = [n for n in exact if _length(n) == length]
+    for size in lengths:
+        own = [n for n in exact if length(n) == size]
         single = [n for n in own if n["needles"] == 1]
         cells = [_counted(n for n in single if number(n, "depth") == d) for d in depths]
         cells += [shown(recall(single)), shown(recall(n for n in own if n["needles"] != 1))]
-        rows.append([f"{length:,}", *cells])
+        rows.append([f"{size:,}", *cells])
         found = recall(own)
         if found is not None and found.share < FAIR:
-            weak.append(f"{length:,}")
+            weak.append(f"{size:,}")
     head = ["tokens", *(f"depth {depth:g}" for depth in depths), "one needle", "several"]
     lines = [
         "What the model finds with its own cache: exact matches of asked; depth 0 is far from "
@@ -99,80 +68,101 @@ def _counted(needles: Iterable[Needle]) -> str:
     return "" if found is None else f"{found.found}/{found.asked}"
 
 
-def _settings(results: Sequence[Result]) -> list[_Setting]:
-    grouped: dict[str, list[Result]] = {}
-    for result in results:
-        grouped.setdefault(result.run.codec.described(), []).append(result)
-    return [
-        _Setting(
-            own[0].run.codec.shown,
-            described,
-            mean([r.number("compression_ratio") or 0.0 for r in own]),
-            list(
-                {
-                    place: {**needle, "place": place}
-                    for result in own
-                    for needle in _needles_of(result)
-                    for place in [_place(result, needle)]
-                }.values()
-            ),
-        )
-        for described, own in grouped.items()
+def _settings(results: Sequence[Result]) -> list[Setting]:
+    found = [
+        Setting(own[0].run.codec.shown, described, placed(own))
+        for described, own in by_setting(results).items()
     ]
+    return sorted((one for one in found if one.needles), key=lambda s: (s.codec, _ratio(s)))
 
 
-def _codecs(settings: Sequence[_Setting], fair: Mapping[Place, Needle]) -> list[str]:
-    every = [needle for one in settings for needle in one.needles]
-    lengths = sorted({_length(needle) for needle in every})
-    depths = sorted({number(n, "depth") for n in every if n["needles"] == 1})
-    rows = []
-    for one in sorted(settings, key=lambda s: (s.codec, s.ratio)):
-        both = recall(one.needles)
-        if both is None:
-            continue
-        single = [n for n in one.needles if n["needles"] == 1]
-        cells = [_counted(n for n in single if _length(n) == length) for length in lengths]
-        cells += [
-            " ".join(_counted(n for n in single if number(n, "depth") == d) for d in depths),
-            _counted(n for n in one.needles if n["needles"] != 1),
-        ]
-        cells += [shown(_still(one.needles, fair)), f"{both.log_prob:.2f}"]
-        rows.append([one.described, f"{one.ratio:.1f}", *cells, f"{100 * both.kept:.0f} %"])
-    head = ["codec", "ratio", *(f"{length:,}" for length in lengths), "far to near", "several"]
-    return [
+def _codecs(
+    settings: Sequence[Setting], found: Sequence[Compared], exact: Mapping[Place, Needle]
+) -> list[str]:
+    lines = [
         'Codecs: exact matches, one needle by length and by depth. "Still found" counts only '
-        "needles that the model finds with its own cache; the key's log-probability shows what "
-        "exact matches are too coarse for.",
-        "",
-        *table([*head, "still found", "key, nats per token", "needle's tokens kept"], rows),
+        "those that the model finds with its own cache. The key's log-probability, less what it "
+        "is with that cache for the same needles, shows what exact matches are too coarse for.",
         "",
     ]
+    for one in found:
+        lines += _table(one, exact)
+    shown_ones = {setting.described for one in found for setting in one.settings}
+    left = [setting for setting in settings if setting.described not in shown_ones]
+    if left:
+        lines += ["Measured on other needles only: " + "; ".join(map(_told, left)) + ".", ""]
+    return lines
 
 
-def _length(needle: Needle) -> int:
-    return int(number(needle, "length"))
+def _table(one: Compared, exact: Mapping[Place, Needle]) -> list[str]:
+    places = one.places
+    several = [place for place in places if one.settings[0].needles[place]["needles"] != 1]
+    single = [place for place in places if place not in set(several)]
+    by_length = _grouped(one, single, lambda needle: length(needle))
+    by_depth = _grouped(one, single, lambda needle: number(needle, "depth"))
+    paired = [place for place in places if place in exact]
+    fair = [place for place in paired if bool(exact[place]["exact"])]
+    rows = []
+    for setting in one.settings:
+        own = setting.needles
+        cells = [setting.described, f"{_ratio(setting, places):.1f}"]
+        cells += [_counted(own[p] for p in group) for group in by_length.values()]
+        cells += [
+            " ".join(_counted(own[p] for p in group) for group in by_depth.values()),
+            _counted(own[p] for p in several),
+            shown(recall(own[p] for p in fair)),
+        ]
+        lost = [nats(own[p]) - nats(exact[p]) for p in paired]
+        kept = mean([number(own[p], "kept") for p in places])
+        rows.append([*cells, f"{mean(lost):+.3f}" if lost else "-", f"{100 * kept:.0f} %"])
+    head = ["codec", "ratio", *(f"{n:,}" for n in by_length), "far to near", "several"]
+    head += ["still found", "key, nats per token less", "needle's tokens kept"]
+    about = f"On the same {_where(one)}, {len(fair)} of which the model finds with its own cache:"
+    return [about, "", *table(head, rows), ""]
 
 
-def _still(needles: Iterable[Needle], fair: Mapping[Place, Needle]) -> Recall | None:
-    return recall(n for n in needles if n["place"] in fair)
+def _grouped(
+    one: Compared, places: Sequence[Place], by: Callable[[Needle], float]
+) -> dict[float, list[Place]]:
+    """Places by a number of their needles, rising."""
+    found: dict[float, list[Place]] = {}
+    for place in places:
+        found.setdefault(by(one.settings[0].needles[place]), []).append(place)
+    return dict(sorted(found.items()))
 
 
-def _common_lengths(settings: Sequence[_Setting]) -> set[int]:
-    """Lengths that every setting was measured at, or all if there is none such."""
-    lengths = [{_length(needle) for needle in one.needles} for one in settings]
-    return set.intersection(*lengths) or set.union(*lengths)
+def _where(one: Compared) -> str:
+    count = len(one.places)
+    return f"{count} needle{'s' if count > 1 else ''} at {_joined(one.lengths)} tokens"
 
 
-def _curves(
-    settings: Sequence[_Setting], fair: Mapping[Place, Needle], lengths: set[int]
-) -> list[Curve]:
-    found = []
-    for name in dict.fromkeys(setting.codec for setting in settings):
-        points = []
-        for one in sorted((s for s in settings if s.codec == name), key=lambda s: s.ratio):
-            still = _still((n for n in one.needles if _length(n) in lengths), fair)
-            if still is not None:
-                points.append(CurvePoint(one.ratio, still))
-        if points:
-            found.append(Curve(name, points))
-    return found
+def _told(setting: Setting) -> str:
+    own = list(setting.needles.values())
+    lengths = _joined(sorted({length(needle) for needle in own}))
+    return f"{setting.described} ({_ratio(setting):.1f}x, {_counted(own)} at {lengths} tokens)"
+
+
+def _ratio(setting: Setting, places: Sequence[Place] | None = None) -> float:
+    own = setting.needles
+    return mean([number(own[place], "ratio") for place in (own if places is None else places)])
+
+
+def _joined(lengths: Sequence[int]) -> str:
+    *first, last = [f"{n:,}" for n in lengths]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _part(one: Compared, exact: Mapping[Place, Needle]) -> Part | None:
+    """Of the picture; None where the model finds nothing by itself."""
+    places = [place for place in one.places if place in exact and bool(exact[place]["exact"])]
+    base = recall(exact[place] for place in places)
+    if base is None:
+        return None
+    curves: dict[str, list[CurvePoint]] = {}
+    for setting in one.settings:
+        still = recall(setting.needles[place] for place in places)
+        if still is not None:
+            point = CurvePoint(_ratio(setting, places), still)
+            curves.setdefault(setting.codec, []).append(point)
+    told = f"{len(places)} of {_where(one)}"
+    return Part(told, [Curve(name, points) for name, points in curves.items()], base)

@@ -13,7 +13,6 @@ class Recall:
     Attributes:
         low, high: 95 % interval of the share that was found exactly.
         log_prob: mean of the key's log-probability per token, nats.
-        kept: mean share of a needle's entries that were not dropped.
     """
 
     found: int
@@ -21,7 +20,6 @@ class Recall:
     low: float
     high: float
     log_prob: float
-    kept: float
 
     @property
     def share(self) -> float:
@@ -36,9 +34,12 @@ def recall(needles: Iterable[Mapping[str, object]]) -> Recall | None:
         return None
     found = sum(bool(needle["exact"]) for needle in listed)
     low, high = wilson(found, len(listed))
-    nats = [number(n, "log_prob") / max(1.0, number(n, "tokens")) for n in listed]
-    kept = [number(needle, "kept") for needle in listed]
-    return Recall(found, len(listed), low, high, sum(nats) / len(nats), sum(kept) / len(kept))
+    return Recall(found, len(listed), low, high, mean([nats(needle) for needle in listed]))
+
+
+def nats(needle: Mapping[str, object]) -> float:
+    """The key's log-probability per token."""
+    return number(needle, "log_prob") / max(1.0, number(needle, "tokens"))
 
 
 def number(table: Mapping[str, object], key: str) -> float:
