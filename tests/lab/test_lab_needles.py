@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from conftest import Words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import make_prompt_cache
 
+from kvferry.codec.base import DType, PageTensors, Stream
+from kvferry.codec.kept import Kept
 from kvferry.codec.lab.coding import Coder, GroupSource, group_codecs
 from kvferry.codec.lab.forward import prefill
 from kvferry.codec.lab.needles.ask import ask
@@ -20,7 +23,7 @@ from kvferry.codec.lab.needles.haystack import (
     make_haystack,
     question,
 )
-from kvferry.codec.lab.needles.measure import measure, read
+from kvferry.codec.lab.needles.measure import kept_share, measure, read
 from kvferry.codec.mlx.adapters import snapshot
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
@@ -142,7 +145,7 @@ def test_every_needle_is_asked_for_after_a_cache_of_its_own(tiny: LoadedModel) -
     ready = read(Words(), MODEL_ID, shape, haystack, snapshot(cache, 900))
     exact = measure(tiny, ready, ready.exact())
     assert [r.depth for r in exact] == [0.1, 0.9]
-    assert all(r.ratio == 1 and r.kept == 1 and r.needles == 2 for r in exact)
+    assert all(r.ratio == 1 and r.alone == 1 and r.needles == 2 for r in exact)
     again = measure(tiny, ready, ready.exact())
     assert [r.found for r in again] == [r.found for r in exact]
 
@@ -158,3 +161,15 @@ def test_every_needle_is_asked_for_after_a_cache_of_its_own(tiny: LoadedModel) -
 
     # The window is at 8 bits whatever the codec; the model's own cache is exact throughout.
     assert 0 < away(through("raw", {})) < away(through("affine", {"bits": 2})) / 2
+
+
+def test_an_entry_that_stands_for_several_tokens_is_none_of_them() -> None:
+    # Of tokens 0 to 7: 0 and 5 alone, 1 to 3 at their mean, 4, 6 and 7 at theirs, padding.
+    positions = np.array([[[0, 2, 5, 6, 6]]], np.int64)
+    weights = np.array([[[1, 3, 1, 3, 0]]], np.float32)
+    data = np.zeros((1, 1, 5, 4), np.float32)
+    streams = {name: Stream(name, data, DType.FLOAT32) for name in "kv"}
+    for own, share in ((weights, 0.25), (None, 0.5)):
+        page = PageTensors((0, 1), (0, 1), (0, 8), streams, kept=Kept(positions, own))
+        assert kept_share([page], (0, 8)) == share
+        assert kept_share([page], (1, 4)) == (0.0 if own is not None else pytest.approx(1 / 3))

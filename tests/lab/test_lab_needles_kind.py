@@ -1,6 +1,7 @@
 """Needles as a kind of experiment: runs, what they share, results and the report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,3 +248,18 @@ def test_targets_weigh_needles_not_runs() -> None:
     )
     assert evidence.found_gain("centroid", "streaming", 8.0) == pytest.approx(1 / 6)
     assert evidence.found_gain("centroid", "random", 8.0) is None
+
+
+def test_what_merging_left_is_told_only_where_it_was_counted_right(tmp_path: Path) -> None:
+    plain, merged = CodecSpec(name="streaming"), CodecSpec(name="centroid")
+    results = [result(CodecSpec(name="raw"), [True]), result(plain, [True]), result(merged, [True])]
+
+    def last(lines: Sequence[str]) -> dict[str, str]:
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+        return {row[0]: row[-1] for row in rows}
+
+    old = last(KIND.section(results, tmp_path))
+    assert (old["streaming"], old["centroid"]) == ("100 %", "-")
+    new = {**needle(True, 0.0), "alone": 0.25}
+    again = replace(results[-1], metrics={"needles": [new]})
+    assert last(KIND.section([*results[:2], again], tmp_path))["centroid"] == "25 %"

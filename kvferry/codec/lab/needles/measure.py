@@ -27,7 +27,8 @@ class NeedleResult:
         depth: see `Needle`.
         needles: how many there were in the haystack.
         ratio: fp16 bytes of what the codec coded over the bytes shipped for it.
-        kept: share of the needle's entries that the codec did not drop.
+        alone: share of the needle's entries that the codec neither dropped nor merged. Results
+            of before had ``kept``, which counted some that were merged.
     """
 
     length: int
@@ -36,7 +37,7 @@ class NeedleResult:
     name: str
     key: str
     ratio: float
-    kept: float
+    alone: float
     found: Found
 
     def to_json(self) -> dict[str, object]:
@@ -114,7 +115,7 @@ def measure(
                 name=needle.name,
                 key=needle.key,
                 ratio=ratio,
-                kept=kept_share(coded.pages, needle.span),
+                alone=kept_share(coded.pages, needle.span),
                 found=found,
             )
         )
@@ -122,15 +123,20 @@ def measure(
 
 
 def kept_share(pages: Sequence[PageTensors], span: tuple[int, int]) -> float:
-    """How much of some positions the pages still have, over all layers and heads."""
+    """How much of some positions the pages still have, over all layers and heads.
+
+    Only an entry that stands for one token is that token: of several it is at their mean
+    position, which may well be a position of the span.
+    """
     shares = []
     for page in pages:
         wanted = np.arange(max(span[0], page.tokens[0]), min(span[1], page.tokens[1]))
         if page.kept is None:
             shares.append(np.full(wanted.size, 1.0))
             continue
-        held = page.kept.positions
-        rows = held.reshape(-1, held.shape[-1])
+        held, weights = page.kept.positions, page.kept.weights
+        own = held if weights is None else np.where(weights == 1, held, -1)
+        rows = own.reshape(-1, own.shape[-1])
         shares.append(np.mean([np.isin(wanted, row) for row in rows], axis=0))
     found = np.concatenate(shares)
     return float(found.mean()) if found.size else 0.0

@@ -7,6 +7,8 @@ from kvferry.codec.lab.experiment.results import Result
 Needle = Mapping[str, object]
 Place = tuple[object, ...]
 
+# Of these ``kept`` counted entries at the mean position of several tokens as one of them.
+_MERGE = ("centroid",)
 _TOLD_APART_BY = ("length", "seed", "depth", "needles", "key")
 
 
@@ -23,9 +25,15 @@ def placed(results: Sequence[Result]) -> dict[Place, Needle]:
         seed = result.run.settings.get("seed")
         for needle in listed if isinstance(listed, Sequence) else ():
             if isinstance(needle, Mapping):
-                own = {**needle, "seed": seed}
+                own = {"alone": _before(result, needle), **needle, "seed": seed}
                 found[result.run.text, *(own[key] for key in _TOLD_APART_BY)] = own
     return found
+
+
+def kept(needle: Needle) -> float | None:
+    """Share of its entries that are still its own, as `placed` has it; None: not known."""
+    found = needle.get("alone")
+    return None if found is None else float(str(found))
 
 
 def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -34,3 +42,7 @@ def by_setting(results: Sequence[Result]) -> dict[str, list[Result]]:
     for result in results:
         found.setdefault(result.run.codec.described(), []).append(result)
     return found
+
+
+def _before(result: Result, needle: Needle) -> object:
+    return None if result.run.codec.name in _MERGE else needle.get("kept")

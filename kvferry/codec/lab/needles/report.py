@@ -6,7 +6,7 @@ from pathlib import Path
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.series import measured, newest, table
 from kvferry.codec.lab.needles.compared import Compared, Setting, compared, length
-from kvferry.codec.lab.needles.places import Needle, Place, by_setting, placed
+from kvferry.codec.lab.needles.places import Needle, Place, by_setting, kept, placed
 from kvferry.codec.lab.needles.plot import Curve, CurvePoint, Part, draw_recall
 from kvferry.codec.lab.needles.summary import mean, nats, number, recall, shown
 
@@ -113,8 +113,9 @@ def _table(one: Compared, exact: Mapping[Place, Needle]) -> list[str]:
             shown(recall(own[p] for p in fair)),
         ]
         lost = [nats(own[p]) - nats(exact[p]) for p in paired]
-        kept = mean([number(own[p], "kept") for p in places])
-        rows.append([*cells, f"{mean(lost):+.3f}" if lost else "-", f"{100 * kept:.0f} %"])
+        alone = [share for p in places if (share := kept(own[p])) is not None]
+        cells.append(f"{mean(lost):+.3f}" if lost else "-")
+        rows.append([*cells, f"{100 * mean(alone):.0f} %" if len(alone) == len(places) else "-"])
     head = ["codec", "ratio", *(f"{n:,}" for n in by_length), "far to near", "several"]
     head += ["still found", "key, nats per token less", "needle's tokens kept"]
     about = f"On the same {_where(one)}, {len(fair)} of which the model finds with its own cache:"
