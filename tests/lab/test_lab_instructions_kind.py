@@ -1,6 +1,7 @@
 """Instruction memory as a kind of experiment: conditions, memories, results and the report."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -239,3 +240,24 @@ def test_a_codec_that_merges_once_is_refused_before_anything_is_measured() -> No
     offered = {"centroid": [CodecSpec(name="centroid")]}
     with pytest.raises(ConfigError, match="centroid"):
         KIND.runs(Table("here", {"codecs": "centroid"}, {}, offered))
+
+
+def test_answers_of_another_length_are_another_table(tmp_path: Path) -> None:
+    half = CodecSpec(name="streaming", ratio=2.0)
+    short = [result(CodecSpec(name="raw"), [False, False]), result(half, [False, False], 0.5)]
+    longer = [result(CodecSpec(name="raw"), [True, True]), result(half, [True, False], 0.5)]
+
+    def of(results: Sequence[Result], tokens: int) -> list[Result]:
+        settings = {"answer_tokens": tokens}
+        return [
+            replace(r, run=replace(r.run, settings={**r.run.settings, **settings})) for r in results
+        ]
+
+    lines = "\n".join(KIND.section([*of(short, 20), *of(longer, 40)], tmp_path))
+    assert lines.count("Table 1.") == 2
+    first, second = lines.split("Answers of 40 tokens at most:")
+    assert "Answers of 20 tokens at most:" in first
+    assert "| uncompressed | 100 % | 0 % " in first
+    assert "| streaming 2x | 50 % | 0 % " in first
+    assert "| uncompressed | 100 % | 100 % " in second
+    assert "| streaming 2x | 50 % | 50 % " in second

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from kvferry.codec.lab.experiment.results import Result
 from kvferry.codec.lab.experiment.series import (
-    at_context,
-    main_context,
     measured,
     ratio_at,
     series_of,
+    usual,
 )
 from kvferry.codec.lab.needles.places import by_setting, placed
 
@@ -25,12 +24,11 @@ class Evidence:
     results: Sequence[Result]
 
     def of(self, kind: str, codec: str, choose: Choose | None = None) -> list[Result]:
-        """Measured results of a codec with the user's own calibration, at the usual length.
+        """Measured results of a codec with the user's own calibration, at the usual lengths.
 
         Args: codec: as results call it, by its label where it has one.
         """
-        own = self._usual(kind)
-        own = at_context(own, main_context(own))
+        own = usual(self._usual(kind))
         return [r for r in own if r.run.codec.shown == codec and (choose is None or choose(r))]
 
     def mean(self, kind: str, codec: str, *keys: str, choose: Choose | None = None) -> float | None:
@@ -43,11 +41,11 @@ class Evidence:
         """Ratio at which the mean KL over texts comes to ``kl``, between settings that were
         measured on all texts; None where no two are on both sides of it."""
         own = series_of(self.of("fidelity", codec))
-        texts = max((len(series.results) for series in own), default=0)
+        texts = max((len(series.texts) for series in own), default=0)
         points = [
             (ratio, found)
             for series in own
-            if len(series.results) == texts
+            if len(series.texts) == texts
             and (ratio := series.middle("compression_ratio")) is not None
             and (found := series.mean("kl_mean")) is not None
         ]

@@ -14,6 +14,7 @@ from kvferry.codec.lab.experiment.series import (
     shown,
     table,
     text_name,
+    usual,
 )
 from kvferry.codec.lab.plot_rate import RatePoint, draw_rate
 
@@ -24,22 +25,24 @@ _MAX_LINES = 10
 
 def fidelity_section(results: Sequence[Result], folder: Path) -> list[str]:
     """Pictures and tables of runs with the user's calibrations, then of others."""
-    usual = [result for result in results if not result.run.codec.calibration]
-    context = main_context(usual)
-    own = series_of(at_context(usual, context))
-    apart = _calibrations([r for r in results if r.run.codec.calibration])
+    mine = [result for result in results if not result.run.codec.calibration]
+    context, at_main = main_context(mine), usual(mine)
+    own = series_of(at_main)
+    apart = _calibrations([r for r in results if r.run.codec.calibration], context)
     if not own:
         return ["Nothing was measured with the usual calibrations.", "", *apart]
-    texts = sorted({text_name(r.run.text) for series in own for r in series.results})
-    continuation = sorted({r.run.continuation for series in own for r in series.results})
-    spans = " or ".join(str(n) for n in continuation)
-    about = f"{context:,} tokens coded, {spans} predicted, on {', '.join(texts)}"
-    lines = [f"{about[0].upper()}{about[1:]}; means over texts.", ""]
+    texts = sorted({text_name(text) for series in own for text in series.texts})
+    about = (
+        f"{context:,} tokens coded, {at_main[0].run.continuation} predicted, on {', '.join(texts)}"
+    )
+    others = len(measured(at_context(mine, context))) - len(measured(at_main))
+    left = f" Not in here: {others} that predict more or fewer." if others else ""
+    lines = [f"{about[0].upper()}{about[1:]}; means over texts.{left}", ""]
     lines += _rate(own, about, folder)
     lines += _table(own)
     lines += _mse(own, about, folder)
     lines += _layers(own, about, folder)
-    return [*lines, *_lengths(usual, context), *apart]
+    return [*lines, *_lengths(mine, context), *apart]
 
 
 def rate_points(own: Sequence[Series]) -> list[RatePoint]:
@@ -210,9 +213,9 @@ def _lengths(results: Sequence[Result], usual: int) -> list[str]:
     return ["### Short and long", "", *table(head, rows), ""]
 
 
-def _calibrations(results: Sequence[Result]) -> list[str]:
-    """What was calibrated on one kind of text, on others."""
-    found = measured(results)
+def _calibrations(results: Sequence[Result], context: int) -> list[str]:
+    """What was calibrated on one kind of text, on others; at one length, ``context`` if it can."""
+    found = measured(usual(at_context(measured(results), context) or results))
     if not found:
         return ["Nothing was measured with calibrations of other texts.", ""]
     texts = sorted({result.run.text for result in found})
@@ -225,7 +228,8 @@ def _calibrations(results: Sequence[Result]) -> list[str]:
         for (codec, calibration), own in sorted(rows.items())
     ]
     head = ("codec", "calibrated on", *(f"{text_name(text)}: ratio, KL" for text in texts))
-    return ["### Calibrated on one text, tested on another", "", *table(head, cells), ""]
+    about = f"{found[0].run.context:,} tokens coded:"
+    return ["### Calibrated on one text, tested on another", "", about, "", *table(head, cells), ""]
 
 
 def _cell(result: Result | None) -> str:

@@ -13,7 +13,7 @@ from kvferry.codec.lab.experiment.results import Result, Status
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """One codec at one setting; one result per text.
+    """One codec at one setting; a result per text, or several where a run had other settings.
 
     Attributes:
         index: of the setting among those of its codec, in the order they were asked for.
@@ -23,6 +23,11 @@ class Series:
     shown: str
     index: int
     results: Sequence[Result]
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """That it was measured on."""
+        return frozenset(result.run.text for result in self.results)
 
     def mean(self, *keys: str) -> float | None:
         """Arithmetic mean of a metric over texts; None where none has it."""
@@ -82,6 +87,15 @@ def main_context(results: Sequence[Result]) -> int:
 def at_context(results: Sequence[Result], context: int) -> list[Result]:
     """Those of one length."""
     return [result for result in results if result.run.context == context]
+
+
+def usual(results: Sequence[Result]) -> list[Result]:
+    """Those of the main length, and of the continuation that most of these have: results
+    stay when a file is edited, and what predicts fewer tokens is another measurement."""
+    own = at_context(results, main_context(results))
+    spans = [result.run.continuation for result in measured(own)]
+    main = max(set(spans), key=lambda n: (spans.count(n), n), default=0)
+    return [result for result in own if result.run.continuation == main]
 
 
 def ratio_at(points: Sequence[tuple[float, float]], kl: float) -> float | None:

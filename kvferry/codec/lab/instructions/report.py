@@ -38,13 +38,17 @@ class _Condition:
 
 
 def section(results: Sequence[Result], folder: Path) -> list[str]:
-    """One part for each set of examples that was used."""
-    groups: dict[str, list[Result]] = {}
+    """One part for each set of examples, and length of answers, that was used."""
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in measured(newest(results)):
-        groups.setdefault(str(result.run.settings.get("said")), []).append(result)
+        told = result.run.settings
+        key = str(told.get("said")), str(told.get("answer_tokens"))
+        groups.setdefault(key, []).append(result)
     lines: list[str] = []
-    for number, own in enumerate(groups.values()):
+    for number, ((_, tokens), own) in enumerate(groups.items()):
         name = f"{PICTURE}-{number + 1}.png" if number else f"{PICTURE}.png"
+        if len(groups) > 1:
+            lines += [f"Answers of {tokens} tokens at most:", ""]
         lines += _of_examples(own, folder / name)
     return lines or _UNKNOWN
 
