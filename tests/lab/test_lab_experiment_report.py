@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.codec.lab.experiment.cost_report import cost_section
 from kvferry.codec.lab.experiment.evidence import Evidence
 from kvferry.codec.lab.experiment.fidelity_report import fidelity_section
 from kvferry.codec.lab.experiment.results import Result
+from kvferry.codec.lab.experiment.series import newest
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 
 TEXTS = ("prose", "source", "chat")
@@ -66,3 +68,29 @@ def test_calibrations_are_compared_at_one_length(tmp_path: Path, last_first: boo
     # Those at another length are told where there are no others.
     alone = fidelity_section([*USUAL, *longer], tmp_path)
     assert "4,096 tokens coded:" in alone
+
+
+def cost(processor: str, us: float, codec: str = "bitpack") -> Result:
+    run = Run(kind="cost", codec=CodecSpec(name=codec), text="prose", context=1024)
+    hardware = {"processor": processor, "cores": 2, "system": "any", "python": "any"}
+    about = {"model": "tiny", "hardware": hardware, "load": 0.5}
+    metrics = {"encode_us_per_token": us, "encode_share_of_generation": us / 1000}
+    return Result(run=run, digest="", about=about, metrics=metrics)
+
+
+def test_times_of_two_machines_are_two_tables_and_no_target_mixes_them() -> None:
+    results = newest(
+        [
+            cost("M9", 7.0),
+            cost("EPYC", 40.0),
+            cost("EPYC", 20.0),  # again
+            cost("EPYC", 30.0, "affine"),
+        ]
+    )
+    lines = cost_section(results)
+    first, second = lines.index("On EPYC, 2 cores:"), lines.index("On M9, 2 cores:")
+    assert first < second
+    rows = [line.split(" | ")[3] for line in lines if line.startswith(("| affine", "| bitpack"))]
+    assert rows == ["30", "20", "7"]
+    found = Evidence(results).mean("cost", "bitpack", "encode_share_of_generation")
+    assert found == pytest.approx(0.02)

@@ -1,6 +1,7 @@
 """Runs write one JSON each, are not measured twice, and the report builds from the JSONs."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from kvferry.codec.lab.experiment.runner import Outcome, run_all
 from kvferry.codec.lab.experiment.spec import CodecSpec, Run
 from kvferry.codec.lab.forward import prefill
 from kvferry.codec.lab.greedy import first_difference, greedy, token_match
+from kvferry.codec.lab.machine import machine
 from kvferry.codec.mlx.load import LoadedModel
 from kvferry.codec.mlx.probe import describe
 from kvferry.errors import ConfigError, ModelError, OutOfReachError
@@ -211,6 +213,24 @@ def test_another_calibration_or_text_is_measured_anew(
     assert run_all([run], bench, tmp_path, silent).skipped == 1
     other = bench_of(tiny, text[100:])
     assert len(run_all([run], other, tmp_path, silent).results) == 1
+
+
+def test_times_are_measured_anew_on_another_machine_and_nothing_else_is(
+    folder: Path, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN)
+    runs = load_plan(tmp_path / "plan.toml").runs
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    here = machine()
+    updated = {**here, "system": "Another 1.0", "python": "3.99"}
+    monkeypatch.setattr("kvferry.codec.lab.experiment.runner.machine", lambda: updated)
+    assert not run_all(runs, bench, out, silent).results
+    other = {**here, "processor": "Another"}
+    monkeypatch.setattr("kvferry.codec.lab.experiment.runner.machine", lambda: other)
+    again = run_all(runs, bench, out, silent)
+    assert [result.run.kind for result in again.results] == ["cost"]
+    assert len(list(out.glob("cost-*.json"))) == 2
 
 
 def test_it_stops_between_runs_and_goes_on_from_there(tmp_path: Path, bench: Bench) -> None:

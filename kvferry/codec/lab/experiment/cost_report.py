@@ -4,11 +4,27 @@ from collections.abc import Sequence
 
 from kvferry.codec.lab.experiment.fidelity_report import percent
 from kvferry.codec.lab.experiment.results import Result
-from kvferry.codec.lab.experiment.series import series_of, shown, table
+from kvferry.codec.lab.experiment.series import by_machine, measured, series_of, shown, table
 
 
 def cost_section(results: Sequence[Result]) -> list[str]:
-    """One table: time, memory, share of generation."""
+    """A table for each machine: time, memory, share of generation."""
+    machines = by_machine(measured(results))
+    if not machines:
+        return ["No cost was measured."]
+    lines: list[str] = []
+    for name, own in machines.items():
+        lines += [f"On {name or 'a machine that is not known'}:", "", *_table(own)]
+    return [
+        *lines,
+        "Share of generation: encoding a token, over generating one in the same run with the "
+        "context in the cache. Peak memory is what one round of coding and decoding held "
+        "beyond the cache.",
+        "",
+    ]
+
+
+def _table(results: Sequence[Result]) -> list[str]:
     head = (
         "codec", "tokens", "ratio", "encode (µs a token)", "decode (µs a token)",
         "share of generation", "cache (MB)", "blobs (MB)", "restored (MB)", "coding takes (MB)",
@@ -28,16 +44,9 @@ def cost_section(results: Sequence[Result]) -> list[str]:
         )
         for series in series_of(results)
     ]
-    if not rows:
-        return ["No cost was measured."]
     loads = [float(str(r.about["load"])) for r in results if r.about.get("load") is not None]
-    busy = f"; load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
-    note = (
-        "Share of generation: encoding a token, over generating one in the same run with the "
-        "context in the cache. Peak memory is what one round of coding and decoding held "
-        f"beyond the cache{busy}."
-    )
-    return [*table(head, rows), "", note, ""]
+    busy = [f"Load average {min(loads):.1f} to {max(loads):.1f}.", ""] if loads else []
+    return [*table(head, rows), "", *busy]
 
 
 def _megabytes(value: float | None) -> str:

@@ -10,6 +10,7 @@ from kvferry.codec.lab.evaluate import Setup
 from kvferry.codec.lab.experiment.bench import Bench
 from kvferry.codec.lab.experiment.registry import KINDS
 from kvferry.codec.lab.experiment.results import Result, Status, load_result
+from kvferry.codec.lab.experiment.series import TIMED, timed_on
 from kvferry.codec.lab.experiment.spec import Run
 from kvferry.codec.lab.machine import commit, load_average, machine
 from kvferry.codec.registry import CODECS
@@ -115,6 +116,8 @@ def _todo(run: Run, bench: Bench) -> Todo | Result:
         parts["calibration_id"] = bench.known(run.codec).id.hex()
         parts["codec_version"] = CODECS[run.codec.name].version
         parts["text_digest"] = bench.text_digest(run)
+        if run.kind == TIMED:  # times of another machine are none of this one's
+            parts["machine"] = timed_on(machine())
     except FerryError as exc:
         return Result(
             run=run,

@@ -4,11 +4,14 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvferry.codec.lab.experiment.results import Result, Status
+
+# The kind whose figures are times, and so of a machine.
+TIMED = "cost"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,14 +51,38 @@ def measured(results: Sequence[Result]) -> list[Result]:
 
 
 def newest(results: Sequence[Result]) -> list[Result]:
-    """The last result of each run, in the order in which runs first appear.
+    """The last result of each run, in the order in which runs first appear; of one whose
+    times count, the last on each machine.
 
     Args: results: oldest first.
     """
     found: dict[str, Result] = {}
     for result in results:
-        found[json.dumps([result.about.get("model"), result.run.to_json()], default=str)] = result
+        where = machine_of(result) if result.run.kind == TIMED else ""
+        key = [result.about.get("model"), result.run.to_json(), where]
+        found[json.dumps(key, default=str)] = result
     return list(found.values())
+
+
+def machine_of(result: Result) -> str:
+    """What times depend on most of what it was measured on; empty: not known."""
+    return timed_on(result.about.get("hardware"))
+
+
+def timed_on(hardware: object) -> str:
+    """Processor and cores, of what `kvferry.codec.lab.machine` gives. A new kernel or Python
+    is the same machine: figures are not to be measured again with every update."""
+    if not isinstance(hardware, Mapping):
+        return ""
+    return f"{hardware.get('processor')}, {hardware.get('cores')} cores"
+
+
+def by_machine(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """That with most results first."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(machine_of(result), []).append(result)
+    return dict(sorted(found.items(), key=lambda item: -len(measured(item[1]))))
 
 
 def series_of(results: Sequence[Result]) -> list[Series]:
