@@ -40,8 +40,9 @@ def onoff_section(results: Sequence[Result], folder: Path) -> list[str]:
     ]
     note = (
         "The text with compression against that without, both greedy and in full; perplexity "
-        "is that of either text under the exact cache, so a text that the model itself would "
-        "not have said has a higher one."
+        "is that of either text under the exact cache. A text that it would not have said often "
+        "has a higher one, but not always: the likeliest word at each place does not make the "
+        "likeliest text."
     )
     lines = [*table(head, rows), "", note, ""]
     lines += _attention(own, folder)
