@@ -94,3 +94,12 @@ def test_times_of_two_machines_are_two_tables_and_no_target_mixes_them() -> None
     assert rows == ["30", "20", "7"]
     found = Evidence(results).mean("cost", "bitpack", "encode_share_of_generation")
     assert found == pytest.approx(0.02)
+
+
+def test_each_text_is_told_by_itself(tmp_path: Path) -> None:
+    """A codec may do well on texts that its calibration was chosen on, and less so on others."""
+    chat = [fidelity(r, 4 * kl, "chat") for r, kl in ((2.0, 0.00125), (8.0, 0.005), (32.0, 0.02))]
+    own = [r for r in USUAL if r.run.text != "chat"]
+    lines = fidelity_section([*own, *chat], tmp_path)
+    assert "| codec | chat | prose | source |" in lines
+    assert "| ferry | 4.0x | 16.0x | 16.0x |" in lines
