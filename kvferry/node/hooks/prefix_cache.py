@@ -135,10 +135,7 @@ class PrefixCache:
         self._client.close()
 
     def ready(self, timeout_s: float = 60.0) -> bool:
-        """Wait until model id and namespace are known. With a group: a collective.
-
-        A daemon that is not there is not waited for.
-        """
+        """Wait for model id and namespace, not for an absent daemon. In a group: a collective."""
         self._standing.wait(timeout_s)
         self._current.wait_warm(timeout_s)
         return self._standing.known
