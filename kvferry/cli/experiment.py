@@ -57,7 +57,7 @@ def experiment(
     """
     if not files and report is None:
         raise ConfigError("FILE.toml", "nothing", "given, or --report to build a report alone")
-    if report is not None and not files:
+    if report is not None and not (files and report.absolute().parent == out.absolute()):
         check_output("--report", report)
     outcomes: list[Outcome] = []
     if files:
@@ -70,7 +70,7 @@ def experiment(
 
         plans = [load_plan(file, model) for file in files]
         _writable(out)
-        if report is not None:  # which may lie in it
+        if report is not None:  # it may lie in there
             check_output("--report", report)
         opened = cache(open_model)  # files of one model share it
         for plan in plans:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.codec.mlx.openblas import GUARD
 
 pytestmark = pytest.mark.processes
@@ -66,9 +67,3 @@ def test_a_port_that_is_taken_ends_it_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "--port" in ours(done)[-1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

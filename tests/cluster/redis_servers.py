@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from debian_server import free_port, program
+from debian_server import program
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.redis.link import RedisLink
 
 MASTERS = 3

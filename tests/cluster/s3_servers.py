@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from debian_server import free_port, program
+from debian_server import program
 from store_samples import MIB, Clock
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.bucket.objects import Bucket
 from kvferry.cluster.bucket.store import BucketLimits, BucketStore
 from kvferry.cluster.bucket.url import parse_bucket_url

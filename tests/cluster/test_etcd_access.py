@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from debian_server import free_port, program
+from debian_server import program
 from etcd_servers import EtcdCluster
 
+from kvferry.cli.cluster_bench.ports import free_ports
 from kvferry.cluster.etcd import operations as ops
 from kvferry.cluster.etcd.access import EtcdAccess, parse_endpoints
 from kvferry.cluster.etcd.client import EtcdClient
@@ -91,7 +92,8 @@ def secured(tmp_path: Path) -> Iterator[tuple[str, Path, Path]]:
         check=True,
         capture_output=True,
     )  # fmt: skip
-    url, peer = f"https://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+    first, second = free_ports(2)
+    url, peer = f"https://127.0.0.1:{first}", f"http://127.0.0.1:{second}"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             [

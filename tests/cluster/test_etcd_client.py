@@ -5,9 +5,9 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
-from debian_server import free_port
 from etcd_servers import EtcdCluster, until
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.etcd import operations as ops
 from kvferry.cluster.etcd.access import EtcdAccess, parse_endpoints
 from kvferry.cluster.etcd.client import EtcdClient

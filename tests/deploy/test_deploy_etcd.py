@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from debian_server import free_port, program
+from debian_server import program
+
+from kvferry.cli.cluster_bench.ports import free_ports
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 _ADDRESSES = (
@@ -25,7 +27,8 @@ def test_etcd_starts_with_the_example_on_addresses_of_this_machine(tmp_path: Pat
     assert len(peers) == 3
     assert peers[shown["ETCD_NAME"]] == shown["ETCD_INITIAL_ADVERTISE_PEER_URLS"]
     assert shown["ETCD_ADVERTISE_CLIENT_URLS"] in shown["ETCD_LISTEN_CLIENT_URLS"]
-    ours = {old: f"127.0.0.1:{free_port()}" for old in _ADDRESSES}
+    ports = free_ports(len(_ADDRESSES))
+    ours = {old: f"127.0.0.1:{new}" for old, new in zip(_ADDRESSES, ports, strict=True)}
     here = {
         name: re.sub(r"[\d.]+:\d+", lambda found: ours[found[0]], value)
         for name, value in shown.items()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any, Self
 import mlx_lm
 from openai import OpenAI
 
+from kvferry.cli.cluster_bench.ports import free_port
+
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 60.0
 
@@ -25,12 +26,6 @@ def has_argument(name: str) -> bool:
     other = os.environ.get("KVFERRY_TEST_MLX_LM")
     folder = Path(other) / "mlx_lm" if other else Path(str(mlx_lm.__path__[0]))
     return f'"{name}"' in (folder / "server.py").read_text()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

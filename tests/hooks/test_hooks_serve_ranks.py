@@ -9,10 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from model_zoo import save_model
-from serve_process import Server, free_port
+from serve_process import Server
 from tiny_llama import save_model as save_llama
 from tiny_llama import sharp_llama
 
+from kvferry.cli.cluster_bench.ports import free_port, free_ports
 from kvferry.cli.demo.cluster import Cluster
 
 pytestmark = [pytest.mark.processes, pytest.mark.long]
@@ -40,7 +41,7 @@ def save_indexed(kind: str, folder: Path) -> None:
 def two_ranks(folder: Path, cluster: Cluster, model: Path, *arguments: str) -> Iterator[Server]:
     """Yields the first, which listens; both end when the first is told to."""
     hosts = folder / f"hosts-{free_port()}.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     ranks = [
         Server(
             folder,

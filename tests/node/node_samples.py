@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -76,14 +75,6 @@ def chain(count: int, name: str = "chain", **fields: Any) -> list[tuple[BlobKey,
         )
         for i in range(count)
     ]
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_for(what: Callable[[], object], seconds: float = 40.0) -> Any:

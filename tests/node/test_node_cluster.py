@@ -9,8 +9,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from node_samples import ANY, MODEL, ROOT, Machines, Service, blob, chain, free_port, wait_for
+from node_samples import ANY, MODEL, ROOT, Machines, Service, blob, chain, wait_for
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.cluster.repository import ListQuery, LookupQuery
 from kvferry.cluster.sync_client import SyncBlobStoreClient

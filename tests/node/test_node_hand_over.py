@@ -4,9 +4,10 @@ import signal
 
 import grpc
 import pytest
-from node_samples import Machines, Service, blob, chain, free_port, wait_for
+from node_samples import Machines, Service, blob, chain, wait_for
 from test_node_peers import NOBODY, cluster, event
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.status import rpc_errors
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import FencedError, ProtocolError

@@ -11,8 +11,9 @@ from uuid import uuid4
 
 import pytest
 from exo_samples import LAPTOP, giving, serving, state
-from node_samples import ANY, Machines, Service, blob, free_port, wait_for
+from node_samples import ANY, Machines, Service, blob, wait_for
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import QueueFullError

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from node_samples import MODEL, ROOT, Machines, Service, chain, free_port, wait_for
+from node_samples import MODEL, ROOT, Machines, Service, chain, wait_for
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.coordinator_client import CoordinatorClient
 from kvferry.cluster.repository import LookupQuery
 from kvferry.errors import FerryError

@@ -4,8 +4,9 @@ import signal
 import time
 
 import pytest
-from node_samples import ROOT, Machines, blob, chain, free_port, wait_for
+from node_samples import ROOT, Machines, blob, chain, wait_for
 
+from kvferry.cli.cluster_bench.ports import free_port
 from kvferry.cluster.repository import LookupQuery
 from kvferry.cluster.sync_client import SyncBlobStoreClient
 from kvferry.errors import (

@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 from typing import Self
 
-from kvferry.cli.cluster_bench.etcd_members import free_port
+from kvferry.cli.cluster_bench.ports import free_ports
 from kvferry.cli.demo.cluster import Service
 from kvferry.node.client import NodeClient
 
@@ -21,7 +21,7 @@ class Coordinators:
     def __init__(self, folder: Path, etcd: str, *flags: str, count: int = 2) -> None:
         self.folder = folder
         self._command = ("--etcd", etcd, "--metrics-listen", "", *flags)
-        self.all = [f"127.0.0.1:{free_port()}" for _ in range(count)]
+        self.all = [f"127.0.0.1:{port}" for port in free_ports(count)]
         self.running: dict[str, Service] = {}
         self._node: Service | None = None
         self.socket = folder / "n.sock"

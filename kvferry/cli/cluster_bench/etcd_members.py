@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Self
 
 import grpc
 
+from kvferry.cli.cluster_bench.ports import free_ports
 from kvferry.errors import ConfigError, StoreUnavailableError
 from kvferry.proto.v1 import etcd_pb2 as pb
 
@@ -25,23 +25,14 @@ def etcd_program() -> str:
     return found
 
 
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 class EtcdMember:
     """One etcd process over a folder of its own."""
 
-    def __init__(self, program: str, name: str, folder: Path) -> None:
+    def __init__(self, program: str, name: str, folder: Path, ports: tuple[int, int]) -> None:
         self._program, self._name = program, name
         self.data, self._log = folder / name, folder / f"{name}.log"
         self._token = folder.name
-        self.address = f"127.0.0.1:{free_port()}"
-        self.peer = f"127.0.0.1:{free_port()}"
+        self.address, self.peer = (f"127.0.0.1:{port}" for port in ports)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, initial_cluster: str) -> None:
@@ -94,7 +85,11 @@ class EtcdMembers:
 
     def __init__(self, program: str, folder: Path, size: int = 3) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.members = [EtcdMember(program, f"m{i}", folder) for i in range(size)]
+        ports = free_ports(2 * size)
+        self.members = [
+            EtcdMember(program, f"m{i}", folder, pair)
+            for i, pair in enumerate(zip(ports[:size], ports[size:], strict=True))
+        ]
         self._initial = ",".join(f"m{i}=http://{m.peer}" for i, m in enumerate(self.members))
 
     @property
