@@ -41,7 +41,7 @@ def test_a_passkey_is_found_and_forgotten_with_its_tokens(bench: Bench) -> None:
     exact, dropped = (Needles().measure(run, bench, lambda _: None)["needles"] for run in runs)
     assert [needle["exact"] for needle in exact] == [True, True]
     assert [needle["exact"] for needle in dropped] == [False, False]
-    assert [needle["kept"] for needle in dropped] == [0.0, 0.0]
+    assert [needle["alone"] for needle in dropped] == [0.0, 0.0]
     for own, lost in zip(exact, dropped, strict=True):
         assert own["log_prob"] > lost["log_prob"] + 5
 
