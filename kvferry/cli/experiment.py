@@ -126,11 +126,11 @@ def _bench(plan: "Plan", out: Path, loaded: "LoadedModel", identity: bytes) -> "
     from kvferry.codec.mlx.probe import describe
 
     @cache
-    def found(name: str, folder: Path | None) -> KnownCalibration:
-        return calibration_of(name, folder, identity)
+    def found(name: str, calibration: str) -> KnownCalibration:
+        return calibration_of(name, calibration_folder(plan, name, calibration, out), identity)
 
     def known(codec: CodecSpec) -> KnownCalibration:
-        return found(codec.name, calibration_folder(plan, codec, out))
+        return found(codec.name, codec.calibration)
 
     texts = {
         name: cache(partial(tokens_of, name, plan.path.parent, loaded.tokenizer))

@@ -14,7 +14,6 @@ from kvferry.errors import ModelError
 
 if TYPE_CHECKING:
     from kvferry.codec.lab.experiment.plan import CalibrationSpec, Plan
-    from kvferry.codec.lab.experiment.spec import CodecSpec
 
 
 def make_calibrations(plan: "Plan", out: Path) -> None:
@@ -27,14 +26,15 @@ def make_calibrations(plan: "Plan", out: Path) -> None:
                 _make(plan, spec, codec, folder)
 
 
-def calibration_folder(plan: "Plan", codec: "CodecSpec", out: Path) -> Path | None:
-    """Where a codec's calibration lies; None: where the user's is."""
-    if not codec.calibration:
+def calibration_folder(plan: "Plan", codec: str, calibration: str, out: Path) -> Path | None:
+    """Where a codec's calibration lies; None: where the user's is. Reads the texts of one
+    that the file wants made."""
+    if not calibration:
         return None
     for spec in plan.calibrations:
-        if spec.name == codec.calibration:
-            return _folder(plan, spec, codec.name, out)
-    return plan.path.parent / codec.calibration
+        if spec.name == calibration:
+            return _folder(plan, spec, codec, out)
+    return plan.path.parent / calibration
 
 
 def _folder(plan: "Plan", spec: "CalibrationSpec", codec: str, out: Path) -> Path:

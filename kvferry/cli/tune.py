@@ -62,7 +62,7 @@ def tune(
     continuation: ContinuationOption = 512,
     evaluations: Annotated[
         int,
-        typer.Option(min=1, max=64, help="Settings to try at most; all of few."),
+        typer.Option(min=1, max=64, help="To try at most; a codec of few settings has all tried."),
     ] = 8,
     json: JsonOption = None,
 ) -> None:

@@ -76,6 +76,13 @@ def sinks_option(options: Mapping[str, object], default: int) -> int:
     return opts.whole_within("sinks", options.get("sinks", default), 0, MAX_SINKS)
 
 
+def check_common(ratio: float, sinks: int, positions: str) -> None:
+    """What dropping codecs have in common. Raises: ConfigError."""
+    ratio_option(ratio)
+    sinks_option({"sinks": sinks}, 0)
+    place_option({"positions": positions})
+
+
 def only_one(options: Mapping[str, object], names: tuple[str, str]) -> None:
     """Raises: ConfigError: both are given."""
     if set(names) <= set(options):

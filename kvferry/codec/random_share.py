@@ -50,9 +50,7 @@ class RandomCodec(Uncalibrated):
 
     def __post_init__(self) -> None:
         """Raises: ConfigError."""
-        drop.ratio_option(self.ratio)
-        drop.sinks_option({"sinks": self.sinks}, 0)
-        drop.place_option({"positions": self.positions})
+        drop.check_common(self.ratio, self.sinks, self.positions)
         opts.whole_within("seed", self.seed, 0, MAX_SEED)
 
     @classmethod

@@ -47,9 +47,7 @@ class StreamingCodec(Uncalibrated):
 
     def __post_init__(self) -> None:
         """Raises: ConfigError."""
-        drop.ratio_option(self.ratio)
-        drop.sinks_option({"sinks": self.sinks}, 0)
-        drop.place_option({"positions": self.positions})
+        drop.check_common(self.ratio, self.sinks, self.positions)
         if self.window is not None:
             opts.whole_within("window", self.window, 1, MAX_WINDOW)
 

@@ -30,7 +30,7 @@ from kvferry.proto.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_SALT_POLL_S = 0.05
+_GREET_AGAIN_S = 0.5  # the daemon tells its salt by itself, unless it goes
 
 
 class Standing:
@@ -69,6 +69,7 @@ class Standing:
         self._identified, self._triggered = identified, triggered
         self._fingerprint: ModelFingerprint | None = None
         self._problem = ""
+        self._salted = threading.Event()
         self._digest = threading.Thread(
             target=self._digest_weights, args=(loaded, layers, cache_dir), daemon=True
         )
@@ -93,7 +94,7 @@ class Standing:
         end = time.monotonic() + timeout_s
         self._digest.join(timeout_s)
         while not self.salt and self.greet() and not self.salt and time.monotonic() < end:
-            time.sleep(_SALT_POLL_S)
+            self._salted.wait(_GREET_AGAIN_S)
         try:
             self.identify()
         except ModelError as exc:
@@ -152,5 +153,6 @@ class Standing:
             self.policy = event.policy
         elif kind == "namespace_salt":
             self.salt = event.namespace_salt
+            self._salted.set()
         elif kind == "trigger" and event.trigger in self.policy.when:
             self._triggered()

@@ -69,16 +69,11 @@ class Evidence:
         Returns: of ``codec`` less that of ``other``, over all runs that differ in nothing
             but the codec; None where there are none.
         """
-        own = self._usual(kind)
-        base = {
-            _place(r): r.number(key)
-            for r in own
-            if r.run.codec.shown == other and r.run.codec.ratio == ratio
-        }
+        own, others = self._both(kind, codec, other, ratio)
+        base = {_place(r): r.number(key) for r in others}
         found = [
             mine - theirs
             for r in own
-            if r.run.codec.shown == codec and (ratio is None or r.run.codec.ratio == ratio)
             if (theirs := base.get(_place(r))) is not None
             if (mine := r.number(key)) is not None
         ]
@@ -91,20 +86,26 @@ class Evidence:
             ratio: as `gain` has it.
         Returns: over all needles that both were asked for; None where there are none.
         """
-        own = self._usual("needles")
-        base = placed([r for r in own if r.run.codec.shown == other and r.run.codec.ratio == ratio])
-        mine = [
-            r
-            for r in own
-            if r.run.codec.shown == codec and (ratio is None or r.run.codec.ratio == ratio)
-        ]
+        own, others = self._both("needles", codec, other, ratio)
+        base = placed(others)
         found = [
             bool(needle["exact"]) - bool(base[place]["exact"])
-            for setting in by_setting(mine).values()
+            for setting in by_setting(own).values()
             for place, needle in placed(setting).items()
             if place in base
         ]
         return statistics.fmean(found) if found else None
+
+    def _both(
+        self, kind: str, codec: str, other: str, ratio: float | None
+    ) -> tuple[list[Result], list[Result]]:
+        """Results of two codecs that are to be compared; ``ratio`` as `gain` has it."""
+        usual = self._usual(kind)
+        own = [r for r in usual if r.run.codec.shown == codec]
+        return (
+            [r for r in own if ratio is None or r.run.codec.ratio == ratio],
+            [r for r in usual if r.run.codec.shown == other and r.run.codec.ratio == ratio],
+        )
 
     def _usual(self, kind: str) -> list[Result]:
         """Of all codecs and lengths, with the user's own calibrations."""

@@ -33,10 +33,6 @@ class Compared:
         own = self.settings[0].needles
         return sorted({length(own[place]) for place in self.places})
 
-    def of(self, setting: Setting) -> list[Needle]:
-        """What one of them made of those needles."""
-        return [setting.needles[place] for place in self.places]
-
     def has(self, other: "Compared") -> bool:
         """Whether it has all settings of another."""
         mine = {setting.described for setting in self.settings}
